@@ -1,0 +1,105 @@
+"""Which of the three homes of the sum are usable on this machine, and why one is not.
+
+What lives here: the one import of the native module, the environment's overrides, `backends()`. What lives elsewhere: the
+choice of instruction set (``csrc/dispatch.cpp``), the routing of a call (``api.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+_BACKENDS = ("numpy", "cpu", "cuda")
+
+_core: Any
+try:
+    from . import _core  # type: ignore[no-redef]
+
+    missing = ""
+except ImportError as error:
+    _core = None
+    missing = f"the native module is missing ({error}); it is built at install time and needs a C++17 compiler"
+
+_override = os.environ.get("FUSIONSUM_BACKEND", "")
+if _override not in ("", *_BACKENDS):
+    raise ValueError(f"FUSIONSUM_BACKEND={_override!r}: expected one of {', '.join(_BACKENDS)}")
+if _core is None:
+    if os.environ.get("FUSIONSUM_REQUIRE_NATIVE", "0") not in ("", "0"):
+        raise ImportError(f"FUSIONSUM_REQUIRE_NATIVE is set, but {missing}")
+    if _override in ("cpu", "cuda"):
+        raise ImportError(f"FUSIONSUM_BACKEND={_override} asks for native kernels, but {missing}")
+    if _override != "numpy":
+        warnings.warn(f"fusionsum runs on NumPy, correct but slow: {missing}", RuntimeWarning, stacklevel=3)
+
+#: The native module, or None where it is missing or FUSIONSUM_BACKEND=numpy asks for NumPy.
+native: Any = None if _override == "numpy" else _core
+
+
+def backends() -> dict[str, str]:
+    """Say which backends are usable and, where one is not, why.
+
+    Returns
+    -------
+    dict of str to str
+        ``"cuda"``, ``"cpu"`` and ``"numpy"``, each with ``"usable"`` and its detail, or ``"not usable: <reason>"``.
+
+    Examples
+    --------
+    >>> import fusionsum as fs
+    >>> fs.backends()["numpy"]
+    'usable'
+    """
+    cuda = "not usable: this version has no CUDA kernels; move the tensors to the CPU"
+    if native is not None:
+        cpu = f"usable: {native.isa()}"
+    else:
+        cpu = f"not usable: {missing or 'FUSIONSUM_BACKEND=numpy is set'}"
+    return {"cuda": cuda, "cpu": cpu, "numpy": "usable"}
+
+
+def set_num_threads(count: int) -> None:
+    """Set how many threads the native kernels use; results do not depend on it.
+
+    With torch >= 2.10 imported, torch's pool does the work and ``torch.set_num_threads`` is what counts; this function
+    then calls it.
+
+    Parameters
+    ----------
+    count : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError
+        If `count` is not an integer.
+    ValueError
+        If `count` is less than 1.
+
+    Examples
+    --------
+    >>> import fusionsum as fs
+    >>> before = fs.get_num_threads()
+    >>> fs.set_num_threads(1)
+    >>> fs.get_num_threads()
+    1
+    >>> fs.set_num_threads(before)
+    """
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"count: expected an integer, got {type(count).__name__}")
+    if count < 1:
+        raise ValueError(f"count: expected at least 1, got {count}")
+    if native is not None:
+        native.set_num_threads(count)
+
+
+def get_num_threads() -> int:
+    """Return how many threads the native kernels use (1 where there are none).
+
+    Examples
+    --------
+    >>> import fusionsum as fs
+    >>> fs.get_num_threads() >= 1
+    True
+    """
+    return 1 if native is None else native.get_num_threads()
