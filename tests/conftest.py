@@ -1,4 +1,4 @@
-"""What the test files share: the list of forms, random cases, the float64 oracle with its error bound, fresh interpreters.
+"""What the test files share: the list of forms, random cases, the float64 oracle and its bounds, fresh interpreters.
 
 What lives elsewhere: the tests, one file per source file. The oracle is ``reference.py`` on inputs widened to float64;
 ``test_reference.py`` holds it to an independent loop in arbitrary precision.
@@ -40,6 +40,7 @@ class Form:
     dim: int = -1
 
     def shapes(self, **sizes: int) -> tuple[tuple[int, ...] | None, list[tuple[int, ...]]]:
+        """Shapes of the weights (or None) and of the factors."""
         sizes = {"1": 1, "A": 2, "B": 3, "C": 4, "K": 2, "O": 3, "n": 5} | sizes
         weights = None if self.weights is None else tuple(sizes[axis] for axis in self.weights)
         return weights, [tuple(sizes[axis] for axis in factor) for factor in self.factors]
@@ -93,21 +94,26 @@ class Case:
 
     @property
     def operands(self) -> list[np.ndarray]:
+        """The weights, if any, and the factors."""
         return [*([] if self.weights is None else [self.weights]), *self.factors]
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of all operands, broadcast."""
         return np.broadcast_shapes(*(a.shape for a in self.operands))
 
     @property
     def output_shape(self) -> tuple[int, ...]:
+        """The broadcast shape without `dim`."""
         axis = self.dim % len(self.shape)
         return self.shape[:axis] + self.shape[axis + 1 :]
 
     def options(self) -> dict[str, Any]:
+        """Keyword arguments of either function."""
         return {"activations": self.activations, "present": self.present, "absent": self.absent, "dim": self.dim}
 
     def forward(self) -> np.ndarray:
+        """Call the function under test."""
         return fs.fusion_sum(self.weights, *self.factors, **self.options())
 
     def backward(self, grad_output: np.ndarray) -> list[np.ndarray]:
@@ -121,7 +127,7 @@ class Case:
         return Case(weights, [np.asanyarray(function(z)) for z in self.factors], **self.options())
 
     def masked(self, rng: Any, masks: str, absent: str) -> Case:
-        """Add masks: "rows", one per factor of its own leading dims; "full", of all it broadcasts to, on every other."""
+        """Add masks: "rows", for each factor, of its own leading dims; "full", of all it broadcasts to."""
         axis = self.dim if self.dim < 0 else self.dim - len(self.shape)
         present: list[Any] = []
         for m, z in enumerate(self.factors):
@@ -155,9 +161,11 @@ def widened(array: np.ndarray) -> np.ndarray:
 
 
 def oracle(case: Case, grad_output: np.ndarray | None = None) -> list[np.ndarray]:
-    """The output, or the gradients of the operands, by the reference in float64."""
+    """Evaluate the output, or the gradients of the operands, by the reference in float64."""
     wide = case.mapped(widened)
-    names, masks, dim = api.check(wide.weights, tuple(wide.factors), case.activations, case.present, case.absent, case.dim)
+    names, masks, dim = api.check(
+        wide.weights, tuple(wide.factors), case.activations, case.present, case.absent, case.dim
+    )
     if grad_output is None:
         return [reference.fusion_sum(wide.weights, wide.factors, names, masks, case.absent, dim)]
     needs = [True] * (1 + len(case.factors))
@@ -177,7 +185,9 @@ def tolerances(case: Case, wanted: list[np.ndarray], grad_output: np.ndarray | N
     eps = np.finfo("float64" if any(a.dtype == np.float64 for a in given) else "float32").eps
     names = api._per_factor("activations", case.activations, len(case.factors), (str,))
     magnitudes = case.mapped(lambda z: abs(widened(z)))
-    magnitudes.factors = [np.ones_like(z) if a == "sigmoid" else z for a, z in zip(names, magnitudes.factors, strict=True)]
+    magnitudes.factors = [
+        np.ones_like(z) if a == "sigmoid" else z for a, z in zip(names, magnitudes.factors, strict=True)
+    ]
     magnitudes.activations = None
     scales = oracle(magnitudes, None if grad_output is None else abs(widened(grad_output)))
     results = case.operands if grad_output is not None else [None]
@@ -201,16 +211,14 @@ def check_forward(case: Case, got: np.ndarray | None = None) -> None:
 def check_backward(case: Case, grad_output: np.ndarray, got: list[np.ndarray] | None = None) -> None:
     got = case.backward(grad_output) if got is None else got
     wanted = oracle(case, grad_output)
-    for grad, operand, want, tol in zip(
-        got, case.operands, wanted, tolerances(case, wanted, grad_output), strict=True
-    ):
+    for grad, operand, want, tol in zip(got, case.operands, wanted, tolerances(case, wanted, grad_output), strict=True):
         assert grad.shape == operand.shape
         assert grad.dtype == operand.dtype
         check_within(grad, want, tol)
 
 
 def check_both(case: Case, rng: Any) -> None:
-    """The output and every gradient, against the oracle."""
+    """Check the output and every gradient against the oracle."""
     check_forward(case)
     check_backward(case, random(rng, case.output_shape, reference.result_dtype(*case.operands).name))
 

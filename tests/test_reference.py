@@ -10,8 +10,8 @@ import itertools
 import mpmath
 import numpy as np
 import pytest
-from conftest import ACTIVATIONS, DTYPES, FORMS, Case, check_both, check_within, random
 
+from conftest import ACTIVATIONS, DTYPES, FORMS, Case, check_both, check_within, random
 from fusionsum import reference
 
 PHI = {
@@ -37,7 +37,9 @@ def by_hand(case: Case) -> np.ndarray:
     factors = [np.broadcast_to(z, shape) for z in case.factors]
     masks = []
     for mask, z in zip(case.present or [None] * len(factors), case.factors, strict=True):
-        masks.append(None if mask is None else np.broadcast_to(mask.reshape(mask.shape + (1,) * (z.ndim - mask.ndim)), shape))
+        masks.append(
+            None if mask is None else np.broadcast_to(mask.reshape(mask.shape + (1,) * (z.ndim - mask.ndim)), shape)
+        )
     totals = np.full(case.output_shape, mpmath.mpf(0), dtype=object)
     with mpmath.workdps(50):
         for index in np.ndindex(shape):
