@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     import fusionsum as fs
     from fusionsum import api, backend, reference
 
+check_arguments = api.check  # the oracle's own; fixtures replace the module's
 TESTS = pathlib.Path(__file__).parent
 PACKAGE = pathlib.Path(fs.__file__).parent
 DTYPES = api._DTYPES
@@ -79,6 +80,9 @@ FORMS = {
     "terms first": Form("n1", ("nB", "nB"), dim=0),
     "one dim": Form("n", ("n", "n")),
 }
+
+
+TABLE = ("paired", "vector output", "mixing", "all pairs", "candidates")  # the forms of the README
 
 
 @dataclass
@@ -163,7 +167,7 @@ def widened(array: np.ndarray) -> np.ndarray:
 def oracle(case: Case, grad_output: np.ndarray | None = None) -> list[np.ndarray]:
     """Evaluate the output, or the gradients of the operands, by the reference in float64."""
     wide = case.mapped(widened)
-    names, masks, dim = api.check(
+    names, masks, dim = check_arguments(
         wide.weights, tuple(wide.factors), case.activations, case.present, case.absent, case.dim
     )
     if grad_output is None:
@@ -243,6 +247,16 @@ def require_native() -> Any:
     if backend.native is None:
         missing(f"the native module, {fs.backends()['cpu']}")
     return backend.native
+
+
+@pytest.fixture
+def kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the reference take nothing over: every call of the test is valid, and no kernel may decline it."""
+
+    def declined(*arguments: Any) -> None:
+        raise AssertionError("the kernels declined a valid call")
+
+    monkeypatch.setattr(api, "check", declined)
 
 
 def run_python(code: str, *, timeout: float = 60, **environment: str) -> str:

@@ -30,10 +30,10 @@ from conftest import (
 pytestmark = pytest.mark.usefixtures("both_backends")
 
 ONES = np.ones((3, 5))
-LONG_DOUBLE = np.dtype("longdouble").name
 OTHER_DTYPES = sorted(
     {np.dtype(code).name for code in np.typecodes["All"] if np.dtype(code).name not in DTYPES}
     | {np.dtype(t).name for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.int4)}
+    | {np.dtype(name).newbyteorder().str for name in DTYPES if name != "bfloat16"}
 )
 
 
