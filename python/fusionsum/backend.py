@@ -6,7 +6,9 @@ choice of instruction set (``csrc/dispatch.cpp``), the routing of a call (``api.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -34,6 +36,20 @@ if _core is None:
 
 #: The native module, or None where it is missing or FUSIONSUM_BACKEND=numpy asks for NumPy.
 native: Any = None if _override == "numpy" else _core
+
+
+def adopt_torch(torch: Any) -> None:
+    """Let the native module read tensors, and work on torch's threads where libtorch exports its pool (since 2.10)."""
+    if native is None:
+        return
+    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+    pool: list[int | None] = [None, None]
+    if os.path.exists(library):
+        symbols = ctypes.CDLL(library)  # loaded already, by torch
+        for i, name in enumerate(("torch_parallel_for", "torch_get_num_threads")):
+            if hasattr(symbols, name):
+                pool[i] = ctypes.cast(getattr(symbols, name), ctypes.c_void_p).value
+    native.use_torch(torch, *(pool if all(pool) else (None, None)))
 
 
 def backends() -> dict[str, str]:
@@ -89,7 +105,11 @@ def set_num_threads(count: int) -> None:
         raise TypeError(f"count: expected an integer, got {type(count).__name__}")
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
-    if native is not None:
+    if native is None:
+        return
+    if native.thread_backend() == "torch":
+        sys.modules["torch"].set_num_threads(count)
+    else:
         native.set_num_threads(count)
 
 

@@ -1,0 +1,652 @@
+// The loops of a plan (plan.h), once, over the vocabulary of an instruction set (simd_<isa>.h, included before this file).
+//
+// Shape letters: N vector operands, `rows` by `cols` entries of each. From the bottom up: rows converted, activated and
+// stored; the three inner loops over a tile of plain rows; the walk through a slot that feeds them; the sum of the slots.
+// Everything here is in an unnamed namespace, so that no code compiled for one instruction set is ever linked into another.
+#include "../plan.h"
+
+namespace fusionsum {
+namespace FUSIONSUM_ISA {
+namespace {
+
+// ---- rows: from memory to the working precision T and back --------------------------------------------------------------
+
+// Calls f(pointer of the right type) for a dtype.
+template <class F>
+inline void with_dtype(DType dtype, const void* p, F f) {
+  switch (dtype) {
+#define CASE(name, type) \
+  case DType::name:      \
+    f(static_cast<const type*>(p)); \
+    break;
+    FUSIONSUM_DTYPES(CASE)
+#undef CASE
+  }
+}
+
+template <class T, class S>
+inline void load_row(T* to, const S* from, int64_t stride, int64_t cols) {
+  for (int64_t i = 0; i < cols; ++i) to[i] = static_cast<T>(widen(from[i * stride]));
+}
+// Contiguous 16-bit rows convert a vector at a time.
+template <class S>
+inline void load_row16(float* to, const S* from, int64_t stride, int64_t cols) {
+  using L = Simd<float>;
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + L::width <= cols; i += L::width) L::store(to + i, load_wide(from + i));
+  for (; i < cols; ++i) to[i] = widen(from[i * stride]);
+}
+inline void load_row(float* to, const Bf16* from, int64_t stride, int64_t cols) { load_row16(to, from, stride, cols); }
+inline void load_row(float* to, const F16* from, int64_t stride, int64_t cols) { load_row16(to, from, stride, cols); }
+
+template <class T, class S>
+inline void store_row(S* to, int64_t stride, const T* from, int64_t cols, bool) {
+  for (int64_t i = 0; i < cols; ++i) narrow(from[i], to + i * stride);
+}
+// Streaming stores are worth it for whole vectors at their natural alignment.
+template <class S>
+inline bool aligned(const S* p, int width) {
+  return reinterpret_cast<uintptr_t>(p) % (width * sizeof(S)) == 0;
+}
+template <class S>
+inline void store_row16(S* to, int64_t stride, const float* from, int64_t cols, bool stream) {
+  using L = Simd<float>;
+  int64_t i = 0;
+  stream = stream && aligned(to, L::width);
+  if (stride == 1)
+    for (; i + L::width <= cols; i += L::width) store_narrow(to + i, L::load(from + i), stream);
+  for (; i < cols; ++i) narrow(from[i], to + i * stride);
+}
+inline void store_row(Bf16* to, int64_t s, const float* from, int64_t cols, bool stream) { store_row16(to, s, from, cols, stream); }
+inline void store_row(F16* to, int64_t s, const float* from, int64_t cols, bool stream) { store_row16(to, s, from, cols, stream); }
+template <class T>
+inline void store_row(T* to, int64_t stride, const T* from, int64_t cols, bool stream) {
+  using L = Simd<T>;
+  int64_t i = 0;
+  if (stride == 1 && stream && aligned(to, L::width))
+    for (; i + L::width <= cols; i += L::width) L::stream(to + i, L::load(from + i));
+  for (; i < cols; ++i) to[i * stride] = from[i];
+}
+
+template <class T>
+inline void fill(T* to, T value, int64_t cols) {
+  for (int64_t i = 0; i < cols; ++i) to[i] = value;
+}
+
+// y = phi(y) in place, and dy = phi'(y) where it is asked for.
+template <class T, class Phi>
+inline void activate(T* y, T* dy, int64_t cols, Phi phi) {
+  using L = Simd<T>;
+  int64_t i = 0;
+  for (; i + L::width <= cols; i += L::width) {
+    const auto value = phi(L::load(y + i));
+    L::store(y + i, value.y);
+    if (dy) L::store(dy + i, value.dy);
+  }
+  if (const int rest = static_cast<int>(cols - i)) {
+    const auto value = phi(L::load_part(y + i, rest));
+    L::store_part(y + i, value.y, rest);
+    if (dy) L::store_part(dy + i, value.dy, rest);
+  }
+}
+template <class T>
+inline void activate(Activation activation, T* y, T* dy, int64_t cols) {
+  switch (activation) {
+    case Activation::none:
+      break;
+#define CASE(name)        \
+  case Activation::name:  \
+    activate(y, dy, cols, [](auto v) { return name##_value(v); }); \
+    break;
+      FUSIONSUM_ACTIVATIONS(CASE)
+#undef CASE
+  }
+}
+
+// ---- the inner loops over a tile -----------------------------------------------------------------------------------------
+
+template <class T>
+struct Tile {
+  int64_t rows, cols;
+  int operands;                   // N: those that vary along the columns
+  int summing;                    // the first of them sum their derivative over the rows into out[k], one row
+  const T* in[kMaxOperands];
+  int64_t in_step[kMaxOperands];  // from row to row; 0 repeats one row
+  T* out[kMaxOperands];           // where derivatives go; null: not asked for
+  int64_t out_step[kMaxOperands];
+  const T* scale;                 // per row: the product of the operands that do not vary along the columns
+  double* sum;                    // per row: += sum over the columns of the product, without scale; null: not asked for
+  bool stream[kMaxOperands];      // store out[k] past the caches
+};
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <class T>
+struct Unqualified {
+  using type = T;
+};
+template <class T>
+struct Unqualified<const T&> {
+  using type = T;
+};
+template <class T>
+using std_remove_const = typename Unqualified<T>::type;
+
+template <class T, bool kPart>
+struct Access {  // a vector, or the part of it that the row still has
+  using L = Simd<T>;
+  int count;
+  typename L::V load(const T* p) const { return kPart ? L::load_part(p, count) : L::load(p); }
+  void store(T* p, typename L::V v, bool stream) const {
+    if (kPart) {
+      L::store_part(p, v, count);
+    } else if (stream) {
+      L::stream(p, v);
+    } else {
+      L::store(p, v);
+    }
+  }
+};
+
+// Runs step(access, i) on whole vectors along the columns, then on the part that is left.
+template <class T, class Step>
+FORM_INLINE void along(int64_t i, int64_t cols, Step step) {
+  constexpr int kWidth = Simd<T>::width;
+  for (; i + kWidth <= cols; i += kWidth) step(Access<T, false>{kWidth}, i);
+  if (i < cols) step(Access<T, true>{static_cast<int>(cols - i)}, i);
+}
+
+// N is known at compile time, or 0 and read from the tile.
+template <int N>
+constexpr int kSlots = N ? N : kMaxOperands;
+
+// sum[r] += sum over the columns of the product.
+template <class T, int N>
+void dot(const Tile<T>& t) {
+  using L = Simd<T>;
+  using V = typename L::V;
+  const int n = N ? N : t.operands;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const T* in[kSlots<N>];
+    for (int k = 0; k < n; ++k) in[k] = t.in[k] + r * t.in_step[k];
+    const auto add = [&](V s, auto access, int64_t i) {
+      V p = access.load(in[0] + i);
+      if (n == 1) return s + p;
+      for (int k = 1; k + 1 < n; ++k) p = p * access.load(in[k] + i);
+      return madd(p, access.load(in[n - 1] + i), s);
+    };
+    // Four sums hide the latency of the fma; two loads a cycle feed no more.
+    V s0{}, s1{}, s2{}, s3{};
+    int64_t i = 0;
+    for (; i + 4 * L::width <= t.cols; i += 4 * L::width) {
+      const Access<T, false> whole{L::width};
+      s0 = add(s0, whole, i);
+      s1 = add(s1, whole, i + L::width);
+      s2 = add(s2, whole, i + 2 * L::width);
+      s3 = add(s3, whole, i + 3 * L::width);
+    }
+    along<T>(i, t.cols, [&](auto access, int64_t at) { s0 = add(s0, access, at); });
+    t.sum[r] += static_cast<double>(L::sum((s0 + s1) + (s2 + s3)));
+  }
+}
+
+// out[0] += sum over the rows of scale times the product: the forward pass where outputs are contiguous.
+template <class T, int N>
+void accumulate(const Tile<T>& t) {
+  using V = typename Simd<T>::V;
+  const int n = N ? N : t.operands;
+  // Four rows at a time share one load and store of the sums.
+  const auto rows = [&](auto count, int64_t r) {
+    constexpr int kRows = decltype(count)::value;
+    along<T>(0, t.cols, [&](auto access, int64_t i) {
+      V s = access.load(t.out[0] + i);
+      for (int j = 0; j < kRows; ++j) {
+        V p = V{} + t.scale[r + j];
+        for (int k = 0; k + 1 < n; ++k) p = p * access.load(t.in[k] + (r + j) * t.in_step[k] + i);
+        s = madd(p, access.load(t.in[n - 1] + (r + j) * t.in_step[n - 1] + i), s);
+      }
+      access.store(t.out[0] + i, s, false);
+    });
+  };
+  int64_t r = 0;
+  for (; r + 4 <= t.rows; r += 4) rows(Count<4>{}, r);
+  for (; r < t.rows; ++r) rows(Count<1>{}, r);
+}
+
+// Derivatives of all operands that ask for one, in one pass; with kSum, the products' sums too.
+template <class T, int N, int kSumming, bool kSum>
+void differentiate(const Tile<T>& t) {
+  using L = Simd<T>;
+  using V = typename L::V;
+  const int n = N ? N : t.operands, summing = N ? kSumming : t.summing;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const T* in[kSlots<N>];
+    T* out[kSlots<N>];
+    bool stream[kSlots<N>];
+    for (int k = 0; k < n; ++k) {
+      in[k] = t.in[k] + r * t.in_step[k];
+      out[k] = t.out[k] ? t.out[k] + r * t.out_step[k] : nullptr;
+      stream[k] = t.stream[k] && aligned(out[k], L::width);
+    }
+    const V scale = V{} + t.scale[r];
+    V sum{};
+    along<T>(0, t.cols, [&](auto access, int64_t i) {
+      V v[kSlots<N>], partial[kSlots<N>];
+      for (int k = 0; k < n; ++k) v[k] = access.load(in[k] + i);
+      const V product = partial_products<N>(scale, v, partial, n);
+      for (int k = 0; k < summing; ++k) access.store(out[k] + i, access.load(out[k] + i) + partial[k], false);
+      for (int k = summing; k < n; ++k)
+        if (out[k]) access.store(out[k] + i, partial[k], stream[k]);
+      if (kSum) sum = sum + product;
+    });
+    if (kSum) t.sum[r] += static_cast<double>(L::sum(sum));
+  }
+}
+
+template <class T>
+using Inner = void (*)(const Tile<T>&);
+
+template <class T>
+inline Inner<T> dot_for(int n) {
+  constexpr Inner<T> table[] = {dot<T, 0>, dot<T, 1>, dot<T, 2>, dot<T, 3>, dot<T, 4>, dot<T, 5>};
+  return table[n <= 5 ? n : 0];
+}
+template <class T>
+inline Inner<T> accumulate_for(int n) {
+  constexpr Inner<T> table[] = {accumulate<T, 0>, accumulate<T, 1>, accumulate<T, 2>, accumulate<T, 3>, accumulate<T, 4>};
+  return table[n <= 4 ? n : 0];
+}
+template <class T, bool kSum>
+inline Inner<T> differentiate_for(int n, int summing) {
+  constexpr Inner<T> table[4][5] = {
+      {differentiate<T, 1, 0, kSum>, differentiate<T, 1, 1, kSum>},
+      {differentiate<T, 2, 0, kSum>, differentiate<T, 2, 1, kSum>, differentiate<T, 2, 2, kSum>},
+      {differentiate<T, 3, 0, kSum>, differentiate<T, 3, 1, kSum>, differentiate<T, 3, 2, kSum>, differentiate<T, 3, 3, kSum>},
+      {differentiate<T, 4, 0, kSum>, differentiate<T, 4, 1, kSum>, differentiate<T, 4, 2, kSum>, differentiate<T, 4, 3, kSum>,
+       differentiate<T, 4, 4, kSum>}};
+  return n <= 4 ? table[n - 1][summing] : differentiate<T, 0, 0, kSum>;
+}
+
+// ---- the walk through a slot ---------------------------------------------------------------------------------------------
+
+template <class T>
+constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+
+// Writes a row of finished sums as the derivative of operand o: phi' applied, rounded to the operand's dtype. `at` and
+// `grad_at` are the operand's offsets of that row. A masked operand's zero sum stays zero: its data may be NaN.
+template <class T, class S>
+inline void finish(const PlanOperand& o, int64_t at, int64_t grad_at, int64_t col, const S* sums, int64_t cols) {
+  alignas(64) T row[kBlock], z[kBlock], slope[kBlock];
+  for (int64_t i = 0; i < cols; ++i) row[i] = static_cast<T>(sums[i]);
+  if (o.activation != Activation::none) {
+    with_dtype(o.dtype, o.data, [&](auto p) { load_row(z, p + at + col * o.col, o.col, cols); });
+    activate(o.activation, z, slope, cols);
+    for (int64_t i = 0; i < cols; ++i) row[i] = o.mask && row[i] == 0 ? T(0) : row[i] * slope[i];
+  }
+  with_dtype(o.dtype, o.grad, [&](auto p) {
+    using S0 = std_remove_const<decltype(*p)>;
+    store_row(const_cast<S0*>(p) + grad_at + col * o.grad_col, o.grad_col, row, cols, false);
+  });
+}
+
+template <class T>
+class Slot {
+ public:
+  Slot(const Plan& plan, int64_t slot)
+      : p(plan), row_slot(slot / plan.col_slots), col_slot(slot % plan.col_slots) {
+    first_col = col_slot * p.cols_per_slot;
+    last_col = smaller(p.cols, first_col + p.cols_per_slot);
+    inner = p.row_dims - 1;
+    // Operands whose derivative the inner loop sums come first; differentiate<> wants them so.
+    for (int pass = 0; pass < 2; ++pass)
+      for (int k = 0; k < p.operands; ++k) {
+        const PlanOperand& o = p.operand[k];
+        if (o.splat) {
+          if (pass == 0) splats[splat_count++] = k;
+          sums_wanted = sums_wanted || o.target != Target::none;
+        } else if ((o.target > Target::store && !o.mask && !o.has_row[inner]) == (pass == 0)) {
+          vectors[vector_count++] = k;
+          if (pass == 0) ++summing;
+        }
+      }
+    for (int v = 0; v < vector_count; ++v) {
+      const PlanOperand& o = p.operand[vectors[v]];
+      direct[v] = !o.data || (o.dtype == kDType<T> && o.col == 1 && o.activation == Activation::none && !o.mask);
+      invariant[v] = o.row[inner] == 0 && (!o.mask || o.mask_row[inner] == 0);
+      if (!o.data) fill(ones, T(1), smaller(kBlock, p.cols));
+      wanted = wanted || o.target != Target::none;
+      plain_store[v] = o.target == Target::store && o.dtype == kDType<T> && o.grad_col == 1 &&
+                       o.activation == Activation::none && !o.mask;
+      const bool scratch = v >= summing && o.target != Target::none && !plain_store[v];
+      staging = staging || scratch || (!direct[v] && !invariant[v]);
+    }
+    // The forward pass over contiguous outputs: u, the constant 1, is all that asks.
+    only_u = summing == 1 && !p.operand[vectors[0]].data;
+    for (int v = 1; v < vector_count; ++v) only_u = only_u && p.operand[vectors[v]].target == Target::none;
+    only_u = only_u && !sums_wanted;
+  }
+
+  void run(int64_t slice) {
+    if (slice == 0) clear_partials();
+    const int64_t start = row_slot * p.rows_per_slot, stop = smaller(p.rows, start + p.rows_per_slot);
+    int64_t row = start + slice * p.rows_per_slice;
+    const int64_t last = smaller(stop, row + p.rows_per_slice);
+    if (row >= last || first_col >= last_col) return;
+    seek(row);
+    while (row < last) {
+      const int64_t rows = smaller(smaller(kGroup, last - row), p.row_size[inner] - index[inner]);
+      group(row, rows);
+      row += rows;
+      advance(rows);
+    }
+  }
+
+ private:
+  static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+  // Offsets of the current row, in elements, kept up to date as the row moves.
+  void seek(int64_t row) {
+    for (int d = inner; d >= 0; --d) {
+      index[d] = row % p.row_size[d];
+      row /= p.row_size[d];
+    }
+    for (int k = 0; k < p.operands; ++k) {
+      at[k] = mask_at[k] = grad_at[k] = partial_at[k] = 0;
+      for (int d = 0; d < p.row_dims; ++d) shift(k, d, index[d]);
+    }
+  }
+  void shift(int k, int d, int64_t by) {
+    const PlanOperand& o = p.operand[k];
+    at[k] += by * o.row[d];
+    mask_at[k] += by * o.mask_row[d];
+    grad_at[k] += by * o.grad_row[d];
+    partial_at[k] += by * o.partial_row[d];
+  }
+  void advance(int64_t rows) {
+    for (int d = inner; d >= 0; --d) {
+      const int64_t by = d == inner ? rows : 1;
+      index[d] += by;
+      const bool carry = index[d] == p.row_size[d] && d > 0;
+      for (int k = 0; k < p.operands; ++k) shift(k, d, carry ? by - index[d] : by);
+      if (!carry) return;
+      index[d] = 0;
+    }
+  }
+
+  double* sums_of(const PlanOperand& o) const {
+    const bool per_slot = o.target == Target::run || o.splat;
+    return o.sums + (per_slot ? row_slot * p.col_slots + col_slot : row_slot) * o.sums_size;
+  }
+  void clear_partials() {
+    for (int k = 0; k < p.operands; ++k) {
+      const PlanOperand& o = p.operand[k];
+      if (o.target != Target::partial) continue;
+      double* sums = sums_of(o);
+      if (o.splat) {
+        fill(sums, 0.0, o.sums_size);
+      } else {
+        for (int64_t row = 0; row < o.sums_size; row += p.cols) fill(sums + row + first_col, 0.0, last_col - first_col);
+      }
+    }
+  }
+
+  bool present(int k, int64_t row, int64_t col) const {
+    const PlanOperand& o = p.operand[k];
+    return !o.mask || o.mask[mask_at[k] + row * o.mask_row[inner] + col * o.mask_col];
+  }
+
+  // Rows of operand k from the group's row `from` on, converted and activated, into `to`, row after row; with their slopes
+  // where dy is given. What is absent is not read.
+  void load(int k, int64_t from, int64_t rows, int64_t col, int64_t cols, T* to, T* dy) const {
+    const PlanOperand& o = p.operand[k];
+    with_dtype(o.dtype, o.data, [&](auto data) {
+      data += at[k] + from * o.row[inner] + col * o.col;
+      if (!o.mask && o.col == 1 && o.row[inner] == cols) {
+        load_row(to, data, 1, rows * cols);
+        return;
+      }
+      for (int64_t r = 0; r < rows; ++r, data += o.row[inner]) {
+        if (!o.mask || (o.mask_col == 0 && present(k, from + r, 0))) {
+          load_row(to + r * cols, data, o.col, cols);
+        } else {
+          for (int64_t i = 0; i < cols; ++i) {
+            to[r * cols + i] = 0;
+            if (present(k, from + r, col + i)) load_row(to + r * cols + i, data + i * o.col, 1, 1);
+          }
+        }
+      }
+    });
+    activate(o.activation, to, dy, rows * cols);
+    if (!o.mask) return;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < cols; ++i) {
+        if (!present(k, from + r, col + i)) to[r * cols + i] = static_cast<T>(p.absent);
+        else if (o.mask_col == 0) break;
+      }
+  }
+
+  void group(int64_t row, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) scale[r] = 1;
+    for (int s = 0; s < splat_count; ++s) {
+      const int k = splats[s];
+      const PlanOperand& o = p.operand[k];
+      if (o.data) {
+        // One value per row: the rows are the columns of a single row to load.
+        load_splat(k, rows, splat_value[s], o.activation != Activation::none ? splat_slope[s] : nullptr);
+      } else {
+        fill(splat_value[s], T(1), rows);
+      }
+      for (int64_t r = 0; r < rows; ++r) scale[r] *= splat_value[s][r];
+    }
+    for (int64_t r = 0; sums_wanted && r < rows; ++r) sum[r] = 0;
+    for (int k = 0; k < p.operands; ++k) {
+      const PlanOperand& o = p.operand[k];
+      if (o.target == Target::run && o.sums && row % o.run == 0) fill(sums_of(o), 0.0, o.splat ? 1 : last_col - first_col);
+    }
+    for (int64_t col = first_col; col < last_col; col += kBlock) block(rows, col, smaller(kBlock, last_col - col));
+    for (int s = 0; sums_wanted && s < splat_count; ++s) splat_target(s, rows);
+    for (int k = 0; k < p.operands; ++k) {
+      const PlanOperand& o = p.operand[k];
+      if (o.target != Target::run || !o.sums || (row + rows) % o.run) continue;
+      const int64_t cols = o.splat ? 1 : last_col - first_col, base = o.splat ? 0 : first_col;
+      for (int64_t i = 0; i < cols; i += kBlock)
+        finish<T>(o, at[k], grad_at[k], base + i, sums_of(o) + i, smaller(kBlock, cols - i));
+    }
+  }
+
+  void load_splat(int k, int64_t rows, T* to, T* dy) const {
+    const PlanOperand& o = p.operand[k];
+    with_dtype(o.dtype, o.data, [&](auto data) {
+      if (!o.mask) {
+        load_row(to, data + at[k], o.row[inner], rows);
+      } else {
+        for (int64_t r = 0; r < rows; ++r) {
+          to[r] = 0;
+          if (present(k, r, 0)) load_row(to + r, data + at[k] + r * o.row[inner], 1, 1);
+        }
+      }
+    });
+    activate(o.activation, to, dy, rows);
+    for (int64_t r = 0; o.mask && r < rows; ++r)
+      if (!present(k, r, 0)) to[r] = static_cast<T>(p.absent);
+  }
+
+  void splat_target(int s, int64_t rows) {
+    const int k = splats[s];
+    const PlanOperand& o = p.operand[k];
+    if (o.target == Target::none) return;
+    T grad[kGroup];
+    for (int64_t r = 0; r < rows; ++r) grad[r] = static_cast<T>(sum[r]);
+    for (int other = 0; other < splat_count; ++other)
+      for (int64_t r = 0; other != s && r < rows; ++r) grad[r] *= splat_value[other][r];
+    if (o.target == Target::store) {
+      for (int64_t r = 0; r < rows; ++r) {
+        if (o.activation != Activation::none) grad[r] *= splat_slope[s][r];
+        if (!present(k, r, 0)) grad[r] = 0;
+      }
+      store(o, grad_at[k], o.grad_row[inner], grad, rows, false);
+    } else {
+      double* sums = sums_of(o) + (o.target == Target::partial ? partial_at[k] : 0);
+      for (int64_t r = 0; r < rows; ++r)
+        if (present(k, r, 0)) sums[r * o.partial_row[inner]] += grad[r];
+    }
+  }
+
+  static void store(const PlanOperand& o, int64_t grad_at, int64_t stride, const T* from, int64_t cols, bool stream) {
+    with_dtype(o.dtype, o.grad, [&](auto p) {
+      using S = std_remove_const<decltype(*p)>;
+      store_row(const_cast<S*>(p) + grad_at, stride, from, cols, stream);
+    });
+  }
+
+  void block(int64_t rows, int64_t col, int64_t cols) {
+    Tile<T> t;
+    t.cols = cols;
+    t.operands = vector_count;
+    t.summing = summing;
+    for (int v = 0; v < vector_count; ++v) {
+      const int k = vectors[v];
+      const PlanOperand& o = p.operand[k];
+      t.in_step[v] = !o.data || invariant[v] ? 0 : direct[v] ? o.row[inner] : cols;
+      t.out_step[v] = v < summing ? 0 : plain_store[v] ? o.grad_row[inner] : cols;
+      t.in[v] = o.data ? direct[v] ? static_cast<const T*>(o.data) + at[k] + col : value[v] : ones;
+      t.out[v] = o.target == Target::none ? nullptr : plain_store[v] ? static_cast<T*>(o.grad) + grad_at[k] + col : grad[v];
+      t.stream[v] = p.stream && plain_store[v];
+      if (v < summing) fill(grad[v], T(0), cols);
+      if (!direct[v] && invariant[v]) load(k, 0, 1, col, cols, value[v], slope_for(v));
+    }
+    const int64_t step = staging ? larger(1, kBlock / cols) : rows;
+    for (int64_t from = 0; from < rows; from += step) {
+      t.rows = smaller(step, rows - from);
+      t.scale = scale + from;
+      t.sum = sum + from;
+      for (int v = 0; v < vector_count; ++v)
+        if (!direct[v] && !invariant[v]) load(vectors[v], from, t.rows, col, cols, value[v], slope_for(v));
+      if (only_u) {
+        without_u(t);
+      } else if (wanted) {
+        (sums_wanted ? differentiate_for<T, true> : differentiate_for<T, false>)(vector_count, summing)(t);
+      } else {
+        dot_for<T>(vector_count)(t);
+      }
+      for (int v = summing; v < vector_count; ++v) {
+        if (p.operand[vectors[v]].target != Target::none && !plain_store[v]) write(v, from, t.rows, col, cols);
+      }
+      for (int v = 0; v < vector_count; ++v) {
+        if (direct[v]) t.in[v] += t.rows * t.in_step[v];
+        if (plain_store[v]) t.out[v] += t.rows * t.out_step[v];
+      }
+    }
+    for (int v = 0; v < summing; ++v) {
+      const int k = vectors[v];
+      const PlanOperand& o = p.operand[k];
+      if (!o.sums) {
+        finish<T>(o, at[k], grad_at[k], col, grad[v], cols);
+      } else {
+        add(o, k, 0, col, grad[v], cols);
+      }
+    }
+  }
+  static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+  T* slope_for(int v) {
+    const PlanOperand& o = p.operand[vectors[v]];
+    return o.target == Target::store && o.activation != Activation::none ? slope[v] : nullptr;
+  }
+
+  void without_u(const Tile<T>& t) {
+    Tile<T> rest = t;
+    rest.operands = vector_count - 1;
+    for (int v = 1; v < vector_count; ++v) {
+      rest.in[v - 1] = t.in[v];
+      rest.in_step[v - 1] = t.in_step[v];
+    }
+    accumulate_for<T>(rest.operands)(rest);
+  }
+
+  // Adds a row of derivatives, of the group's row `r`, to the slot's float64 sums.
+  void add(const PlanOperand& o, int k, int64_t r, int64_t col, const T* from, int64_t cols) {
+    double* sums = sums_of(o) + (o.target == Target::run ? col - first_col : partial_at[k] + r * o.partial_row[inner] + col);
+    for (int64_t i = 0; i < cols; ++i) sums[i] += static_cast<double>(from[i]);
+  }
+
+  // Derivatives that the inner loop left in grad[v]: slopes and masks applied, then stored or added up.
+  void write(int v, int64_t from, int64_t rows, int64_t col, int64_t cols) {
+    const int k = vectors[v];
+    const PlanOperand& o = p.operand[k];
+    for (int64_t r = 0; r < rows; ++r) {
+      T* row = grad[v] + r * cols;
+      if (const T* dy = slope_for(v)) {
+        if (!invariant[v]) dy += r * cols;
+        for (int64_t i = 0; i < cols; ++i) row[i] *= dy[i];
+      }
+      if (o.mask && o.mask_col == 0) {
+        if (!present(k, from + r, 0)) fill(row, T(0), cols);
+      } else if (o.mask) {
+        for (int64_t i = 0; i < cols; ++i)
+          if (!present(k, from + r, col + i)) row[i] = 0;
+      }
+      if (o.target == Target::store) {
+        store(o, grad_at[k] + (from + r) * o.grad_row[inner] + col * o.grad_col, o.grad_col, row, cols, p.stream);
+      } else {
+        add(o, k, from + r, col, row, cols);
+      }
+    }
+  }
+
+  const Plan& p;
+  int64_t row_slot, col_slot, first_col, last_col;
+  int inner;  // the innermost row dim
+  int splats[kMaxOperands], vectors[kMaxOperands], splat_count = 0, vector_count = 0, summing = 0;
+  bool direct[kMaxOperands];       // read in place
+  bool invariant[kMaxOperands];    // the same for all rows of a group
+  bool plain_store[kMaxOperands];  // derivative written in place
+  bool staging = false, wanted = false, sums_wanted = false, only_u = false;
+  int64_t index[kMaxDims], at[kMaxOperands], mask_at[kMaxOperands], grad_at[kMaxOperands], partial_at[kMaxOperands];
+  double sum[kGroup];
+  T scale[kGroup], splat_value[kMaxOperands][kGroup], splat_slope[kMaxOperands][kGroup];
+  alignas(64) T ones[kBlock], value[kMaxOperands][kBlock], slope[kMaxOperands][kBlock], grad[kMaxOperands][kBlock];
+};
+
+template <class T>
+void run_slot(const Plan& plan, int64_t slot, int64_t slice) {
+  Slot<T>(plan, slot).run(slice);
+}
+
+// ---- the sum of the slots ------------------------------------------------------------------------------------------------
+
+// Part `part` of `parts` of the derivative of one operand: its slots' sums added in order.
+template <class T>
+void combine(const Plan& p, int operand, int64_t part, int64_t parts) {
+  const PlanOperand& o = p.operand[operand];
+  const int64_t cols = o.splat ? 1 : p.cols, blocks = (cols + kBlock - 1) / kBlock, items = o.sums_size / cols * blocks;
+  const int64_t slots = o.splat ? p.row_slots * p.col_slots : p.row_slots;
+  for (int64_t item = part * items / parts; item < (part + 1) * items / parts; ++item) {
+    int64_t row = item / blocks, at = 0, grad_at = 0;
+    const double* sums = o.sums + row * cols + item % blocks * kBlock;
+    for (int d = p.row_dims - 1; d >= 0; --d) {
+      if (!o.has_row[d]) continue;
+      at += row % p.row_size[d] * o.row[d];
+      grad_at += row % p.row_size[d] * o.grad_row[d];
+      row /= p.row_size[d];
+    }
+    const int64_t col = item % blocks * kBlock, count = cols - col < kBlock ? cols - col : kBlock;
+    alignas(64) double total[kBlock];
+    fill(total, 0.0, count);
+    for (int64_t slot = 0; slot < slots; ++slot)
+      for (int64_t i = 0; i < count; ++i) total[i] += sums[slot * o.sums_size + i];
+    finish<T>(o, at, grad_at, col, total, count);
+  }
+}
+
+}  // namespace
+
+#define FUSIONSUM_STRING(name) #name
+#define FUSIONSUM_NAME(name) FUSIONSUM_STRING(name)
+extern const Isa isa = {FUSIONSUM_NAME(FUSIONSUM_ISA), {run_slot<float>, run_slot<double>}, {combine<float>, combine<double>}};
+
+}  // namespace FUSIONSUM_ISA
+}  // namespace fusionsum

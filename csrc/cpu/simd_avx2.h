@@ -1,0 +1,120 @@
+// The AVX2 + FMA + F16C vocabulary: 256-bit vectors. A set of another width is a file like this one, and no more.
+#pragma once
+#include <immintrin.h>
+
+#include "../fusion.h"
+
+#define FUSIONSUM_ISA avx2
+#define FORM_INLINE inline __attribute__((always_inline))
+
+namespace fusionsum {
+namespace FUSIONSUM_ISA {
+namespace {
+#include "../dtype.h"
+
+// Vector types of GCC and Clang: the arithmetic operators are theirs.
+typedef float F32 __attribute__((vector_size(32)));
+typedef double F64 __attribute__((vector_size(32)));
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  using V = F32;
+  static constexpr int width = 8;
+  static __m256i first(int count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static V load_part(const float* p, int count) { return _mm256_maskload_ps(p, first(count)); }
+  static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static void store_part(float* p, V v, int count) { _mm256_maskstore_ps(p, first(count), v); }
+  static void stream(float* p, V v) { _mm256_stream_ps(p, v); }
+  static float sum(V v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+};
+template <>
+struct Simd<double> {
+  using V = F64;
+  static constexpr int width = 4;
+  static __m256i first(int count) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3)); }
+  static V load(const double* p) { return _mm256_loadu_pd(p); }
+  static V load_part(const double* p, int count) { return _mm256_maskload_pd(p, first(count)); }
+  static void store(double* p, V v) { _mm256_storeu_pd(p, v); }
+  static void store_part(double* p, V v, int count) { _mm256_maskstore_pd(p, first(count), v); }
+  static void stream(double* p, V v) { _mm256_stream_pd(p, v); }
+  static double sum(V v) {
+    const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+  }
+};
+
+template <class V>
+struct ScalarOf;
+template <>
+struct ScalarOf<F32> {
+  using type = float;
+};
+template <>
+struct ScalarOf<F64> {
+  using type = double;
+};
+template <class V>
+using Scalar = typename ScalarOf<V>::type;
+
+inline F32 load_wide(const Bf16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline F32 load_wide(const F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void store_bits(void* p, __m128i bits, bool stream) {
+  if (stream) {
+    _mm_stream_si128(static_cast<__m128i*>(p), bits);
+  } else {
+    _mm_storeu_si128(static_cast<__m128i*>(p), bits);
+  }
+}
+inline void store_narrow(Bf16* p, F32 v, bool stream) {
+  const __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+  store_bits(p, _mm256_castsi256_si128(packed), stream);
+}
+inline void store_narrow(F16* p, F32 v, bool stream) {
+  store_bits(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), stream);
+}
+
+inline F32 madd(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+inline F64 madd(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a, b, c); }
+inline F32 fused(F32 a, F32 b, F32 c) { return madd(a, b, c); }
+inline F64 fused(F64 a, F64 b, F64 c) { return madd(a, b, c); }
+inline F32 abs(F32 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+inline F64 abs(F64 x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x); }
+inline F32 copysign(F32 x, F32 sign) { return _mm256_or_ps(abs(x), _mm256_and_ps(sign, _mm256_set1_ps(-0.0f))); }
+inline F64 copysign(F64 x, F64 sign) { return _mm256_or_pd(abs(x), _mm256_and_pd(sign, _mm256_set1_pd(-0.0))); }
+template <class Mask>
+inline F32 select(Mask condition, F32 a, F32 b) {
+  return _mm256_blendv_ps(b, a, reinterpret_cast<F32>(condition));
+}
+template <class Mask>
+inline F64 select(Mask condition, F64 a, F64 b) {
+  return _mm256_blendv_pd(b, a, reinterpret_cast<F64>(condition));
+}
+// n is a whole number: adding 1.5 * 2^23 (2^52) leaves it in the low bits of the sum.
+inline F32 pow2(F32 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(n + (0x1.8p23f + 127.0f)), 23));
+}
+inline F64 pow2(F64 n) {
+  return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(n + (0x1.8p52 + 1023.0)), 52));
+}
+
+#include "../form.h"
+}  // namespace
+}  // namespace FUSIONSUM_ISA
+}  // namespace fusionsum
