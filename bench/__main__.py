@@ -1,0 +1,76 @@
+"""Command line of the benchmark: options, the re-execution that keeps page faults out, the loop over rows."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# glibc returns large blocks to the system and faults them in again at every call, which is slow and would flatter us:
+# the contenders allocate the product, we do not. It reads these once, at start.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+PAIRS, QUICK_PAIRS = 11, 3
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the options; `pairs` is added to them."""
+    parser = argparse.ArgumentParser("bench", description="Measure fusion_sum against torch, NumPy and the machine.")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_PAIRS} pairs, no torch.compile: under two minutes"
+    )
+    parser.add_argument("--rows", default="", metavar="P1,P5", help="only these rows (default: all)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as torch uses")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    options = parser.parse_args(argv)
+    options.pairs = QUICK_PAIRS if options.quick else PAIRS
+    if options.threads < 0:
+        parser.error(f"--threads: expected at least 1, got {options.threads}")
+    return options
+
+
+def run(options: argparse.Namespace) -> Path:
+    """Measure the rows asked for and write the report; return the path of the Markdown file."""
+    # Imported here, for torch must not be loaded before the re-execution.
+    import torch
+    from tqdm import tqdm
+
+    from . import machine, measure, report, rows
+
+    chosen = rows.select(options.rows)
+    threads = options.threads or torch.get_num_threads()
+    measure.set_threads(threads)
+    settings = {
+        "quick": options.quick,
+        "pairs": options.pairs,
+        "threads": threads,
+        "environment": {name: os.environ.get(name) for name in KEEP_MEMORY},
+    }
+    result: dict[str, Any] = {
+        "machine": machine.describe(),
+        "settings": settings,
+        "limits": machine.limits(threads),
+        "rows": [],
+    }
+    with tqdm(total=sum(len(row.phases) for row in chosen), unit="phase", mininterval=1.0) as bar:
+        for row in chosen:
+            result["rows"].append(measure.measure(row, options.pairs, threads, not options.quick, bar))
+    result["machine"]["load_after"] = os.getloadavg()
+    return report.write(result, options.out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; the exit code is 0 however slow anything was."""
+    options = parse(argv)
+    if any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
+        print(f"re-executing with {' '.join(f'{k}={v}' for k, v in KEEP_MEMORY.items())}", file=sys.stderr, flush=True)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | KEEP_MEMORY)
+    path = run(options)
+    print(path.read_text())
+    print(f"written to {path.parent}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

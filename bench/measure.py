@@ -1,0 +1,267 @@
+"""One row, measured: its contenders, their agreement, the interleaved timer, errors and memory.
+
+A timed pair is one batch of ours and at once one batch of the contender's; what is reported is the median of the pairs'
+ratios, with quartiles. The machine's limit is one of the contenders: it reads, copies or does both, with the row's own
+arrays, so that a working set which fits a cache is held to that cache's bandwidth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+import fusionsum as fs
+import numpy as np
+import torch
+
+from . import machine
+from .rows import BACKWARD, BOTH, FORWARD, Row
+
+BATCH_SECONDS = 0.01  # a timed batch lasts at least about this long: a clock tick or an interrupt is then below 1%
+
+Call = Callable[[], Any]
+
+
+def set_threads(threads: int) -> None:
+    """Set the threads of torch and of our kernels."""
+    torch.set_num_threads(threads)
+    fs.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    set_threads(count)
+    try:
+        yield
+    finally:
+        set_threads(before)
+
+
+@dataclass
+class Contender:
+    """A call on operands of its own; `grad_output` has its output's dtype and is None for NumPy."""
+
+    forward: Call
+    operands: list[Any]
+    same: bool = True  # as ours: whether its result must agree
+    grad_output: torch.Tensor | None = None
+    output_bytes: int = 0
+
+    def both(self) -> Any:
+        """Forward and backward, into fresh gradients."""
+        for x in self.operands:
+            x.grad = None
+        output = self.forward()
+        output.backward(self.grad_output)
+        return output
+
+    def results(self) -> list[torch.Tensor]:
+        """Output and gradients; of NumPy's the output."""
+        if self.grad_output is None:
+            return [torch.from_numpy(self.forward())]
+        return [self.both().detach(), *(x.grad for x in self.operands)]
+
+
+def contenders(row: Row, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Ours and the others, and the reasons of those left out."""
+    (naive, einsum), (operands, masks) = row.code, row.build()
+    keywords: dict[str, Any] = {}
+    if row.activations:
+        keywords["activations"] = row.activations
+    if row.dim != -1:
+        keywords["dim"] = row.dim
+    present = {"present": masks} if masks else {}
+    given: list[Any] = [x.numpy() for x in operands] if row.arrays == "numpy" else operands
+    skipped = {}
+
+    entered = {
+        "ours": Contender(partial(fs.fusion_sum, *given, **keywords, **present), given),
+        "naive": Contender(partial(naive, *given, *masks), given),
+    }
+    if einsum:
+        entered["einsum"] = Contender(partial(einsum, *given), given)
+    else:
+        skipped["einsum"] = "does not express the form"
+    if row.arrays == "numpy":
+        for contender in entered.values():
+            contender.output_bytes = contender.forward().nbytes
+        return entered, skipped
+    compiler = os.environ.get("CXX", "g++")
+    if not compiled:
+        skipped["torch.compile"] = "--quick"
+    elif not shutil.which(compiler):
+        skipped["torch.compile"] = f"no C++ compiler ({compiler})"
+    else:
+        torch.compiler.reset()  # else a row whose code was compiled for another shape gets dynamic shapes
+        entered["torch.compile"] = Contender(partial(torch.compile(naive), *given, *masks), given)
+    if row.dtype != torch.float32:
+        wide = [x.float() for x in operands]
+        entered["our float32"] = Contender(partial(fs.fusion_sum, *wide, **keywords), wide)
+    if masks:
+        entered["our unmasked"] = Contender(partial(fs.fusion_sum, *given, **keywords), given, same=False)
+
+    shape = entered["ours"].forward().shape
+    grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for contender in entered.values():
+        output = contender.forward()
+        contender.output_bytes, contender.grad_output = output.nbytes, grad_output.to(output.dtype)
+        for x in contender.operands:
+            x.requires_grad_()
+    return entered, skipped
+
+
+def errors(row: Row, entered: dict[str, Contender]) -> dict[str, dict[str, float]]:
+    """Each contender's greatest error against the naive form in float64, relative to the greatest value.
+
+    Raises
+    ------
+    AssertionError
+        If one differs from ours by more than 8 roundings of the narrowest dtype, of the sum of the terms' magnitudes.
+    """
+    operands, masks = row.build()
+    grad_output = entered["ours"].grad_output
+
+    def evaluate(change: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        wide = [change(x) for x in operands]
+        contender = Contender(partial(row.code[0], *wide, *masks), wide)
+        if grad_output is None:
+            return [contender.forward()]
+        contender.grad_output = change(grad_output)
+        for x in wide:
+            x.requires_grad_()
+        return contender.results()
+
+    exact, finfo = evaluate(torch.Tensor.double), torch.finfo(row.dtype)
+    allowed = [finfo.eps * (8 * size + 16 * finfo.tiny) for size in evaluate(lambda x: x.float().abs())]
+    ours = entered["ours"].results()
+    found = {}
+    for name, contender in entered.items():
+        if not contender.same:
+            continue
+        theirs = contender.results()
+        for i, (a, b, tolerance) in enumerate(zip(ours, theirs, allowed, strict=True)):
+            if not bool((_distance(a, b) <= tolerance).all()):
+                what = "output" if i == 0 else f"gradient of operand {i - 1}"
+                raise AssertionError(f"{row.name}: {name} and fusion_sum disagree in the {what}")
+        relative = [float(_distance(a, x).max() / x.abs().max()) for a, x in zip(theirs, exact, strict=True)]
+        found[name] = {FORWARD: relative[0], BOTH: max(relative)}
+    return found
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.double().sub_(b).abs_()
+
+
+def _batch(call: Call, calls: int) -> float:
+    """Seconds per call."""
+    start = time.perf_counter()
+    for _ in repeat(None, calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def _calls(call: Call, least: int) -> int:
+    """Warm up, and say how many calls make a batch."""
+    calls = least
+    while _batch(call, calls) * calls < BATCH_SECONDS:
+        calls *= 2
+    return calls
+
+
+def compare(ours: Call, others: dict[str, Call], pairs: int, least: int = 1) -> dict[str, Any]:
+    """Time ours against each other call, in adjacent batches."""
+    our_calls = _calls(ours, least)
+    our_seconds, against = [], {}
+    gc.collect()
+    gc.disable()
+    try:
+        for name, call in others.items():
+            calls = _calls(call, least)
+            _batch(ours, our_calls), _batch(call, calls)  # malloc has now seen this sequence and faults no more
+            seconds, faults = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(pairs):
+                our_seconds.append(_batch(ours, our_calls))
+                seconds.append(_batch(call, calls))
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+            ratios = np.array(seconds) / our_seconds[-pairs:]
+            against[name] = {
+                "seconds": float(np.median(seconds)),
+                "ratio": dict(zip(("q1", "median", "q3"), np.percentile(ratios, (25, 50, 75)).tolist(), strict=True)),
+                "page_faults_per_call": faults / (pairs * (calls + our_calls)),
+            }
+    finally:
+        gc.enable()
+    return {"seconds": float(np.median(our_seconds)), "contenders": against}
+
+
+def measure(row: Row, pairs: int, threads: int, compiled: bool, bar: Any) -> dict[str, Any]:
+    """Measure one row in all its phases; the result is JSON."""
+    threads = row.threads or threads
+    with _threads(threads):
+        bar.set_description(f"{row.name} agreement")
+        entered, skipped = contenders(row, compiled)
+        error = errors(row, entered)
+        factors = [torch.as_tensor(x) for x in entered["ours"].operands[1:]]
+        transfer: dict[str, Call] = {}
+        if row.limited:
+            read, copy = machine.reader(factors)[1], machine.copier(factors, threads)[1]
+            transfer = {FORWARD: read, BACKWARD: copy, BOTH: lambda: (read(), copy())}
+        else:
+            skipped["limit"] = "it is overhead, not bandwidth"
+
+        phases = {}
+        for phase in row.phases:
+            bar.set_description(f"{row.name} {phase}")
+            phases[phase] = _phase(row, phase, entered, transfer, pairs)
+            phases[phase]["error"] = {name: found[phase] for name, found in error.items() if phase in found}
+            bar.update()
+    result = {"name": row.name, "work": row.work, "threads": threads, "skipped": skipped, "phases": phases}
+    result["floors"] = [
+        {"phase": floor.phase, "against": floor.against, "ratio": floor.ratio, "at_most": floor.at_most}
+        | {"passed": floor.passed(reached["ratio"]["median"])}
+        for floor in row.floors
+        if (reached := phases[floor.phase]["contenders"].get(floor.against))
+    ]
+    return result
+
+
+def _phase(
+    row: Row, phase: str, entered: dict[str, Contender], transfer: dict[str, Call], pairs: int
+) -> dict[str, Any]:
+    ours = entered["ours"]
+    calls: dict[str, Call]
+    if phase == BACKWARD:  # ours against the limit only: how others split forward and backward is their own affair
+        output = ours.forward()
+        calls = {"ours": partial(torch.autograd.grad, output, ours.operands, ours.grad_output, retain_graph=True)}
+    else:
+        calls = {name: c.forward if phase == FORWARD else c.both for name, c in entered.items()}
+    with torch.no_grad() if phase == FORWARD else contextlib.nullcontext():
+        others = {name: call for name, call in calls.items() if name != "ours"}
+        if phase in transfer:
+            others["limit"] = transfer[phase]
+        result = compare(calls["ours"], others, pairs, row.calls)
+        result["extra_bytes"] = {
+            name: _extra(phase, calls[name], entered[name]) for name in ("ours", "naive") if name in calls
+        }
+    result |= {"bytes": row.bytes[phase], "flop": row.flop[phase]}
+    return result
+
+
+def _extra(phase: str, call: Call, contender: Contender) -> int | None:
+    """Peak memory beyond the output and the gradients, which are allocated by the call."""
+    given_back = 0 if phase == BACKWARD else contender.output_bytes
+    if phase != FORWARD:
+        given_back += sum(x.nbytes for x in contender.operands)
+        for x in contender.operands:
+            x.grad = None
+    return machine.peak_extra(call, given_back)

@@ -1,0 +1,205 @@
+"""The result as JSON, as a Markdown table with the floors beside what was reached, and as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from .rows import BOTH, FORWARD
+
+OURS, THEIRS, GREY = "#1b6ca8", "#d1495b", "#666666"
+HEADER = (
+    "| # | work | phase | time | vs naive | vs einsum | vs torch.compile | of the limit | other | GB/s "
+    "| extra memory, MiB: ours / naive | error: ours / naive |"
+)
+
+
+def write(result: dict[str, Any], folder: Path) -> Path:
+    """Write bench.json, bench.md and bench.png to the folder; return the path of the Markdown file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = folder / "bench.md"
+    path.write_text(markdown(result))
+    draw(result, folder / "bench.png")
+    return path
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the machine, how it was measured, the table and what was left out."""
+    machine, limits, settings = result["machine"], result["limits"], result["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
+    floors = [floor for row in result["rows"] for floor in row["floors"]]
+    lines = [
+        "# fusionsum: benchmark",
+        "",
+        f"{machine['cpu']}, {machine['cores']} cores ({caches}); native module {machine['backend']}; torch uses "
+        f"{machine['torch_isa']}. {versions}. Load {machine['load_before'][0]:.2f} before, "
+        f"{machine['load_after'][0]:.2f} after.",
+        "",
+        f"{settings['threads']} threads (P4: one). Limits measured in this run: read {limits['read_gb_per_s']:.1f} "
+        f"GB/s, copy {limits['copy_gb_per_s']:.1f} GB/s (read + written, 256 MiB), {limits['gflop_per_s']:.0f} GFLOP/s "
+        f"(`torch.mm`), {limits['exp_per_s'] / 1e9:.2f} G exp/s (`torch.exp`).",
+        "",
+        f"Ratios are the contender's time by ours: the median of {settings['pairs']} interleaved pairs (quartiles), "
+        "then the floor. *Of the limit*: the time in which torch or NumPy reads (forward), copies (backward) or does "
+        "both with the same bytes, by ours. GB/s count compulsory traffic only. Malloc keeps its memory in this "
+        f"process ({', '.join(settings['environment'])} set high), since page faults would flatter us. Extra "
+        "memory is beyond inputs, output and gradients, by the peak of the resident set. Errors are against float64, of the greatest "
+        "value.",
+        "",
+        HEADER,
+        "|" + "---|" * (HEADER.count("|") - 1),
+    ]
+    for row in result["rows"]:
+        for phase in row["phases"]:
+            lines.append(_line(row, phase))
+    lines += ["", f"Floors reached: {sum(floor['passed'] for floor in floors)} of {len(floors)} measured."]
+    reasons = [(row["name"], what, why) for row in result["rows"] for what, why in row["skipped"].items()]
+    lines += ["", *(f"* {name}: no {what}: {why}." for name, what, why in reasons)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict[str, Any], phase: str) -> str:
+    found = row["phases"][phase]
+    others = sorted(name for name in found["contenders"] if name.startswith("our "))
+    extra = [_mebibytes(found["extra_bytes"].get(name)) for name in ("ours", "naive")]
+    error = [_error(found["error"].get(name)) for name in ("ours", "naive")]
+    cells = [
+        row["name"],
+        row["work"],
+        phase,
+        _seconds(found["seconds"]),
+        *(_ratio(row, phase, name) for name in ("naive", "einsum", "torch.compile", "limit")),
+        "; ".join(f"{name}: {_ratio(row, phase, name)}" for name in others) or "–",
+        f"{found['bytes'] / found['seconds'] / 1e9:.1f}",
+        " / ".join(extra),
+        " / ".join(error),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _ratio(row: dict[str, Any], phase: str, name: str) -> str:
+    if name not in row["phases"][phase]["contenders"]:
+        return "–"
+    ratio = row["phases"][phase]["contenders"][name]["ratio"]
+    floor = next((f for f in row["floors"] if (f["phase"], f["against"]) == (phase, name)), None)
+    low, middle, high = ratio["q1"], ratio["median"], ratio["q3"]
+    if floor and floor["at_most"]:
+        low, middle, high = 1 / high, 1 / middle, 1 / low
+    if name == "limit":
+        text, unit = f"{middle:.0%} ({low:.0%}, {high:.0%})", ".0%"
+    else:
+        text, unit = f"{middle:.2f}× ({low:.2f}, {high:.2f})", ".2f"
+    if floor:
+        sign, mark = "≤" if floor["at_most"] else "≥", "✓" if floor["passed"] else "✗"
+        text = f"{text} {sign} {floor['ratio']:{unit}} {mark}"
+    return text
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def _mebibytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 2**20:.1f}"
+
+
+def _error(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Left the roofline, each row under the bandwidth of its own working set; right the ratios, with the floors."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), width_ratios=(3, 2), layout="constrained")
+    _draw_roofline(left, result)
+    _draw_ratios(right, result)
+    figure.suptitle(f"fusion_sum on {result['machine']['cpu']}, {result['settings']['threads']} threads")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_roofline(axes: Any, result: dict[str, Any]) -> None:
+    limits, rows = result["limits"], result["rows"]
+    peak, roof = limits["gflop_per_s"], limits["read_gb_per_s"]
+    low, high = 0.12, 4 * peak / roof
+    axes.plot([low, peak / roof, high], [low * roof, peak, peak], color=GREY, lw=1)
+    axes.annotate(f"memory {roof:.0f} GB/s", (low, low * roof), (4, 14), textcoords="offset points", color=GREY)
+    axes.annotate(
+        f"torch.mm {peak:.0f} GFLOP/s", (high, peak), (-4, 4), textcoords="offset points", ha="right", color=GREY
+    )
+    for i, (row, x) in enumerate(zip(rows, _apart([_intensity(row) for row in rows]), strict=True)):
+        found = row["phases"][FORWARD]
+        ours, naive = (found["flop"] / s / 1e9 for s in (found["seconds"], found["contenders"]["naive"]["seconds"]))
+        axes.plot([x, x], [naive, ours], color=GREY, lw=0.6)
+        axes.plot(x, ours, "o", color=OURS, label="fusion_sum" if i == 0 else None)
+        axes.plot(x, naive, "o", color=THEIRS, mfc="white", label="naive" if i == 0 else None)
+        if "limit" in found["contenders"]:
+            roof = found["flop"] / found["contenders"]["limit"]["seconds"] / 1e9
+            axes.plot(x, roof, "_", color="black", ms=10, label="limit of its working set" if i == 0 else None)
+        label = row["name"]
+        axes.annotate(
+            label,
+            (x, min(ours, naive)),
+            (0, -8),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=8,
+            rotation=90,
+        )
+    axes.set(
+        xscale="log", yscale="log", xlim=(low, high), xlabel="FLOP per byte of compulsory traffic", ylabel="GFLOP/s"
+    )
+    axes.set_title("Forward (rows of like intensity are drawn side by side)", fontsize=10)
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def _intensity(row: dict[str, Any]) -> float:
+    return row["phases"][FORWARD]["flop"] / row["phases"][FORWARD]["bytes"]
+
+
+def _apart(values: list[float]) -> list[float]:
+    """Spread like values (within 30%) round their middle, for most rows have one of two intensities."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and values[i] < 1.3 * values[groups[-1][-1]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    spread = list(values)
+    for group in groups:
+        middle = (values[group[0]] * values[group[-1]]) ** 0.5
+        for position, i in enumerate(group):
+            spread[i] = middle * 1.13 ** (position - (len(group) - 1) / 2)
+    return spread
+
+
+def _draw_ratios(axes: Any, result: dict[str, Any]) -> None:
+    rows = result["rows"][::-1]
+    for offset, phase, against, colour in (
+        (0.25, FORWARD, "naive", OURS),
+        (0.0, BOTH, "naive", THEIRS),
+        (-0.25, BOTH, "torch.compile", GREY),
+    ):
+        label: str | None = f"{phase}, vs {against}"
+        for i, row in enumerate(rows):
+            found = row["phases"].get(phase, {}).get("contenders", {}).get(against)
+            if found is None:
+                continue
+            axes.barh(i + offset, found["ratio"]["median"], 0.22, color=colour, label=label)
+            label = None
+            for floor in row["floors"]:
+                if (floor["phase"], floor["against"]) == (phase, against):
+                    axes.plot([floor["ratio"]] * 2, [i + offset - 0.12, i + offset + 0.12], color="black", lw=1.5)
+    axes.axvline(1, color="black", lw=0.6)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_xlabel("times as fast (black: the floor)")
+    axes.legend(fontsize=8)

@@ -1,0 +1,172 @@
+"""The rows: what is measured, how its user writes it without us, and the floor it has to reach.
+
+What lives here: shapes, dtypes, the contenders' code, the floors, the count of bytes and FLOPs. What lives elsewhere:
+how it is timed (``measure.py``). A new row is one entry of `ROWS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+FORWARD, BACKWARD, BOTH = PHASES = ("forward", "backward", "forward + backward")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """In this phase, the contender's time by ours is at least `ratio`; or, `at_most`, ours by theirs at most."""
+
+    phase: str
+    against: str
+    ratio: float
+    at_most: bool = False
+
+    def passed(self, ratio: float) -> bool:
+        """Judge the contender's time by ours."""
+        return 1 / ratio <= self.ratio if self.at_most else ratio >= self.ratio
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; B rows, n terms, O outputs, K candidates, M = ``len(shapes)`` modalities."""
+
+    name: str
+    work: str
+    shapes: tuple[tuple[int, ...], ...]  # of the factors
+    weights: tuple[int, ...]
+    code: tuple[
+        Callable[..., Any], Callable[..., Any] | None
+    ]  # as a user writes it: naively, and by einsum where it can
+    floors: tuple[Floor, ...]
+    dtype: torch.dtype = torch.float32  # of the factors; the weights are float32
+    activations: tuple[str | None, ...] | None = None
+    masked: bool = False
+    dim: int = -1
+    arrays: str = "torch"
+    threads: int = 0  # 0: as many as asked for
+    calls: int = 1  # per timed batch, at least
+
+    @property
+    def limited(self) -> bool:
+        """Whether bandwidth is its limit: below 1 MiB a torch call's own overhead exceeds the transfer to measure."""
+        return self.bytes[FORWARD] >= 2**20
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """NumPy has no backward; backward alone is compared with the limit only."""
+        if self.arrays == "numpy":
+            return (FORWARD,)
+        return PHASES if self.limited else (FORWARD, BOTH)
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Compulsory traffic (research/mission.md §5): forward reads the factors, backward also writes as much."""
+        forward = sum(math.prod(shape) for shape in self.shapes) * self.dtype.itemsize
+        return {FORWARD: forward, BACKWARD: 2 * forward, BOTH: 3 * forward}
+
+    @property
+    def flop(self) -> dict[str, int]:
+        """Operations a product needs (same source): 3 and 6 for two modalities, M + 1 and 4 M for more."""
+        terms, count = math.prod(np.broadcast_shapes(*self.shapes)), len(self.shapes)
+        forward, backward = terms * (count + 1), terms * (6 if count == 2 else 4 * count)
+        return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
+
+    def build(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Make the operands (weights first) and one mask per factor, 30% absent, or no masks; seeded."""
+        generator = torch.Generator().manual_seed(0)
+        operands = [torch.randn(self.weights, generator=generator)]
+        operands += [torch.randn(shape, generator=generator).to(self.dtype) for shape in self.shapes]
+        masks = [torch.rand(shape[0], generator=generator) >= 0.3 for shape in self.shapes if self.masked]
+        return operands, masks
+
+
+def _paired(w, f, g):
+    return (w * f * g).sum(-1)
+
+
+def _paired_einsum(w, f, g):
+    return torch.einsum("n,bn,bn->b", w.to(f.dtype), f, g)  # einsum takes operands of one dtype only
+
+
+def _activated(w, x, y, z):
+    return (w * torch.tanh(x) * torch.sigmoid(y) * z).sum(-1)
+
+
+def _activated_einsum(w, x, y, z):
+    return torch.einsum("n,bn,bn,bn->b", w, torch.tanh(x), torch.sigmoid(y), z)
+
+
+def _masked(w, x, y, z, has_x, has_y, has_z):
+    x = torch.where(has_x[:, None], x, 1.0)
+    y = torch.where(has_y[:, None], y, 1.0)
+    z = torch.where(has_z[:, None], z, 1.0)
+    return (w * x * y * z).sum(-1)
+
+
+def _vector(w, f, g):
+    return (w * f * g).sum(1)
+
+
+def _vector_einsum(w, f, g):
+    return torch.einsum("r,bro,bro->bo", w[:, 0], f, g)
+
+
+def _candidates(w, h, r, t):
+    return (w * h * r * t).sum(-1)
+
+
+def _candidates_einsum(w, h, r, t):
+    return torch.einsum("n,bn,bn,bkn->bk", w, h[:, 0], r[:, 0], t)
+
+
+def _numpy_einsum(w, f, g):
+    return np.einsum("n,bn,bn->b", w, f, g)
+
+
+def _floors(forward: float = 0, both: float = 0, compiled: float = 0, *more: Floor) -> tuple[Floor, ...]:
+    ratios = (Floor(FORWARD, "naive", forward), Floor(BOTH, "naive", both), Floor(BOTH, "torch.compile", compiled))
+    return (*(floor for floor in ratios if floor.ratio), *more)
+
+
+PAIRED, NUMPY = (_paired, _paired_einsum), (_paired, _numpy_einsum)
+ACTIVATED, MASKED = (_activated, _activated_einsum), (_masked, None)
+VECTOR, CANDIDATES = (_vector, _vector_einsum), (_candidates, _candidates_einsum)
+
+_BIG, _THREE, _MIDDLE = ((65536, 512),) * 2, ((16384, 512),) * 3, ((8192, 512),) * 2
+_ENTITIES = ((512, 1, 256), (512, 1, 256), (512, 256, 256))
+_P1 = _floors(2.5, 3, 2.5, Floor(FORWARD, "limit", 0.85), Floor(BACKWARD, "limit", 0.85))
+_P5 = _floors(4, 4, 2.5, Floor(FORWARD, "our float32", 1.7), Floor(BOTH, "our float32", 1.7))
+_P6 = ("tanh", "sigmoid", None)
+_P7 = _floors(0, 4, 0, Floor(FORWARD, "our unmasked", 1.15, True), Floor(BOTH, "our unmasked", 1.15, True))
+_P10 = (Floor(FORWARD, "naive", 4), Floor(FORWARD, "einsum", 4))
+
+# The floors are FLOORS.md's. P10's contenders are loops and element-wise operations: none calls BLAS, so that
+# the choice of OpenBLAS kernel does not matter to it.
+ROWS = (
+    Row("P1", "M=2, B=65536, n=512", _BIG, (512,), PAIRED, _P1),
+    Row("P2", "M=2, B=8192, n=512", _MIDDLE, (512,), PAIRED, _floors(4, 3.8, 2.8)),
+    Row("P3", "M=2, B=1024, n=256", ((1024, 256),) * 2, (256,), PAIRED, _floors(2.5, 2.5, 2.5)),
+    Row("P4", "M=2, B=64, n=64", ((64, 64),) * 2, (64,), PAIRED, _floors(1.8, 1.2, 3), threads=1, calls=200),
+    Row("P5 bf16", "P1 in bf16, f32 weights", _BIG, (512,), PAIRED, _P5, torch.bfloat16),
+    Row("P5 f16", "P1 in f16, f32 weights", _BIG, (512,), PAIRED, _P5, torch.float16),
+    Row("P6", "M=3, tanh and sigmoid, B=16384, n=512", _THREE, (512,), ACTIVATED, _floors(4, 4, 2), activations=_P6),
+    Row("P7", "M=3, 30% absent, B=16384, n=512", _THREE, (512,), MASKED, _P7, masked=True),
+    Row("P8", "B=4096, R=16, O=128, dim=1", ((4096, 16, 128),) * 2, (16, 1), VECTOR, _floors(2.5, 3, 2), dim=1),
+    Row("P9", "candidates, B=512, K=256, n=256", _ENTITIES, (256,), CANDIDATES, _floors(3, 3, 2)),
+    Row("P10", "NumPy, B=8192, n=512", _MIDDLE, (512,), NUMPY, _P10, arrays="numpy"),
+)
+
+
+def select(names: str) -> list[Row]:
+    """Return the rows of a comma-separated list, all of them if it is empty; P5 means both its dtypes."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    known = list(dict.fromkeys(row.name.split()[0] for row in ROWS))
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise SystemExit(f"--rows: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    return [row for row in ROWS if not wanted or row.name.split()[0] in wanted]
