@@ -1,0 +1,518 @@
+"""The fusion sum for torch: four ways to the same kernels, chosen by what is watching the call.
+
+What lives here: everything that needs torch's machinery. What lives elsewhere: the checks and their messages (``api.py``),
+the formulas and the fallback (``reference.py``), the kernels (``csrc/``).
+
+1. Plain tensors, nothing records: the native module, called directly.
+2. Plain tensors, autograd records: `_Recorded`, a ctx-style autograd.Function around the same call.
+3. A functorch transform or forward AD: `_Sum` and `_Grad`, Functions with setup_context, jvp and vmap, which plain
+   recording must not pay for (65 us a call more).
+4. All else (compile, export, modes, subclasses, double backward, no native module): the registered ops
+   ``fusionsum::fusion_sum`` and ``fusionsum::fusion_sum_grad``, which compilers and modes can see.
+
+The sum is linear in every operand, so all its derivatives are again sums, or gradients of sums, with operands replaced by
+directions (`_along`, `_across`). Activations break that. The first gradient has them in the kernel; beyond it, and in way 3
+always, torch's own operations apply them before a sum without any (`_activated`): right at every order, but phi(z) is
+stored, and slower.
+
+Autocast changes nothing: operands are taken as they come and promote, as in ``torch.mul``, compiled or not.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.utils import _pytree
+
+from . import api, reference
+from .backend import adopt_torch, native
+
+adopt_torch(torch)
+
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_jit_traces = torch._C._is_tracing
+_DIRECT, _RECORDED, _GENERAL = range(3)
+
+
+def _layered() -> bool:
+    """Tell whether way 3 is needed. A compiler traces functorch itself and cannot trace jvp rules."""
+    return not is_compiling() and (_functorch_active() or forward_ad._current_level >= 0)
+
+
+def _route(tensors: tuple[Any, ...]) -> int:
+    if native is None or _layered() or is_compiling() or _dispatch_modes() or _function_modes() or _jit_traces():
+        return _GENERAL
+    records = False
+    for x in tensors:
+        kind = type(x)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if x.is_neg():  # a view that owes a sign, as z.conj().imag does, of which a data pointer tells nothing
+                return _GENERAL
+            records = records or x.requires_grad
+        elif x is not None:
+            return _GENERAL
+    return _RECORDED if records and torch.is_grad_enabled() else _DIRECT
+
+
+def fusion_sum(
+    fusion_weights: Any, factors: tuple[Any, ...], activations: Any, present: Any, absent: Any, dim: Any
+) -> Tensor:
+    """Evaluate `api.fusion_sum` for torch tensors; takes the caller's arguments, unchecked."""
+    route = _route((fusion_weights, *factors))
+    if route == _RECORDED:
+        return _record((activations, present, absent, dim), fusion_weights, *factors)
+    if route == _DIRECT:
+        output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim)
+        if output is not NotImplemented:
+            return output
+    return _sum(_checked(fusion_weights, factors, activations, present, absent, dim))
+
+
+def fusion_sum_grad(
+    grad_output: Any,
+    fusion_weights: Any,
+    factors: tuple[Any, ...],
+    activations: Any,
+    present: Any,
+    absent: Any,
+    dim: Any,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Evaluate `api.fusion_sum_grad` for torch tensors, only the gradients needed; differentiable itself."""
+    if _route((grad_output, fusion_weights, *factors)) == _DIRECT:
+        grads = native.fusion_sum_grad(grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
+        if grads is not NotImplemented:
+            return grads
+    if grad_output is None:
+        raise TypeError("grad_output: expected a torch.Tensor of the output's shape, got None")
+    call = _checked(fusion_weights, factors, activations, present, absent, dim, grad_output)
+    return tuple(_grad(grad_output, needs, call))
+
+
+class _Recorded(torch.autograd.Function):
+    """The sum as plain autograd records it; saves its inputs and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, options: tuple[Any, ...], fusion_weights: Any, *factors: Any) -> Tensor:
+        activations, present, absent, dim = options
+        output = native.fusion_sum(fusion_weights, factors, *options)
+        if output is NotImplemented:
+            output = _sum(_checked(fusion_weights, factors, *options))
+        ctx.save_for_backward(fusion_weights, *factors, *(present or ()))
+        ctx.options = tuple(activations) if isinstance(activations, list) else activations, absent, dim
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        activations, absent, dim = ctx.options
+        needs = ctx.needs_input_grad[1:]
+        fusion_weights, *rest = ctx.saved_tensors
+        factors, present = tuple(rest[: len(needs) - 1]), rest[len(needs) - 1 :] or None
+        return None, *fusion_sum_grad(grad, fusion_weights, factors, activations, present, absent, dim, needs)
+
+
+# Past the Python of Function.apply, which asks about functorch once more and looks for dead wrappers.
+_record = super(torch.autograd.Function, _Recorded).apply
+
+
+# ---- the sum and its derivatives, whatever watches -------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """A sum: weights (or None) and factors, None and one mask (or None) per factor, and activations, "" for none."""
+
+    operands: list[Any]
+    masks: list[Any]
+    absent: str
+    dim: int
+    names: Sequence[str] = ()
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments of the registered op."""
+        names = self.names or [""] * (len(self.operands) - 1)
+        return self.operands[0], self.operands[1:], self.masks[1:], names, self.absent, self.dim
+
+
+def _checked(weights: Any, factors: Any, activations: Any, present: Any, absent: Any, dim: Any, *grad: Any) -> _Call:
+    if is_compiling():  # sizes may be symbols; the fake implementations check what they can
+        names = api._per_factor("activations", activations, len(factors), (str,))
+        masks = api._per_factor("present", present, len(factors), ())
+    else:
+        names, masks, dim = api.check(weights, factors, activations, present, absent, dim, *grad)
+    return _Call([weights, *factors], [None, *masks], absent, dim, [name or "" for name in names])
+
+
+def _sum(call: _Call) -> Tensor:
+    if not _layered():
+        return _sum_op(*call.arguments())
+    return _Sum.apply(call.absent, call.dim, *_activated(call), *call.masks).to(_result_dtype(call.operands))
+
+
+def _grad(grad: Tensor, needs: Sequence[bool], call: _Call) -> list[Any]:
+    """Gradients of `_sum` with respect to each operand; None for what is not needed."""
+    needs = [need and x is not None for need, x in zip(needs, call.operands, strict=True)]
+    if not any(needs):
+        return [None] * len(needs)
+    layered = _layered()
+    if any(call.names) and (layered or _records(grad, *call.operands)):
+        grads = _grad(grad, needs, call._replace(operands=_activated(call), names=()))
+        for k, (z, mask, name) in enumerate(zip(call.operands[1:], call.masks[1:], call.names, strict=True), 1):
+            if name and needs[k]:
+                derivative = reference.ACTIVATIONS[name][1](torch, _before_activation(z, mask))
+                grads[k] = (grads[k] * derivative).sum_to_size(z.shape).to(z.dtype)
+        return grads
+    if layered:
+        found = iter(_Grad.apply(needs, call.absent, call.dim, grad, *call.operands, *call.masks))
+    else:
+        found = iter(_grad_op(grad, *call.arguments(), needs))
+    return [next(found) if need else None for need in needs]
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
+
+
+def _before_activation(z: Tensor, mask: Tensor | None) -> Tensor:
+    """Widen as the kernels do, and put 0 for what is absent, which may be NaN."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return z if mask is None else torch.where(reference.align_mask(mask, z), z, 0)
+
+
+def _activated(call: _Call) -> list[Any]:
+    operands = list(call.operands)
+    for k, name in enumerate(call.names, 1):
+        if name:
+            operands[k] = reference.ACTIVATIONS[name][0](torch, _before_activation(operands[k], call.masks[k]))
+    return operands
+
+
+def _replaced(call: _Call, k: int, direction: Tensor) -> _Call:
+    """Put a direction in the place of operand k: it counts as present, and as 0 wherever operand k is absent."""
+    operands, masks = list(call.operands), list(call.masks)
+    if masks[k] is not None:
+        direction = torch.where(reference.align_mask(masks[k], operands[k]), direction, 0)
+    operands[k], masks[k] = direction, None
+    return call._replace(operands=operands, masks=masks)
+
+
+def _along(directions: Sequence[Any], call: _Call) -> Tensor | None:
+    """Differentiate a sum without activations along directions, one or None per operand."""
+    terms = [_sum(_replaced(call, k, v)) for k, v in enumerate(directions) if v is not None]
+    return functools.reduce(operator.add, terms) if terms else None
+
+
+def _across(directions: Sequence[Any], grad: Tensor, needs: Sequence[bool], call: _Call) -> list[Any]:
+    """Differentiate the gradients of a sum without activations along directions: the Hessian times directions.
+
+    It is the gradient of operand j where operand k is replaced by its direction, summed over every k but j.
+    """
+    total: list[Any] = [None] * len(needs)
+    for k, v in enumerate(directions):
+        if v is not None:
+            others = [need and j != k for j, need in enumerate(needs)]
+            total = _added(total, _grad(grad, others, _replaced(call, k, v)))
+    return total
+
+
+def _added(these: Sequence[Any], those: Sequence[Any]) -> list[Any]:
+    return [b if a is None else a if b is None else a + b for a, b in zip(these, those, strict=True)]
+
+
+def _second(
+    cotangents: Sequence[Any], wanted: Sequence[bool], grad: Tensor, needs: Sequence[bool], call: _Call
+) -> list[Any]:
+    """Gradients of `_grad` with respect to `grad` and each operand, as wanted; the needed ones have a cotangent each."""
+    if any(call.names):
+        return _second_by_autograd(cotangents, wanted, grad, needs, call)
+    given = iter(cotangents)
+    directions = [next(given) if need else None for need in needs]
+    along = _along(directions, call) if wanted[0] else None
+    return [along if along is None else along.to(grad.dtype), *_across(directions, grad, wanted[1:], call)]
+
+
+def _second_by_autograd(
+    cotangents: Sequence[Any], wanted: Sequence[bool], grad: Tensor, needs: Sequence[bool], call: _Call
+) -> list[Any]:
+    """Differentiate `_grad` as it is composed when recorded; for the op called with activations and grad by hand."""
+    create_graph, inputs = torch.is_grad_enabled(), [grad, *call.operands]
+    with torch.enable_grad():
+        if not create_graph:
+            inputs = [x if x is None else x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
+        outputs = [d for d in _grad(inputs[0], needs, call._replace(operands=inputs[1:])) if d is not None]
+        pairs = [(d, v) for d, v in zip(outputs, cotangents, strict=True) if d.requires_grad]
+        if not pairs:
+            return [None] * len(wanted)
+        outputs, cotangents = zip(*pairs, strict=True)
+        inputs = [x for x, w in zip(inputs, wanted, strict=True) if w]
+        grads = torch.autograd.grad(outputs, inputs, cotangents, create_graph=create_graph, allow_unused=True)
+    found = iter(grads)
+    return [next(found) if w else None for w in wanted]
+
+
+# ---- vmap: a batch axis in front of every operand ------------------------------------------------------------------------
+
+
+def _batch_first(size: int, tensors: Sequence[Any], axes: Sequence[Any]) -> list[Any]:
+    return [
+        x if x is None else x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)
+        for x, axis in zip(tensors, axes, strict=True)
+    ]
+
+
+def _batched(size: int, axes: Any, call: _Call) -> tuple[list[Any], _Call]:
+    """Move the batch first, then insert axes of 1 after it, so that the others still line up on the right."""
+    operands, masks = (_batch_first(size, *group) for group in zip((call.operands, call.masks), axes, strict=True))
+    masks = [mask if mask is None else reference.align_mask(mask, x) for mask, x in zip(masks, operands, strict=True)]
+    ndim = max(x.ndim for x in operands if x is not None)
+    padded = (
+        [x if x is None else x.reshape(size, *(1,) * (ndim - x.ndim), *x.shape[1:]) for x in group]
+        for group in (operands, masks)
+    )
+    dim = call.dim if call.dim < 0 else call.dim - (ndim - 1)
+    return operands, _Call(*padded, call.absent, dim, call.names)
+
+
+def _vmap_sum(size: int, axes: Any, call: _Call) -> Any:
+    operands, batched = _batched(size, axes, call)
+    return _sum(batched).to(_result_dtype(operands, batch_dims=1)), 0
+
+
+def _vmap_grad(size: int, grad_axis: Any, axes: Any, grad: Tensor, needs: Sequence[bool], call: _Call) -> Any:
+    operands, batched = _batched(size, axes, call)
+    grads = _grad(*_batch_first(size, [grad], [grad_axis]), needs, batched)
+    found = [d.reshape(x.shape) for d, x in zip(grads, operands, strict=True) if d is not None]
+    return found, [0] * len(found)
+
+
+def _result_dtype(tensors: Sequence[Tensor | None], batch_dims: int = 0) -> torch.dtype:
+    """Promote as `reference.result_dtype` does, not counting the first `batch_dims` dims of the tensors."""
+    given = [x for x in tensors if x is not None]
+    voters = [x for x in given if x.ndim > batch_dims] or given
+    return functools.reduce(torch.promote_types, [x.dtype for x in voters])
+
+
+# ---- way 3: functorch and forward AD, without activations ----------------------------------------------------------------
+
+
+def _halves(tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Split operands from masks, of which there are as many."""
+    return list(tensors[: len(tensors) // 2]), list(tensors[len(tensors) // 2 :])
+
+
+class _Sum(torch.autograd.Function):
+    """apply(absent, dim, *operands, *masks)."""
+
+    @staticmethod
+    def forward(absent: str, dim: int, *tensors: Any) -> Tensor:
+        return _sum_op(*_Call(*_halves(tensors), absent, dim).arguments())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        (*ctx.options,) = inputs[:2]
+        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_forward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        call = _Call(*_halves(ctx.saved_tensors), *ctx.options)
+        needs = _halves(ctx.needs_input_grad[2:])[0]
+        return None, None, *_grad(grad, needs, call), *[None] * len(needs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
+        return _along(_halves(tangents[2:])[0], _Call(*_halves(ctx.saved_tensors), *ctx.options))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, absent: str, dim: int, *tensors: Any) -> Any:
+        return _vmap_sum(info.batch_size, _halves(in_dims[2:]), _Call(*_halves(tensors), absent, dim))
+
+
+class _Grad(torch.autograd.Function):
+    """apply(needs, absent, dim, grad, *operands, *masks); returns the gradients needed."""
+
+    @staticmethod
+    def forward(needs: Any, absent: str, dim: int, grad: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        return tuple(_grad_op(grad, *_Call(*_halves(tensors), absent, dim).arguments(), needs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.needs, *ctx.options = inputs[:3]
+        ctx.save_for_backward(*inputs[3:])
+        ctx.save_for_forward(*inputs[3:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        grad, *tensors = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[3], *_halves(ctx.needs_input_grad[4:])[0]]
+        found = _second(cotangents, wanted, grad, ctx.needs, _Call(*_halves(tensors), *ctx.options))
+        return None, None, None, *found, *[None] * len(ctx.needs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        grad, *tensors = ctx.saved_tensors
+        call = _Call(*_halves(tensors), *ctx.options)
+        found = _across(_halves(tangents[4:])[0], grad, ctx.needs, call)
+        if tangents[3] is not None:
+            found = _added(found, _grad(tangents[3], ctx.needs, call))
+        needed = [(d, x) for d, x, need in zip(found, call.operands, ctx.needs, strict=True) if need]
+        return tuple(torch.zeros_like(x) if d is None else d for d, x in needed)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, needs: Any, absent: str, dim: int, grad: Tensor, *tensors: Any) -> Any:
+        call = _Call(*_halves(tensors), absent, dim)
+        found, axes = _vmap_grad(info.batch_size, in_dims[3], _halves(in_dims[4:]), grad, needs, call)
+        return tuple(found), tuple(axes)
+
+
+# ---- way 4: the registered ops -------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("fusionsum", "DEF")
+_ARGUMENTS = "Tensor? fusion_weights, Tensor[] factors, Tensor?[] present, str[] activations, str absent, int dim"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_library.define(f"fusion_sum({_ARGUMENTS}) -> Tensor", tags=_TAGS)
+_library.define(f"fusion_sum_grad(Tensor grad_output, {_ARGUMENTS}, bool[] needs) -> Tensor[]", tags=_TAGS)
+_sum_op = torch.ops.fusionsum.fusion_sum.default
+_grad_op = torch.ops.fusionsum.fusion_sum_grad.default
+
+
+def _call(weights: Any, factors: Any, present: Any, names: Any, absent: str, dim: int) -> _Call:
+    """Undo `_Call.arguments`."""
+    return _Call([weights, *factors], [None, *present], absent, dim, names)
+
+
+def _for_api(weights: Any, factors: Any, present: Any, names: Any, absent: str, dim: int) -> tuple[Any, ...]:
+    return weights, tuple(factors), [name or None for name in names], present, absent, dim
+
+
+def _sum_kernel(*arguments: Any) -> Tensor:
+    given = _for_api(*arguments)
+    output = NotImplemented if native is None else native.fusion_sum(*given)
+    if output is not NotImplemented:
+        return output
+    names, masks, dim = api.check(*given)
+    weights, *factors = operands = _call(*arguments).operands
+    output = reference.fusion_sum(
+        _array(weights), [_array(z) for z in factors], names, [_array(m) for m in masks], given[4], dim
+    )
+    return torch.from_numpy(np.asarray(output)).to(_result_dtype(operands))
+
+
+def _grad_kernel(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    *arguments, needs = arguments
+    given = _for_api(*arguments)
+    found = NotImplemented if native is None else native.fusion_sum_grad(grad, *given, needs)
+    if found is not NotImplemented:
+        return [d for d in found if d is not None]
+    names, masks, dim = api.check(*given, grad)
+    weights, *factors = operands = _call(*arguments).operands
+    arrays = (_array(grad), _array(weights), [_array(z) for z in factors], names, [_array(m) for m in masks])
+    found = reference.fusion_sum_grad(*arrays, given[4], dim, needs)
+    return [torch.from_numpy(d).to(x.dtype) for d, x in zip(found, operands, strict=True) if d is not None]
+
+
+def _array(x: Tensor | None) -> np.ndarray | None:
+    """View a checked tensor as an array; bfloat16, which NumPy lacks, is widened, which is exact."""
+    if x is None:
+        return None
+    if x.layout is not torch.strided:
+        raise TypeError(f"factors, fusion_weights, present: expected dense tensors, got one of layout {x.layout}")
+    if x.device.type != "cpu":
+        raise ValueError(f"factors: are on {x.device}, expected cpu, the only device with kernels in this version")
+    x = x.detach()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _fake_shape(arguments: Sequence[Any], *grad: Any) -> list[Any]:
+    operands, masks, _, dim, _ = _call(*arguments)
+    given = [x for x in operands if x is not None]
+    if all(isinstance(n, int) for x in (*given, *masks, *grad) if x is not None for n in x.shape):
+        api.check(*_for_api(*arguments), *grad)  # else NumPy's broadcasting would fix the sizes, and the kernel checks
+    shape = list(torch.broadcast_shapes(*(x.shape for x in given)))
+    del shape[dim]
+    return shape
+
+
+def _fake_sum(*arguments: Any) -> Tensor:
+    operands = _call(*arguments).operands
+    return operands[1].new_empty(_fake_shape(arguments), dtype=_result_dtype(operands))
+
+
+def _fake_grad(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    *arguments, needs = arguments
+    _fake_shape(arguments, grad)
+    return [x.new_empty(x.shape) for x, need in zip(_call(*arguments).operands, needs, strict=True) if need]
+
+
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    call = _call(*inputs)
+    ctx.save_for_backward(*call.operands, *call.masks)
+    ctx.options, ctx.no_gradient = call[2:], _no_gradient(inputs[2])
+
+
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    weights, *factors = _grad(grad, needs, _Call(*_halves(ctx.saved_tensors), *ctx.options))
+    return weights, factors, *ctx.no_gradient
+
+
+def _grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad, *arguments, ctx.needs = inputs
+    call = _call(*arguments)
+    ctx.save_for_backward(grad, *call.operands, *call.masks)
+    ctx.options, ctx.no_gradient = call[2:], _no_gradient(inputs[3])
+
+
+def _grad_backward(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
+    grad, *tensors = ctx.saved_tensors
+    wanted = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[2]]
+    call = _Call(*_halves(tensors), *ctx.options)
+    found = _second(cotangents, wanted, grad, ctx.needs, call)
+    return found[0], found[1], found[2:], *ctx.no_gradient, None
+
+
+def _no_gradient(present: list[Any]) -> tuple[Any, ...]:
+    """Return what torch wants for present, activations, absent, dim: a list for a list that holds tensors only."""
+    return [None] * len(present) if all(isinstance(mask, Tensor) for mask in present) else None, None, None, None
+
+
+def _sum_vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    return _vmap_sum(info.batch_size, _call(*in_dims)[:2], _call(*arguments))
+
+
+def _grad_vmap(info: Any, in_dims: Any, grad: Tensor, *arguments: Any) -> Any:
+    *arguments, needs = arguments
+    return _vmap_grad(info.batch_size, in_dims[0], _call(*in_dims[1:-1])[:2], grad, needs, _call(*arguments))
+
+
+def _grads_batched(rule: Any, *arguments: Any) -> Any:
+    """Vmap under torch's older vmap, which is_grads_batched and gradcheck still use and which has no public rules."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    tensors = [x for x in _pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
+    size = max(torch._remove_batch_dim(x, level, 1, 0).shape[0] for x in tensors)
+    unwrapped = _pytree.tree_map_only(Tensor, lambda x: torch._remove_batch_dim(x, level, size, 0), arguments)
+    in_dims = _pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, arguments)
+    found, _ = rule(SimpleNamespace(batch_size=size), in_dims, *unwrapped)
+    return _pytree.tree_map(lambda x: torch._add_batch_dim(x, 0, level), found)
+
+
+for _name, _kernel, _fake, _setup, _backward, _vmap in (
+    ("fusion_sum", _sum_kernel, _fake_sum, _sum_setup, _sum_backward, _sum_vmap),
+    ("fusion_sum_grad", _grad_kernel, _fake_grad, _grad_setup, _grad_backward, _grad_vmap),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # on every device: where it has no kernels, it says so
+    _library.impl(_name, functools.partial(_grads_batched, _vmap), "Batched")
+    torch.library.register_fake(f"fusionsum::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"fusionsum::{_name}", _backward, setup_context=_setup, lib=_library)
+    torch.library.register_vmap(f"fusionsum::{_name}", _vmap, lib=_library)
