@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fusionsum as fs
 import numpy as np
 import torch
+
+import fusionsum as fs
 
 
 def describe() -> dict[str, Any]:

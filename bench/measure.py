@@ -19,9 +19,10 @@ from functools import partial
 from itertools import repeat
 from typing import Any
 
-import fusionsum as fs
 import numpy as np
 import torch
+
+import fusionsum as fs
 
 from . import machine
 from .rows import BACKWARD, BOTH, FORWARD, Row
@@ -80,12 +81,13 @@ def contenders(row: Row, compiled: bool) -> tuple[dict[str, Contender], dict[str
         keywords["activations"] = row.activations
     if row.dim != -1:
         keywords["dim"] = row.dim
-    present = {"present": masks} if masks else {}
+    present: dict[str, Any] = {"present": masks} if masks else {}
     given: list[Any] = [x.numpy() for x in operands] if row.arrays == "numpy" else operands
+    ours: Callable[..., Any] = fs.fusion_sum
     skipped = {}
 
     entered = {
-        "ours": Contender(partial(fs.fusion_sum, *given, **keywords, **present), given),
+        "ours": Contender(partial(ours, *given, **keywords, **present), given),
         "naive": Contender(partial(naive, *given, *masks), given),
     }
     if einsum:
@@ -106,9 +108,9 @@ def contenders(row: Row, compiled: bool) -> tuple[dict[str, Contender], dict[str
         entered["torch.compile"] = Contender(partial(torch.compile(naive), *given, *masks), given)
     if row.dtype != torch.float32:
         wide = [x.float() for x in operands]
-        entered["our float32"] = Contender(partial(fs.fusion_sum, *wide, **keywords), wide)
+        entered["our float32"] = Contender(partial(ours, *wide, **keywords), wide)
     if masks:
-        entered["our unmasked"] = Contender(partial(fs.fusion_sum, *given, **keywords), given, same=False)
+        entered["our unmasked"] = Contender(partial(ours, *given, **keywords), given, same=False)
 
     shape = entered["ours"].forward().shape
     grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1))

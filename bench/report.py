@@ -51,8 +51,8 @@ def markdown(result: dict[str, Any]) -> str:
         "then the floor. *Of the limit*: the time in which torch or NumPy reads (forward), copies (backward) or does "
         "both with the same bytes, by ours. GB/s count compulsory traffic only. Malloc keeps its memory in this "
         f"process ({', '.join(settings['environment'])} set high), since page faults would flatter us. Extra "
-        "memory is beyond inputs, output and gradients, by the peak of the resident set. Errors are against float64, of the greatest "
-        "value.",
+        "memory is beyond inputs, output and gradients, by the peak of the resident set. Errors are against float64, "
+        "of the greatest value.",
         "",
         HEADER,
         "|" + "---|" * (HEADER.count("|") - 1),
