@@ -2,7 +2,8 @@
 // Templated on the value type V: one number, or a vector of them in any instruction set.
 //
 // Included inside an instruction set's namespace (simd_<isa>.h), which supplies for its V: Scalar<V> and, by the names below,
-// madd (a*b+c, fused where that is cheap), fused (a*b+c rounded once), abs, copysign, select and pow2. Errors are measured
+// madd (a*b+c, fused where that is cheap), fused (a*b+c rounded once), abs, copysign, at_least, at_most, select,
+// select_negative (by the sign of its first argument) and pow2. Errors are measured
 // by tests/test_kernel.py.
 
 // partial[k] = c * prod_{j != k} v[j], by prefixes and suffixes: dividing the product by v[k] would fail at zeros.
@@ -30,11 +31,13 @@ struct Constants;
 template <>
 struct Constants<float> {
   static constexpr float ln2_hi = 0x1.63p-1f, ln2_lo = -0x1.bd0106p-13f, exp_lowest = -104.0f, round = 0x1.8p23f;
+  static constexpr float lift = 64, drop = 0x1p-64f;
   static constexpr int exp_terms = 5, tail_terms = 11;
 };
 template <>
 struct Constants<double> {
   static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33, exp_lowest = -746.0, round = 0x1.8p52;
+  static constexpr double lift = 512, drop = 0x1p-512;
   static constexpr int exp_terms = 11, tail_terms = 23;
 };
 
@@ -44,14 +47,14 @@ struct Exp {
 };
 
 // For x <= 0. x = n ln 2 + r, |r| <= ln 2 / 2; p = exp(r) - 1 by its Taylor series, to below 0.1 ulp: 7 terms f32, 13 f64.
-// 2^n is applied in two steps, so that subnormal results round once.
+// 2^n is lifted into the normal range and dropped again, so that subnormal results round once.
 template <class V>
 FORM_INLINE Exp<V> exp_of_negative(V x) {
   using T = Scalar<V>;
   using C = Constants<T>;
   constexpr double kInverseFactorial[] = {1. / 2,     1. / 6,      1. / 24,      1. / 120,      1. / 720,       1. / 5040,
                                           1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
-  x = select(x < T(C::exp_lowest), V{} + T(C::exp_lowest), x);
+  x = at_least(x, V{} + T(C::exp_lowest));
   const V n = madd(x, V{} + T(1.4426950408889634), V{} + T(C::round)) - T(C::round);
   V r = madd(n, V{} - T(C::ln2_hi), x);
   r = madd(n, V{} - T(C::ln2_lo), r);
@@ -59,29 +62,28 @@ FORM_INLINE Exp<V> exp_of_negative(V x) {
 #pragma GCC unroll 16
   for (int i = C::exp_terms - 1; i >= 0; --i) q = madd(q, r, V{} + T(kInverseFactorial[i]));
   const V p = madd(r * r, q, r);
-  const V half = madd(n, V{} + T(0.5), V{} + T(C::round)) - T(C::round);
-  const V scale = pow2(half), rest = pow2(n - half), both = scale * rest;
-  return {(p + T(1)) * scale * rest, madd(both, p, both - T(1))};
+  const V lifted = pow2(n + T(C::lift)), scale = lifted * T(C::drop);
+  return {(p + T(1)) * lifted * T(C::drop), madd(scale, p, scale - T(1))};
 }
 
 template <class V>
 struct Value {
-  V y, dy;
+  V y, dy;  // phi(x) and phi'(x); what a caller does not use is not computed
 };
 
 template <class V>
 FORM_INLINE Value<V> tanh_value(V x) {
   using T = Scalar<V>;
   const Exp<V> e = exp_of_negative(abs(x) * T(-2));
-  const V q = T(1) / (e.e + T(1));
-  return {copysign(V{} - e.em1 * q, x), e.e * q * (q * T(4))};
+  const V q = T(1) / (e.em1 + T(2));
+  return {copysign(e.em1 * q, x), e.e * q * (q * T(4))};
 }
 
 template <class V>
 FORM_INLINE Value<V> sigmoid_value(V x) {
   using T = Scalar<V>;
-  const V e = exp_of_negative(V{} - abs(x)).e, q = T(1) / (e + T(1));
-  return {select(x < T(0), e * q, q), e * q * q};
+  const V e = exp_of_negative(abs(x) * T(-1)).e, q = T(1) / (e + T(1));
+  return {select_negative(x, e * q, q), e * q * q};
 }
 
 template <class V>
@@ -113,7 +115,7 @@ FORM_INLINE Value<V> gelu_value(V x) {
       0.0000136250251939740466, -3.43069827716607437e-6, -2.60783907980458132e-6, 4.02427481014322407e-7,
       5.4300399206059853e-7,   2.3513362577996062e-9,  -1.01046445695363609e-7,  -1.85385420835633131e-8,
       1.14008678657855824e-8,  4.23785422278937983e-9, 1.55134389059184233e-10};
-  const V a = select(abs(x) > T(40), V{} + T(40), abs(x));
+  const V a = at_most(abs(x), V{} + T(40));
   const V inverse = T(1) / ((a + T(4)) * (a + T(1)));
   const V t = (a - T(4)) * (a + T(1)) * inverse;
   const auto coefficient = [&](int i) { return V{} + (sizeof(T) == 4 ? T(kTail32[i < 11 ? i : 0]) : T(kTail64[i])); };
@@ -123,7 +125,7 @@ FORM_INLINE Value<V> gelu_value(V x) {
   const V square = a * a, error = fused(a, a, V{} - square);
   V e = exp_of_negative(square * T(-0.5)).e;
   e = madd(e, error * T(-0.5), e);
-  const V tail = e * (r * (a + T(4)) * inverse), phi = select(x < T(0), tail, T(1) - tail);
+  const V tail = e * (r * (a + T(4)) * inverse), phi = select_negative(x, tail, T(1) - tail);
   return {x * phi, madd(x, e * T(0.39894228040143267794), phi)};
 }
 

@@ -179,7 +179,7 @@ void cut(Plan& plan) {
     const int inner = plan.row_dims - 1;
     if (o.target == Target::run) {
       // Rows of one group are summed and written at once; longer runs go through float64 sums.
-      const bool at_once = !o.splat && !o.mask && o.run == plan.row_size[inner] && o.run <= kGroup;
+      const bool at_once = !o.splat && !o.mask_col && o.run == plan.row_size[inner] && o.run <= kGroup;
       o.sums_size = at_once ? 0 : o.splat ? 1 : plan.cols_per_slot;
     } else if (o.target == Target::partial) {
       int64_t stride = o.splat ? 1 : plan.cols;

@@ -11,22 +11,31 @@ namespace {
 
 // ---- rows: from memory to the working precision T and back --------------------------------------------------------------
 
+template <class S>
+inline S* unconst(const S* p) {
+  return const_cast<S*>(p);
+}
 // Calls f(pointer of the right type) for a dtype.
 template <class F>
 inline void with_dtype(DType dtype, const void* p, F f) {
   switch (dtype) {
-#define CASE(name, type) \
-  case DType::name:      \
+#define CASE(name, type)            \
+  case DType::name:                 \
     f(static_cast<const type*>(p)); \
     break;
     FUSIONSUM_DTYPES(CASE)
 #undef CASE
+    default:
+      __builtin_unreachable();
   }
 }
 
 template <class T, class S>
 inline void load_row(T* to, const S* from, int64_t stride, int64_t cols) {
-  for (int64_t i = 0; i < cols; ++i) to[i] = static_cast<T>(widen(from[i * stride]));
+  if (stride == 1)  // a loop of its own, which the compiler makes vectors of
+    for (int64_t i = 0; i < cols; ++i) to[i] = static_cast<T>(widen(from[i]));
+  else
+    for (int64_t i = 0; i < cols; ++i) to[i] = static_cast<T>(widen(from[i * stride]));
 }
 // Contiguous 16-bit rows convert a vector at a time.
 template <class S>
@@ -42,7 +51,10 @@ inline void load_row(float* to, const F16* from, int64_t stride, int64_t cols) {
 
 template <class T, class S>
 inline void store_row(S* to, int64_t stride, const T* from, int64_t cols, bool) {
-  for (int64_t i = 0; i < cols; ++i) narrow(from[i], to + i * stride);
+  if (stride == 1)
+    for (int64_t i = 0; i < cols; ++i) narrow(from[i], to + i);
+  else
+    for (int64_t i = 0; i < cols; ++i) narrow(from[i], to + i * stride);
 }
 // Streaming stores are worth it for whole vectors at their natural alignment.
 template <class S>
@@ -64,8 +76,12 @@ template <class T>
 inline void store_row(T* to, int64_t stride, const T* from, int64_t cols, bool stream) {
   using L = Simd<T>;
   int64_t i = 0;
-  if (stride == 1 && stream && aligned(to, L::width))
-    for (; i + L::width <= cols; i += L::width) L::stream(to + i, L::load(from + i));
+  stream = stream && aligned(to, L::width);
+  if (stride == 1)
+    for (; i + L::width <= cols; i += L::width) {
+      if (stream) L::stream(to + i, L::load(from + i));
+      else L::store(to + i, L::load(from + i));
+    }
   for (; i < cols; ++i) to[i * stride] = from[i];
 }
 
@@ -74,31 +90,34 @@ inline void fill(T* to, T value, int64_t cols) {
   for (int64_t i = 0; i < cols; ++i) to[i] = value;
 }
 
-// y = phi(y) in place, and dy = phi'(y) where it is asked for.
-template <class T, class Phi>
-inline void activate(T* y, T* dy, int64_t cols, Phi phi) {
+// y = phi(x), and dy = phi'(x) where it is asked for. x may be y.
+template <bool kSlope, class T, class Phi>
+inline void activate(const T* x, T* y, T* dy, int64_t cols, Phi phi) {
   using L = Simd<T>;
   int64_t i = 0;
   for (; i + L::width <= cols; i += L::width) {
-    const auto value = phi(L::load(y + i));
+    const auto value = phi(L::load(x + i));
     L::store(y + i, value.y);
-    if (dy) L::store(dy + i, value.dy);
+    if (kSlope) L::store(dy + i, value.dy);
   }
   if (const int rest = static_cast<int>(cols - i)) {
-    const auto value = phi(L::load_part(y + i, rest));
+    const auto value = phi(L::load_part(x + i, rest));
     L::store_part(y + i, value.y, rest);
-    if (dy) L::store_part(dy + i, value.dy, rest);
+    if (kSlope) L::store_part(dy + i, value.dy, rest);
   }
 }
 template <class T>
-inline void activate(Activation activation, T* y, T* dy, int64_t cols) {
+inline void activate(Activation activation, const T* x, T* y, T* dy, int64_t cols) {
   switch (activation) {
     case Activation::none:
+      if (x != y) load_row(y, x, 1, cols);
       break;
-#define CASE(name)        \
-  case Activation::name:  \
-    activate(y, dy, cols, [](auto v) { return name##_value(v); }); \
-    break;
+#define CASE(name)                                                    \
+  case Activation::name: {                                            \
+    const auto phi = [](auto v) { return name##_value(v); };          \
+    dy ? activate<true>(x, y, dy, cols, phi) : activate<false>(x, y, dy, cols, phi); \
+    break;                                                            \
+  }
       FUSIONSUM_ACTIVATIONS(CASE)
 #undef CASE
   }
@@ -115,26 +134,22 @@ struct Tile {
   int64_t in_step[kMaxOperands];  // from row to row; 0 repeats one row
   T* out[kMaxOperands];           // where derivatives go; null: not asked for
   int64_t out_step[kMaxOperands];
+  const T* const* in_rows[kMaxOperands];  // masked operands: where each row is instead; null: as in and in_step say
+  T* const* out_rows[kMaxOperands];
   const T* scale;                 // per row: the product of the operands that do not vary along the columns
   double* sum;                    // per row: += sum over the columns of the product, without scale; null: not asked for
   bool stream[kMaxOperands];      // store out[k] past the caches
+
+  const T* in_row(int k, int64_t r) const { return in_rows[k] ? in_rows[k][r] : in[k] + r * in_step[k]; }
+  T* out_row(int k, int64_t r) const {
+    return !out[k] ? nullptr : out_rows[k] ? out_rows[k][r] : out[k] + r * out_step[k];
+  }
 };
 
 template <int N>
 struct Count {
   static constexpr int value = N;
 };
-template <class T>
-struct Unqualified {
-  using type = T;
-};
-template <class T>
-struct Unqualified<const T&> {
-  using type = T;
-};
-template <class T>
-using std_remove_const = typename Unqualified<T>::type;
-
 template <class T, bool kPart>
 struct Access {  // a vector, or the part of it that the row still has
   using L = Simd<T>;
@@ -171,7 +186,7 @@ void dot(const Tile<T>& t) {
   const int n = N ? N : t.operands;
   for (int64_t r = 0; r < t.rows; ++r) {
     const T* in[kSlots<N>];
-    for (int k = 0; k < n; ++k) in[k] = t.in[k] + r * t.in_step[k];
+    for (int k = 0; k < n; ++k) in[k] = t.in_row(k, r);
     const auto add = [&](V s, auto access, int64_t i) {
       V p = access.load(in[0] + i);
       if (n == 1) return s + p;
@@ -201,14 +216,21 @@ void accumulate(const Tile<T>& t) {
   // Four rows at a time share one load and store of the sums.
   const auto rows = [&](auto count, int64_t r) {
     constexpr int kRows = decltype(count)::value;
+    T* const out = t.out[0];
+    const T* in[kRows][kSlots<N>];
+    V scale[kRows];
+    for (int j = 0; j < kRows; ++j) {
+      scale[j] = V{} + t.scale[r + j];
+      for (int k = 0; k < n; ++k) in[j][k] = t.in_row(k, r + j);
+    }
     along<T>(0, t.cols, [&](auto access, int64_t i) {
-      V s = access.load(t.out[0] + i);
+      V s = access.load(out + i);
       for (int j = 0; j < kRows; ++j) {
-        V p = V{} + t.scale[r + j];
-        for (int k = 0; k + 1 < n; ++k) p = p * access.load(t.in[k] + (r + j) * t.in_step[k] + i);
-        s = madd(p, access.load(t.in[n - 1] + (r + j) * t.in_step[n - 1] + i), s);
+        V p = scale[j];
+        for (int k = 0; k + 1 < n; ++k) p = p * access.load(in[j][k] + i);
+        s = madd(p, access.load(in[j][n - 1] + i), s);
       }
-      access.store(t.out[0] + i, s, false);
+      access.store(out + i, s, false);
     });
   };
   int64_t r = 0;
@@ -227,8 +249,8 @@ void differentiate(const Tile<T>& t) {
     T* out[kSlots<N>];
     bool stream[kSlots<N>];
     for (int k = 0; k < n; ++k) {
-      in[k] = t.in[k] + r * t.in_step[k];
-      out[k] = t.out[k] ? t.out[k] + r * t.out_step[k] : nullptr;
+      in[k] = t.in_row(k, r);
+      out[k] = t.out_row(k, r);
       stream[k] = t.stream[k] && aligned(out[k], L::width);
     }
     const V scale = V{} + t.scale[r];
@@ -275,21 +297,24 @@ inline Inner<T> differentiate_for(int n, int summing) {
 template <class T>
 constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
+template <class T>
+inline void store_grad(const PlanOperand& o, int64_t at, int64_t stride, const T* from, int64_t cols, bool stream) {
+  with_dtype(o.dtype, o.grad, [&](auto* p) { store_row(unconst(p) + at, stride, from, cols, stream); });
+}
+
 // Writes a row of finished sums as the derivative of operand o: phi' applied, rounded to the operand's dtype. `at` and
 // `grad_at` are the operand's offsets of that row. A masked operand's zero sum stays zero: its data may be NaN.
 template <class T, class S>
 inline void finish(const PlanOperand& o, int64_t at, int64_t grad_at, int64_t col, const S* sums, int64_t cols) {
-  alignas(64) T row[kBlock], z[kBlock], slope[kBlock];
+  alignas(64) T row[kBlock];
   for (int64_t i = 0; i < cols; ++i) row[i] = static_cast<T>(sums[i]);
   if (o.activation != Activation::none) {
+    alignas(64) T z[kBlock] = {}, slope[kBlock];
     with_dtype(o.dtype, o.data, [&](auto p) { load_row(z, p + at + col * o.col, o.col, cols); });
-    activate(o.activation, z, slope, cols);
+    activate(o.activation, z, z, slope, cols);
     for (int64_t i = 0; i < cols; ++i) row[i] = o.mask && row[i] == 0 ? T(0) : row[i] * slope[i];
   }
-  with_dtype(o.dtype, o.grad, [&](auto p) {
-    using S0 = std_remove_const<decltype(*p)>;
-    store_row(const_cast<S0*>(p) + grad_at + col * o.grad_col, o.grad_col, row, cols, false);
-  });
+  store_grad(o, grad_at + col * o.grad_col, o.grad_col, row, cols, false);
 }
 
 template <class T>
@@ -307,21 +332,27 @@ class Slot {
         if (o.splat) {
           if (pass == 0) splats[splat_count++] = k;
           sums_wanted = sums_wanted || o.target != Target::none;
-        } else if ((o.target > Target::store && !o.mask && !o.has_row[inner]) == (pass == 0)) {
+        } else if ((o.target > Target::store && !o.mask_col && !o.has_row[inner]) == (pass == 0)) {
           vectors[vector_count++] = k;
           if (pass == 0) ++summing;
         }
       }
     for (int v = 0; v < vector_count; ++v) {
       const PlanOperand& o = p.operand[vectors[v]];
-      direct[v] = !o.data || (o.dtype == kDType<T> && o.col == 1 && o.activation == Activation::none && !o.mask);
-      invariant[v] = o.row[inner] == 0 && (!o.mask || o.mask_row[inner] == 0);
+      direct[v] = !o.data || (o.dtype == kDType<T> && o.col == 1 && o.activation == Activation::none && !o.mask_col);
+      invariant[v] = o.row[inner] == 0 && !o.mask_col && (!o.mask || o.mask_row[inner] == 0 || direct[v]);
+      masked = masked || o.mask;
       if (!o.data) fill(ones, T(1), smaller(kBlock, p.cols));
       wanted = wanted || o.target != Target::none;
       plain_store[v] = o.target == Target::store && o.dtype == kDType<T> && o.grad_col == 1 &&
-                       o.activation == Activation::none && !o.mask;
+                       o.activation == Activation::none && !o.mask_col;
       const bool scratch = v >= summing && o.target != Target::none && !plain_store[v];
       staging = staging || scratch || (!direct[v] && !invariant[v]);
+    }
+    if (masked) {
+      const int64_t cols = smaller(kBlock, p.cols);
+      fill(absent, static_cast<T>(p.absent), cols);
+      fill(trash, T(0), cols);
     }
     // The forward pass over contiguous outputs: u, the constant 1, is all that asks.
     only_u = summing == 1 && !p.operand[vectors[0]].data;
@@ -402,30 +433,38 @@ class Slot {
   // where dy is given. What is absent is not read.
   void load(int k, int64_t from, int64_t rows, int64_t col, int64_t cols, T* to, T* dy) const {
     const PlanOperand& o = p.operand[k];
+    const int64_t first = at[k] + from * o.row[inner] + col * o.col;
+    const bool together = o.col == 1 && o.row[inner] == cols;  // the rows are one long row
+    if (!o.mask && o.col == 1 && o.dtype == kDType<T>) {
+      const T* data = static_cast<const T*>(o.data) + first;
+      if (together) {
+        activate(o.activation, data, to, dy, rows * cols);
+      } else {
+        for (int64_t r = 0; r < rows; ++r)
+          activate(o.activation, data + r * o.row[inner], to + r * cols, dy ? dy + r * cols : nullptr, cols);
+      }
+      return;
+    }
     with_dtype(o.dtype, o.data, [&](auto data) {
-      data += at[k] + from * o.row[inner] + col * o.col;
-      if (!o.mask && o.col == 1 && o.row[inner] == cols) {
+      data += first;
+      if (!o.mask && together) {
         load_row(to, data, 1, rows * cols);
         return;
       }
       for (int64_t r = 0; r < rows; ++r, data += o.row[inner]) {
-        if (!o.mask || (o.mask_col == 0 && present(k, from + r, 0))) {
+        if (!o.mask_col && present(k, from + r, 0)) {
           load_row(to + r * cols, data, o.col, cols);
-        } else {
-          for (int64_t i = 0; i < cols; ++i) {
-            to[r * cols + i] = 0;
+        } else {  // an absent row stays zero: the tables lead past it
+          fill(to + r * cols, T(0), cols);
+          for (int64_t i = 0; o.mask_col && i < cols; ++i)
             if (present(k, from + r, col + i)) load_row(to + r * cols + i, data + i * o.col, 1, 1);
-          }
         }
       }
     });
-    activate(o.activation, to, dy, rows * cols);
-    if (!o.mask) return;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < cols; ++i) {
+    activate(o.activation, to, to, dy, rows * cols);
+    for (int64_t r = 0; o.mask_col && r < rows; ++r)
+      for (int64_t i = 0; i < cols; ++i)
         if (!present(k, from + r, col + i)) to[r * cols + i] = static_cast<T>(p.absent);
-        else if (o.mask_col == 0) break;
-      }
   }
 
   void group(int64_t row, int64_t rows) {
@@ -469,7 +508,7 @@ class Slot {
         }
       }
     });
-    activate(o.activation, to, dy, rows);
+    activate(o.activation, to, to, dy, rows);
     for (int64_t r = 0; o.mask && r < rows; ++r)
       if (!present(k, r, 0)) to[r] = static_cast<T>(p.absent);
   }
@@ -487,19 +526,12 @@ class Slot {
         if (o.activation != Activation::none) grad[r] *= splat_slope[s][r];
         if (!present(k, r, 0)) grad[r] = 0;
       }
-      store(o, grad_at[k], o.grad_row[inner], grad, rows, false);
+      store_grad(o, grad_at[k], o.grad_row[inner], grad, rows, false);
     } else {
       double* sums = sums_of(o) + (o.target == Target::partial ? partial_at[k] : 0);
       for (int64_t r = 0; r < rows; ++r)
         if (present(k, r, 0)) sums[r * o.partial_row[inner]] += grad[r];
     }
-  }
-
-  static void store(const PlanOperand& o, int64_t grad_at, int64_t stride, const T* from, int64_t cols, bool stream) {
-    with_dtype(o.dtype, o.grad, [&](auto p) {
-      using S = std_remove_const<decltype(*p)>;
-      store_row(const_cast<S*>(p) + grad_at, stride, from, cols, stream);
-    });
   }
 
   void block(int64_t rows, int64_t col, int64_t cols) {
@@ -515,6 +547,8 @@ class Slot {
       t.in[v] = o.data ? direct[v] ? static_cast<const T*>(o.data) + at[k] + col : value[v] : ones;
       t.out[v] = o.target == Target::none ? nullptr : plain_store[v] ? static_cast<T*>(o.grad) + grad_at[k] + col : grad[v];
       t.stream[v] = p.stream && plain_store[v];
+      t.in_rows[v] = o.mask && !o.mask_col ? in_rows[v] : nullptr;
+      t.out_rows[v] = o.mask && !o.mask_col ? out_rows[v] : nullptr;
       if (v < summing) fill(grad[v], T(0), cols);
       if (!direct[v] && invariant[v]) load(k, 0, 1, col, cols, value[v], slope_for(v));
     }
@@ -525,6 +559,8 @@ class Slot {
       t.sum = sum + from;
       for (int v = 0; v < vector_count; ++v)
         if (!direct[v] && !invariant[v]) load(vectors[v], from, t.rows, col, cols, value[v], slope_for(v));
+      for (int v = 0; v < vector_count; ++v)
+        if (t.in_rows[v]) lead_past_absent(t, v, from);
       if (only_u) {
         without_u(t);
       } else if (wanted) {
@@ -533,7 +569,14 @@ class Slot {
         dot_for<T>(vector_count)(t);
       }
       for (int v = summing; v < vector_count; ++v) {
-        if (p.operand[vectors[v]].target != Target::none && !plain_store[v]) write(v, from, t.rows, col, cols);
+        const PlanOperand& o = p.operand[vectors[v]];
+        if (o.target == Target::none) continue;
+        if (!plain_store[v]) {
+          write(v, from, t.rows, col, cols);
+        } else if (o.mask) {
+          for (int64_t r = 0; r < t.rows; ++r)
+            if (!present(vectors[v], from + r, 0)) fill(t.out[v] + r * t.out_step[v], T(0), cols);
+        }
       }
       for (int v = 0; v < vector_count; ++v) {
         if (direct[v]) t.in[v] += t.rows * t.in_step[v];
@@ -552,6 +595,15 @@ class Slot {
   }
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+  // A masked operand's absent rows are read from a constant row, and their derivatives written where nobody looks.
+  void lead_past_absent(const Tile<T>& t, int v, int64_t from) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const bool here = present(vectors[v], from + r, 0);
+      in_rows[v][r] = here ? t.in[v] + r * t.in_step[v] : absent;
+      out_rows[v][r] = here ? t.out[v] + r * t.out_step[v] : trash;
+    }
+  }
+
   T* slope_for(int v) {
     const PlanOperand& o = p.operand[vectors[v]];
     return o.target == Target::store && o.activation != Activation::none ? slope[v] : nullptr;
@@ -563,6 +615,7 @@ class Slot {
     for (int v = 1; v < vector_count; ++v) {
       rest.in[v - 1] = t.in[v];
       rest.in_step[v - 1] = t.in_step[v];
+      rest.in_rows[v - 1] = t.in_rows[v];
     }
     accumulate_for<T>(rest.operands)(rest);
   }
@@ -583,14 +636,14 @@ class Slot {
         if (!invariant[v]) dy += r * cols;
         for (int64_t i = 0; i < cols; ++i) row[i] *= dy[i];
       }
-      if (o.mask && o.mask_col == 0) {
+      if (o.mask && !o.mask_col) {
         if (!present(k, from + r, 0)) fill(row, T(0), cols);
       } else if (o.mask) {
         for (int64_t i = 0; i < cols; ++i)
           if (!present(k, from + r, col + i)) row[i] = 0;
       }
       if (o.target == Target::store) {
-        store(o, grad_at[k] + (from + r) * o.grad_row[inner] + col * o.grad_col, o.grad_col, row, cols, p.stream);
+        store_grad(o, grad_at[k] + (from + r) * o.grad_row[inner] + col * o.grad_col, o.grad_col, row, cols, p.stream);
       } else {
         add(o, k, from + r, col, row, cols);
       }
@@ -604,11 +657,13 @@ class Slot {
   bool direct[kMaxOperands];       // read in place
   bool invariant[kMaxOperands];    // the same for all rows of a group
   bool plain_store[kMaxOperands];  // derivative written in place
-  bool staging = false, wanted = false, sums_wanted = false, only_u = false;
+  bool staging = false, wanted = false, sums_wanted = false, only_u = false, masked = false;
   int64_t index[kMaxDims], at[kMaxOperands], mask_at[kMaxOperands], grad_at[kMaxOperands], partial_at[kMaxOperands];
   double sum[kGroup];
   T scale[kGroup], splat_value[kMaxOperands][kGroup], splat_slope[kMaxOperands][kGroup];
-  alignas(64) T ones[kBlock], value[kMaxOperands][kBlock], slope[kMaxOperands][kBlock], grad[kMaxOperands][kBlock];
+  const T* in_rows[kMaxOperands][kGroup];
+  T* out_rows[kMaxOperands][kGroup];
+  alignas(64) T ones[kBlock], absent[kBlock], trash[kBlock], value[kMaxOperands][kBlock], slope[kMaxOperands][kBlock], grad[kMaxOperands][kBlock];
 };
 
 template <class T>

@@ -106,6 +106,13 @@ template <class Mask>
 inline F64 select(Mask condition, F64 a, F64 b) {
   return _mm256_blendv_pd(b, a, reinterpret_cast<F64>(condition));
 }
+inline F32 select_negative(F32 x, F32 a, F32 b) { return _mm256_blendv_ps(b, a, x); }
+inline F64 select_negative(F64 x, F64 a, F64 b) { return _mm256_blendv_pd(b, a, x); }
+// min and max return their second operand where one is NaN.
+inline F32 at_least(F32 x, F32 bound) { return _mm256_max_ps(bound, x); }
+inline F64 at_least(F64 x, F64 bound) { return _mm256_max_pd(bound, x); }
+inline F32 at_most(F32 x, F32 bound) { return _mm256_min_ps(bound, x); }
+inline F64 at_most(F64 x, F64 bound) { return _mm256_min_pd(bound, x); }
 // n is a whole number: adding 1.5 * 2^23 (2^52) leaves it in the low bits of the sum.
 inline F32 pow2(F32 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(n + (0x1.8p23f + 127.0f)), 23));

@@ -42,6 +42,18 @@ template <class V>
 V select(bool condition, V a, V b) {
   return condition ? a : b;
 }
+template <class V>
+V select_negative(V x, V a, V b) {
+  return x < 0 ? a : b;
+}
+template <class V>
+V at_least(V x, V bound) {  // NaN stays
+  return x < bound ? bound : x;
+}
+template <class V>
+V at_most(V x, V bound) {
+  return x > bound ? bound : x;
+}
 // NaN gives any value: it meets a NaN factor at once. The range is that of exp_of_negative.
 inline float pow2(float n) { return float_of(static_cast<uint32_t>(n == n ? static_cast<int>(n) + 127 : 0) << 23); }
 inline double pow2(double n) {
