@@ -279,6 +279,15 @@ def test_a_dim_of_size(size, form, dtype, rng):
     check_both(FORMS[form].case(rng, dtype, **dict.fromkeys(letters, size)), rng)
 
 
+@pytest.mark.parametrize("ndim", [16, 17, 33, 64])
+def test_many_dims(ndim, rng):
+    """More dims than a plan holds, none of which may be merged with its neighbour; NumPy's own limit is 64."""
+    sizes = [2 if axis % max(1, ndim // 16) == 0 and axis < 17 * max(1, ndim // 16) else 1 for axis in range(ndim)]
+    factor = random(rng, tuple(sizes[::-1]), "float64").T
+    other = random(rng, tuple(n if axis % 3 else 1 for axis, n in enumerate(sizes)), "float64")
+    check_both(Case(None, [factor, other], dim=0), rng)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_dim_counts_from_either_end(form, rng):
     case = FORMS[form].case(rng)

@@ -1,0 +1,140 @@
+"""The package: sdist and pure-Python wheel, the examples of the docstrings, the symbols of the kernels' objects.
+
+What lives elsewhere: imports without torch or without the native module (``test_backend.py``).
+"""
+
+from __future__ import annotations
+
+import doctest
+import email
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+import fusionsum as fs
+from conftest import PACKAGE, TESTS, missing, run_python
+
+ROOT = TESTS.parent
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__main__"
+)
+WEAK = {"W", "V", "u"}  # nm's letters for defined symbols of which the linker keeps any one
+
+
+def build(kind: str, source, into, **environment: str):
+    """Call the build backend, as pip does, and return the one file it makes."""
+    code = f"import scikit_build_core.build as b; print(b.build_{kind}({str(into)!r}))"
+    said = run_python(f"import os; os.chdir({str(source)!r})\n" + code, timeout=300, **environment)
+    return into / said.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    if not (ROOT / "pyproject.toml").exists():
+        missing("the source tree around these tests")
+    return build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(sdist, tmp_path_factory):
+    """Build from the sdist where there is no compiler: PATH leads to CMake and Ninja only, CXX nowhere."""
+    folder = tmp_path_factory.mktemp("wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    tools = folder / "tools"
+    tools.mkdir()
+    for tool in ("cmake", "ninja"):
+        if found := shutil.which(tool, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])):
+            (tools / tool).symlink_to(found)
+    source = next(path for path in folder.iterdir() if (path / "pyproject.toml").exists())
+    return build("wheel", source, folder, PATH=str(tools), CXX="/nonexistent/c++", CC="/nonexistent/cc", CXXFLAGS="")
+
+
+def test_sdist_has_what_a_build_needs_and_nothing_built(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    sources = [
+        p for top in ("csrc", "python") for p in (ROOT / top).rglob("*") if p.suffix in {".py", ".h", ".inl", ".cpp"}
+    ]
+    assert {str(path.relative_to(ROOT)) for path in sources} <= names
+    assert {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "PKG-INFO", "tests/conftest.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc")) or name.startswith((".git/", "build/"))]
+
+
+def test_wheel_without_a_compiler(pure_wheel, tmp_path):
+    """It installs, works, says on import what it lost, and where that may not be lost it refuses."""
+    assert pure_wheel.name == f"fusionsum-{fs.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(pure_wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith((".so", ".h", ".cpp"))]
+        assert "fusionsum/py.typed" in archive.namelist()
+        metadata = email.message_from_bytes(archive.read(f"fusionsum-{fs.__version__}.dist-info/METADATA"))
+        archive.extractall(tmp_path)
+    assert metadata["Name"] == "fusionsum"
+    assert metadata["License-Expression"] == "MIT"
+    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert [line.split(">")[0] for line in required] == ["numpy"]
+    assert set(metadata.get_all("Provides-Extra")) >= {"torch", "pipeline", "test", "dev"}
+
+    clean = {"PYTHONPATH": str(tmp_path), "FUSIONSUM_BACKEND": "", "FUSIONSUM_REQUIRE_NATIVE": ""}
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fusionsum as fs
+import numpy as np
+assert fs.__file__.startswith({place!r}), fs.__file__
+assert fs.fusion_sum(None, np.ones((3, 5))).tolist() == [5.0] * 3
+print(caught[0].message)
+"""
+    said = run_python(code.format(place=str(tmp_path)), **clean)
+    assert "correct but slow" in said
+    assert "C++17 compiler" in said
+    refused = "try:\n    import fusionsum\nexcept ImportError as error:\n    print(error)"
+    assert "FUSIONSUM_REQUIRE_NATIVE" in run_python(refused, **clean | {"FUSIONSUM_REQUIRE_NATIVE": "1"})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing(f"{error.name}, which {name} imports")
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", fs.__all__)
+def test_public_functions_are_documented_with_an_example(name):
+    doc = getattr(fs, name).__doc__
+    assert "Returns\n" in doc or "Raises\n" in doc or name == "get_num_threads"
+    assert ">>> " in doc
+
+
+def test_no_weak_symbol_leaves_its_instruction_set():
+    """Code compiled for one set must never be what the linker picks for another."""
+    objects = sorted((ROOT / "build").rglob("kernel_*.o"))
+    if not objects or not shutil.which("nm"):
+        missing("the object files of a build in the source tree, build/**/kernel_*.o" if not objects else "nm")
+    for path in objects:
+        isa = path.name.removeprefix("kernel_").split(".")[0]
+        listed = subprocess.run(["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        for line in listed.splitlines():
+            kind, symbol = line.split(maxsplit=2)[1:]
+            assert kind not in WEAK or f"fusionsum::{isa}::" in symbol, f"{path.name}: {symbol}"
+            assert not kind.isupper() or symbol.startswith(f"fusionsum::{isa}::"), f"{path.name} exports {symbol}"
+
+
+def test_the_stub_of_the_native_module_names_all_of_it():
+    stub = PACKAGE / "_core.pyi"
+    if fs.api.native is None or not stub.exists():
+        missing("the native module or its stub")
+    names = [name for name in dir(fs.api.native) if not name.startswith("_")]
+    assert [name for name in names if f"def {name}(" not in stub.read_text()] == []
+    assert sys.modules["fusionsum._core"] is fs.backend._core
