@@ -1,0 +1,139 @@
+"""The command line and the self-test.
+
+What lives elsewhere: what the demo does (``test_pipeline.py``), what the benchmark does (``test_bench.py``).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fusionsum as fs
+from conftest import require_native, run_python
+from fusionsum import __main__ as command
+from fusionsum import selftest
+
+
+@pytest.mark.parametrize("arguments", [[], ["info"]])
+def test_info_says_what_is_there(arguments, capsys):
+    assert command.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert f"fusionsum {fs.__version__}" in said
+    assert f"numpy {np.__version__}" in said
+    assert all(f"  {name:6} {state}\n" in said for name, state in fs.backends().items())
+    assert "self-test, numpy: 36 of 36 passed" in said
+
+
+def test_info_names_instruction_sets_and_threads(capsys):
+    native = require_native()
+    assert command.main([]) == 0
+    said = capsys.readouterr().out
+    assert f"instruction sets compiled: {', '.join(name for name, _ in native.isas())}\n" in said
+    assert f"  in use: {native.isa()}\n" in said
+    assert f"threads: {fs.get_num_threads()}, " in said
+
+
+def test_info_says_why_native_is_missing():
+    code = "from fusionsum.__main__ import main; assert main([]) == 0"
+    said = run_python(code, FUSIONSUM_BACKEND="numpy", FUSIONSUM_REQUIRE_NATIVE="")
+    assert "not usable: FUSIONSUM_BACKEND=numpy is set" in said
+    assert "instruction sets" not in said
+
+
+def test_module_runs_without_torch():
+    code = """
+import sys, importlib.abc
+class NoTorch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError(name)
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "torch" else real(name, *a)
+sys.meta_path.insert(0, NoTorch())
+from fusionsum.__main__ import main
+assert main([]) == 0
+"""
+    assert "self-test, torch" not in run_python(code)
+
+
+@pytest.mark.parametrize("wrong", ["value", "nan", "gradient", "dtype"])
+def test_a_wrong_result_fails_the_self_test_and_the_exit_code(wrong, monkeypatch, capsys):
+    """One element, a hundred bounds away, in one form."""
+
+    def spoil(result):
+        if wrong == "dtype":
+            return result.astype(np.float32) if result.dtype == np.float64 else result
+        result = result.copy()
+        result.flat[-1] = np.nan if wrong == "nan" else result.flat[-1] * 1.1 + 0.1
+        return result
+
+    def spoilt_sum(*arguments, **options):
+        result = fs.fusion_sum(*arguments, **options)
+        return result if wrong == "gradient" or result.shape != (5, 9) else spoil(result)
+
+    def spoilt_grad(*arguments, **options):
+        *grads, last = fs.fusion_sum_grad(*arguments, **options)
+        return (*grads, spoil(last) if wrong == "gradient" and last.shape == (9, 67) else last)
+
+    monkeypatch.setattr(selftest, "fusion_sum", spoilt_sum)
+    monkeypatch.setattr(selftest, "fusion_sum_grad", spoilt_grad)
+    monkeypatch.setattr(selftest, "find_spec", lambda name: None)
+    assert command.main(["info"]) == 1
+    failed = capsys.readouterr().out.split("FAILED: ")[1:]
+    assert any(case.startswith("all pairs, float64") for case in failed)
+    assert not any(case.startswith("paired") for case in failed)
+
+
+def test_self_test_runs_the_backend_in_use(both_backends):
+    assert not any(selftest.run().values())
+    assert (fs.api.native is None) == (both_backends == "numpy")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["demo", "--seeds", "0"], "argument --seeds: invalid positive integer value: '0'"),
+        (["demo", "--steps", "many"], "argument --steps: invalid positive integer value: 'many'"),
+        (["demo", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+    ],
+)
+def test_wrong_options(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, wanted",
+    [
+        ([], ("demo-report", 3, 1000)),
+        (["--quick"], ("demo-report", 1, 60)),
+        (["--quick", "--steps", "7", "--out", "x"], ("x", 1, 7)),
+        (["--seeds", "2"], ("demo-report", 2, 1000)),
+    ],
+)
+def test_demo_options(options, wanted, monkeypatch):
+    monkeypatch.setattr(command, "demo", lambda out, seeds, steps: (str(out), seeds, steps))
+    assert command.main(["demo", *options]) == wanted
+
+
+def test_bench_passes_its_options_and_status_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["bench"]) == 1
+    assert "repository" in capsys.readouterr().err
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    (folder / "__main__.py").write_text("import sys; sys.exit(3 if sys.argv[1:] == ['--quick', '-h'] else 4)")
+    assert command.main(["bench", "--quick", "-h"]) == 3
+
+
+def test_exit_status_of_the_process():
+    done = subprocess.run([sys.executable, "-m", "fusionsum", "nonsense"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "usage: fusionsum" in done.stderr
