@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from .rows import BOTH, FORWARD
 
 OURS, PALE, THEIRS, GREY = "#1b6ca8", "#8bbbdd", "#d1495b", "#666666"
-LEAST_MEMORY = 2**20  # bytes; FLOORS.md allows threads x n x a small constant, which the resident set cannot resolve
+LEAST_MEMORY = 2**20  # bytes; the floor is threads x n x a small constant, which the resident set cannot resolve
 HEADER = (
     "| # | work | phase | time | vs naive | vs einsum | vs torch.compile | of the limit | other | GB/s "
     "| extra memory, MiB: ours / naive | error: ours / naive |"
@@ -217,4 +217,4 @@ def _draw_ratios(axes: Any, result: dict[str, Any]) -> None:
     axes.axvline(1, color="black", lw=0.6)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_xlabel("times as fast (black: the floor)")
-    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, handlelength=1)

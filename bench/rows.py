@@ -65,13 +65,13 @@ class Row:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Compulsory traffic (research/mission.md §5): forward reads the factors, backward also writes as much."""
+        """Compulsory traffic: forward reads the factors once, backward reads them and writes as much."""
         forward = sum(math.prod(shape) for shape in self.shapes) * self.dtype.itemsize
         return {FORWARD: forward, BACKWARD: 2 * forward, BOTH: 3 * forward}
 
     @property
     def flop(self) -> dict[str, int]:
-        """Operations a product needs (same source): 3 and 6 for two modalities, M + 1 and 4 M for more."""
+        """Operations: 3 forward and 6 backward per term for two modalities, M + 1 and 4 M for more."""
         terms, count = math.prod(np.broadcast_shapes(*self.shapes)), len(self.shapes)
         forward, backward = terms * (count + 1), terms * (6 if count == 2 else 4 * count)
         return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
@@ -145,7 +145,7 @@ _P6 = ("tanh", "sigmoid", None)
 _P7 = _floors(0, 4, 0, Floor(FORWARD, "our unmasked", 1.15, True), Floor(BOTH, "our unmasked", 1.15, True))
 _P10 = (Floor(FORWARD, "naive", 4), Floor(FORWARD, "einsum", 4))
 
-# The floors are FLOORS.md's. P10's contenders are loops and element-wise operations: none calls BLAS, so that
+# The floors are goals, not promises. P10's contenders are loops and element-wise operations: none calls BLAS, so that
 # the choice of OpenBLAS kernel does not matter to it.
 ROWS = (
     Row("P1", "M=2, B=65536, n=512", _BIG, (512,), PAIRED, _P1),
