@@ -5,7 +5,6 @@ What lives elsewhere: the instruction sets' results (``test_kernel.py``), pools 
 
 from __future__ import annotations
 
-import itertools
 import os
 
 import pytest
@@ -39,7 +38,7 @@ def error_of(code: str, **environment: str) -> str:
 # Imports
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(["torch", "numpy", "fusionsum"])), ids=" ".join)
+@pytest.mark.parametrize("order", [("torch", "fusionsum"), ("fusionsum", "torch")], ids=" ".join)
 def test_any_order_of_imports(order):
     run_python("".join(f"import {name}\n" for name in order) + SUM + SUM_OF_TENSORS)
 

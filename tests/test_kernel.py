@@ -25,7 +25,6 @@ from conftest import (
     Case,
     check_both,
     check_within,
-    missing,
     oracle,
     random,
     require_native,
@@ -56,7 +55,7 @@ def test_accuracy(form, dtypes, kind, rng):
     check_both(case, rng)
 
 
-# The 16-bit types are summed in float32 and rounded once. Float64 is summed in nothing wider, so that it gets more room.
+# The 16-bit types are summed in float32 and rounded once; float64 is summed in nothing wider and gets more room.
 ULPS = {"float64": 8, "float32": 4, "float16": 1, "bfloat16": 1}
 
 
@@ -68,10 +67,15 @@ def check_ulps(got, want):
     assert ok.all(), f"{(~ok).sum()} of {ok.size} are off by up to {error.max():.1f} ulp of {got.dtype}"
 
 
-@pytest.mark.parametrize("kind", ["positive", "log-normal"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("terms", [1, 10, 64, 100, 1000, 100_000, 1_000_000])
-def test_accuracy_in_ulp_without_cancellation(terms, dtype, kind, rng):
+@pytest.mark.parametrize(
+    ("kind", "terms"),
+    [
+        *(("positive", terms) for terms in (1, 10, 64, 100, 1000, 100_000)),
+        *(("log-normal", terms) for terms in (64, 1000, 1_000_000)),
+    ],
+)
+def test_accuracy_in_ulp_without_cancellation(kind, terms, dtype, rng):
     """Sums along rows and along columns, the output's and a weight's gradient, and the plain products of the others."""
     rows = 3 if terms > 1000 else 300
     f, g = ((random(rng, (rows, terms), "float64", kind) / 10).astype(dtype) for _ in range(2))
@@ -242,7 +246,7 @@ def test_subnormals_are_kept_and_the_flags_of_the_fpu_with_them(dtype, rng):
 def test_every_instruction_set(isa):
     """The tests of the kernels again, in a process that is forced to use the set."""
     if not dict(native.isas())[isa]:
-        missing(f"a processor with {isa}")
+        pytest.skip(f"missing: a processor with {isa}")  # which no CI can install
     assert run_python("import fusionsum.backend as b; print(b.native.isa())", FUSIONSUM_ISA=isa).strip() == isa
     if isa == native.isa():
         return  # it is what all the others of these tests run

@@ -56,8 +56,9 @@ def digest(form, dtypes, seed=0):
 
 
 def check_thread_counts():
-    for form in SIZES:
-        for i, dtypes in enumerate([*((d, d) for d in DTYPES), *MIXED]):
+    pairs = [*((d, d) for d in DTYPES), *MIXED]
+    for f, form in enumerate(SIZES):
+        for i, dtypes in enumerate((pairs[f % len(pairs)], pairs[(f + 3) % len(pairs)])):
             found = set()
             for count in (1, 2, 3, 8):
                 fs.set_num_threads(count)
