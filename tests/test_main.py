@@ -112,10 +112,10 @@ def test_wrong_options(arguments, message, capsys):
 @pytest.mark.parametrize(
     "options, wanted",
     [
-        ([], ("demo-report", 3, 1000)),
+        ([], ("demo-report", 3, 800)),
         (["--quick"], ("demo-report", 1, 60)),
         (["--quick", "--steps", "7", "--out", "x"], ("x", 1, 7)),
-        (["--seeds", "2"], ("demo-report", 2, 1000)),
+        (["--seeds", "2"], ("demo-report", 2, 800)),
     ],
 )
 def test_demo_options(options, wanted, monkeypatch):

@@ -219,3 +219,23 @@ def test_wrong_inputs(change, error, message):
     inputs, present = change(batch())
     with pytest.raises(error, match=message):
         layer()(*inputs, present=present)
+
+
+def test_compiles_without_a_graph_break():
+    fusion, inputs = layer(), [x.detach() for x in batch()]
+    heard = torch.arange(ROWS) % 2 == 0
+    wanted = fusion(*inputs, present=[None, heard, None])
+    compiled = torch.compile(fusion, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs, present=[None, heard, None]), wanted)
+    compiled(*inputs).sum().backward()
+    assert all(p.grad is not None for p in fusion.parameters())
+
+
+def test_under_autocast():
+    fusion = LowRankFusion(DIMS, OUTPUTS, RANK)
+    inputs = [x.detach().float() for x in batch()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = fusion(*inputs)
+    torch.testing.assert_close(fused.float(), fusion(*inputs), rtol=0.05, atol=0.05)
+    fused.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in fusion.parameters())

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     demo_parser = commands.add_parser("demo", help="train and compare fusion models on digits and number words")
     demo_parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report (%(default)s)")
     demo_parser.add_argument("--seeds", type=_positive, help="repetitions (3)")
-    demo_parser.add_argument("--steps", type=_positive, help="training steps of each model (1000)")
+    demo_parser.add_argument("--steps", type=_positive, help="training steps of each model (800)")
     demo_parser.add_argument("--quick", action="store_true", help="1 seed and 60 steps, unless given: too few to learn")
     commands.add_parser("bench", add_help=False, help="the repository's benchmark; its options follow")
     args, rest = parser.parse_known_args(argv)
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "demo":
-        return demo(args.out, args.seeds or (1 if args.quick else 3), args.steps or (60 if args.quick else 1000))
+        return demo(args.out, args.seeds or (1 if args.quick else 3), args.steps or (60 if args.quick else 800))
     return info()
 
 

@@ -140,27 +140,32 @@ class LowRankFusion(nn.Module):
         ValueError
             If the number of inputs or masks, or a shape, is wrong.
         """
-        masks = [None] * len(inputs) if present is None else list(present)
-        for name, given in (("inputs", inputs), ("present", masks)):
-            if len(given) != len(self.input_dims):
-                raise ValueError(f"{name}: expected {len(self.input_dims)}, one per modality, got {len(given)}")
+        self._check_count("inputs", inputs)
+        if present is not None:
+            self._check_count("present", present)
+            inputs = tuple(map(self._blank, range(len(inputs)), inputs, present))
         factors = []
-        for m, (x, mask, d, linear) in enumerate(zip(inputs, masks, self.input_dims, self.factors, strict=True)):
-            if x.ndim < 1 or x.shape[-1] != d:
-                raise ValueError(f"inputs[{m}]: expected shape (..., {d}), got {tuple(x.shape)}")
-            if mask is not None:
-                x = self._blank(f"present[{m}]", x, mask)
+        for m, (x, linear) in enumerate(zip(inputs, self.factors, strict=True)):
+            if x.shape[-1:] != (linear.in_features,):
+                raise ValueError(f"inputs[{m}]: expected shape (..., {linear.in_features}), got {tuple(x.shape)}")
             factors.append(linear(x).unflatten(-1, (self.rank, self.output_dim)))
         fused = fusion_sum(self.fusion_weights, *factors, activations=self.activations, present=present, dim=-2)
         return fused if self.fusion_bias is None else fused + self.fusion_bias
 
+    def _check_count(self, name: str, given: Sequence[object]) -> None:
+        if len(given) != len(self.input_dims):
+            raise ValueError(f"{name}: expected {len(self.input_dims)}, one per modality, got {len(given)}")
+
     @staticmethod
-    def _blank(name: str, x: Tensor, mask: Tensor) -> Tensor:
-        """Zero what is missing, for `linear`'s weight gradient multiplies it (by an exact 0, which NaN survives)."""
+    def _blank(m: int, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Zero what is missing: the gradient of linear's weight multiplies it, if by 0, which NaN survives."""
+        if mask is None:
+            return x
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"{name}: expected a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+            got = getattr(mask, "dtype", type(mask).__name__)
+            raise TypeError(f"present[{m}]: expected a boolean tensor, got {got}")
         if mask.shape != x.shape[:-1]:
-            raise ValueError(f"{name}: expected shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
+            raise ValueError(f"present[{m}]: expected shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
         return x.masked_fill(~mask.unsqueeze(-1), 0)
 
     def extra_repr(self) -> str:

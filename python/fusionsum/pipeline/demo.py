@@ -11,7 +11,7 @@ from tqdm import tqdm
 from . import evaluate, fuse, preprocess, train
 
 
-def run(out: Path, seeds: int = 3, steps: int = 1000, timed_pairs: int = 60) -> dict[str, evaluate.Result]:
+def run(out: Path, seeds: int = 3, steps: int = 800, timed_pairs: int = 60) -> dict[str, evaluate.Result]:
     """Train and compare every model; write ``report.md`` and ``demo.png`` to a folder.
 
     Parameters
