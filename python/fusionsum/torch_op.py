@@ -1,7 +1,7 @@
 """The fusion sum for torch: four ways to the same kernels, chosen by what is watching the call.
 
-What lives here: everything that needs torch's machinery. What lives elsewhere: the checks and their messages (``api.py``),
-the formulas and the fallback (``reference.py``), the kernels (``csrc/``).
+What lives here: all that needs torch's machinery. What lives elsewhere: the checks and their messages (``api.py``), the
+formulas and the fallback (``reference.py``), the kernels (``csrc/``).
 
 1. Plain tensors, nothing records: the native module, called directly.
 2. Plain tensors, autograd records: `_Recorded`, a ctx-style autograd.Function around the same call.
@@ -10,12 +10,13 @@ the formulas and the fallback (``reference.py``), the kernels (``csrc/``).
 4. All else (compile, export, modes, subclasses, double backward, no native module): the registered ops
    ``fusionsum::fusion_sum`` and ``fusionsum::fusion_sum_grad``, which compilers and modes can see.
 
-The sum is linear in every operand, so all its derivatives are again sums, or gradients of sums, with operands replaced by
-directions (`_along`, `_across`). Activations break that. The first gradient has them in the kernel; beyond it, and in way 3
-always, torch's own operations apply them before a sum without any (`_activated`): right at every order, but phi(z) is
-stored, and slower.
+The sum is linear in every operand, so all its derivatives are again sums, or gradients of sums, with operands replaced
+by directions (`_along`, `_across`). Activations break that. The first gradient has them in the kernel; beyond it, and in
+way 3 always, torch's own operations apply them before a sum without any (`_activated`): right at every order, but slower,
+and phi(z) is stored.
 
-Autocast changes nothing: operands are taken as they come and promote, as in ``torch.mul``, compiled or not.
+Autocast changes nothing: operands are taken as they come and promote, as in ``torch.mul``, compiled or not. Known limits of
+torch's: ``torch.compile`` has no double backward and refuses ``torch.func.grad`` of a registered op, both with an error.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.utils import _pytree
 
 from . import api, reference
@@ -40,42 +41,27 @@ adopt_torch(torch)
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
 _jit_traces = torch._C._is_tracing
-_DIRECT, _RECORDED, _GENERAL = range(3)
+_any_requires_grad = torch._C._any_requires_grad
 
 
 def _layered() -> bool:
-    """Tell whether way 3 is needed. A compiler traces functorch itself and cannot trace jvp rules."""
-    return not is_compiling() and (_functorch_active() or forward_ad._current_level >= 0)
-
-
-def _route(tensors: tuple[Any, ...]) -> int:
-    if native is None or _layered() or is_compiling() or _dispatch_modes() or _function_modes() or _jit_traces():
-        return _GENERAL
-    records = False
-    for x in tensors:
-        kind = type(x)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            if x.is_neg():  # a view that owes a sign, as z.conj().imag does, of which a data pointer tells nothing
-                return _GENERAL
-            records = records or x.requires_grad
-        elif x is not None:
-            return _GENERAL
-    return _RECORDED if records and torch.is_grad_enabled() else _DIRECT
+    """Tell whether way 3 is needed. A compiler traces functorch itself, and cannot trace jvp rules."""
+    return (_functorch_active() or forward_ad._current_level >= 0) and not is_compiling()
 
 
 def fusion_sum(
     fusion_weights: Any, factors: tuple[Any, ...], activations: Any, present: Any, absent: Any, dim: Any
 ) -> Tensor:
     """Evaluate `api.fusion_sum` for torch tensors; takes the caller's arguments, unchecked."""
-    route = _route((fusion_weights, *factors))
-    if route == _RECORDED:
-        return _record((activations, present, absent, dim), fusion_weights, *factors)
-    if route == _DIRECT:
-        output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim)
-        if output is not NotImplemented:
-            return output
+    if native is not None and not is_dynamo_compiling():
+        if torch.is_grad_enabled() and _any_requires_grad(fusion_weights, *factors):
+            if not (_functorch_active() or forward_ad._current_level >= 0 or _dispatch_modes() or _jit_traces()):
+                return _record((activations, present, absent, dim), fusion_weights, *factors)
+        else:
+            output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim)
+            if output is not NotImplemented:  # it declines where anything watches
+                return output
     return _sum(_checked(fusion_weights, factors, activations, present, absent, dim))
 
 
@@ -90,7 +76,7 @@ def fusion_sum_grad(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Evaluate `api.fusion_sum_grad` for torch tensors, only the gradients needed; differentiable itself."""
-    if _route((grad_output, fusion_weights, *factors)) == _DIRECT:
+    if native is not None and not is_dynamo_compiling():
         grads = native.fusion_sum_grad(grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
         if grads is not NotImplemented:
             return grads
@@ -104,22 +90,21 @@ class _Recorded(torch.autograd.Function):
     """The sum as plain autograd records it; saves its inputs and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, options: tuple[Any, ...], fusion_weights: Any, *factors: Any) -> Tensor:
+    def forward(ctx: Any, options: tuple[Any, ...], *operands: Any) -> Tensor:
         activations, present, absent, dim = options
-        output = native.fusion_sum(fusion_weights, factors, *options)
+        output = native.fusion_sum(operands[0], operands[1:], activations, present, absent, dim)
         if output is NotImplemented:
-            output = _sum(_checked(fusion_weights, factors, *options))
-        ctx.save_for_backward(fusion_weights, *factors, *(present or ()))
-        ctx.options = tuple(activations) if isinstance(activations, list) else activations, absent, dim
+            output = _sum(_checked(operands[0], operands[1:], activations, present, absent, dim))
+        ctx.save_for_backward(*operands, *(present or ()))
+        ctx.options = tuple(activations) if type(activations) is list else activations, absent, dim
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         activations, absent, dim = ctx.options
-        needs = ctx.needs_input_grad[1:]
-        fusion_weights, *rest = ctx.saved_tensors
-        factors, present = tuple(rest[: len(needs) - 1]), rest[len(needs) - 1 :] or None
-        return None, *fusion_sum_grad(grad, fusion_weights, factors, activations, present, absent, dim, needs)
+        needs, saved = ctx.needs_input_grad[1:], ctx.saved_tensors
+        factors, present = saved[1 : len(needs)], saved[len(needs) :] or None
+        return None, *fusion_sum_grad(grad, saved[0], factors, activations, present, absent, dim, needs)
 
 
 # Past the Python of Function.apply, which asks about functorch once more and looks for dead wrappers.
@@ -232,7 +217,7 @@ def _added(these: Sequence[Any], those: Sequence[Any]) -> list[Any]:
 def _second(
     cotangents: Sequence[Any], wanted: Sequence[bool], grad: Tensor, needs: Sequence[bool], call: _Call
 ) -> list[Any]:
-    """Gradients of `_grad` with respect to `grad` and each operand, as wanted; the needed ones have a cotangent each."""
+    """Gradients of `_grad` with respect to `grad` and each operand, as wanted; one cotangent per gradient needed."""
     if any(call.names):
         return _second_by_autograd(cotangents, wanted, grad, needs, call)
     given = iter(cotangents)
@@ -260,7 +245,7 @@ def _second_by_autograd(
     return [next(found) if w else None for w in wanted]
 
 
-# ---- vmap: a batch axis in front of every operand ------------------------------------------------------------------------
+# ---- vmap: a batch axis in front of every operand --------------------------------------------------------------------
 
 
 def _batch_first(size: int, tensors: Sequence[Any], axes: Sequence[Any]) -> list[Any]:
@@ -302,7 +287,7 @@ def _result_dtype(tensors: Sequence[Tensor | None], batch_dims: int = 0) -> torc
     return functools.reduce(torch.promote_types, [x.dtype for x in voters])
 
 
-# ---- way 3: functorch and forward AD, without activations ----------------------------------------------------------------
+# ---- way 3: functorch and forward AD, without activations ------------------------------------------------------------
 
 
 def _halves(tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -375,7 +360,7 @@ class _Grad(torch.autograd.Function):
         return tuple(found), tuple(axes)
 
 
-# ---- way 4: the registered ops -------------------------------------------------------------------------------------------
+# ---- way 4: the registered ops ---------------------------------------------------------------------------------------
 
 _library = torch.library.Library("fusionsum", "DEF")
 _ARGUMENTS = "Tensor? fusion_weights, Tensor[] factors, Tensor?[] present, str[] activations, str absent, int dim"
@@ -392,7 +377,8 @@ def _call(weights: Any, factors: Any, present: Any, names: Any, absent: str, dim
 
 
 def _for_api(weights: Any, factors: Any, present: Any, names: Any, absent: str, dim: int) -> tuple[Any, ...]:
-    return weights, tuple(factors), [name or None for name in names], present, absent, dim
+    plain = (x if x is None or type(x) is Tensor else x.as_subclass(Tensor) for x in (weights, *factors))
+    return next(plain), tuple(plain), [name or None for name in names], present, absent, dim
 
 
 def _sum_kernel(*arguments: Any) -> Tensor:
@@ -402,10 +388,8 @@ def _sum_kernel(*arguments: Any) -> Tensor:
         return output
     names, masks, dim = api.check(*given)
     weights, *factors = operands = _call(*arguments).operands
-    output = reference.fusion_sum(
-        _array(weights), [_array(z) for z in factors], names, [_array(m) for m in masks], given[4], dim
-    )
-    return torch.from_numpy(np.asarray(output)).to(_result_dtype(operands))
+    arrays = (_array(weights), [_array(z) for z in factors], names, [_array(mask) for mask in masks])
+    return _tensor(reference.fusion_sum(*arrays, given[4], dim), _result_dtype(operands))
 
 
 def _grad_kernel(grad: Tensor, *arguments: Any) -> list[Tensor]:
@@ -416,9 +400,9 @@ def _grad_kernel(grad: Tensor, *arguments: Any) -> list[Tensor]:
         return [d for d in found if d is not None]
     names, masks, dim = api.check(*given, grad)
     weights, *factors = operands = _call(*arguments).operands
-    arrays = (_array(grad), _array(weights), [_array(z) for z in factors], names, [_array(m) for m in masks])
+    arrays = (_array(grad), _array(weights), [_array(z) for z in factors], names, [_array(mask) for mask in masks])
     found = reference.fusion_sum_grad(*arrays, given[4], dim, needs)
-    return [torch.from_numpy(d).to(x.dtype) for d, x in zip(found, operands, strict=True) if d is not None]
+    return [_tensor(d, x.dtype) for d, x in zip(found, operands, strict=True) if d is not None]
 
 
 def _array(x: Tensor | None) -> np.ndarray | None:
@@ -431,6 +415,10 @@ def _array(x: Tensor | None) -> np.ndarray | None:
         raise ValueError(f"factors: are on {x.device}, expected cpu, the only device with kernels in this version")
     x = x.detach()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.asarray(array)).to(dtype).contiguous()
 
 
 def _fake_shape(arguments: Sequence[Any], *grad: Any) -> list[Any]:
