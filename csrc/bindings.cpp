@@ -61,6 +61,9 @@ struct Torch {
   const dlpack::ExchangeApi* api = nullptr;
   PyObject *empty = nullptr, *strided = nullptr, *cpu = nullptr;  // without the exchange API
   PyObject *dtype[4] = {}, *boolean = nullptr;
+  PyObject* watchers[4] = {};  // functions that tell what would see a call that torch makes
+  PyObject *forward_ad = nullptr, *is_grad_enabled = nullptr;
+  PyObject *requires_grad = nullptr, *is_neg = nullptr, *current_level = nullptr;  // names
 } torch;
 
 // ---- arrays ------------------------------------------------------------------------------------------------------------
@@ -205,6 +208,36 @@ py::object allocate(Framework framework, DType dtype, int ndim, const int64_t* s
   return array;
 }
 
+bool is_sequence_of(py::handle object, size_t count) {
+  return (PyTuple_Check(object.ptr()) || PyList_Check(object.ptr())) && py::len(object) == count;
+}
+
+py::handle item(py::handle sequence, size_t i) { return PySequence_Fast_GET_ITEM(sequence.ptr(), static_cast<Py_ssize_t>(i)); }
+
+// Is anything watching that a direct call would go past: autograd, a functorch transform, a mode, forward AD? A view that owes
+// a sign counts too, for DLPack does not tell of it. 0.4 us, asked from here; 1 us from Python.
+bool watched(py::handle grad_output, py::handle weights, py::handle factors) {
+  const auto truth = [](PyObject* value) {  // of a new reference; an error counts as yes
+    const int truth = value ? PyObject_IsTrue(value) : 1;
+    Py_XDECREF(value);
+    if (PyErr_Occurred()) PyErr_Clear();
+    return truth != 0;
+  };
+  for (PyObject* watcher : torch.watchers)
+    if (!watcher || truth(PyObject_CallNoArgs(watcher))) return true;
+  const auto level = py::reinterpret_steal<py::object>(PyObject_GetAttr(torch.forward_ad, torch.current_level));
+  if (!level || PyLong_AsLong(level.ptr()) >= 0) return true;
+  const bool recording = truth(PyObject_CallNoArgs(torch.is_grad_enabled));
+  const auto seen = [&](py::handle x) {
+    return framework_of(x) != Framework::torch || (recording && truth(PyObject_GetAttr(x.ptr(), torch.requires_grad))) ||
+           truth(PyObject_CallMethodNoArgs(x.ptr(), torch.is_neg));
+  };
+  if ((!grad_output.is_none() && seen(grad_output)) || (!weights.is_none() && seen(weights))) return true;
+  for (size_t m = 0; m < py::len(factors); ++m)
+    if (seen(item(factors, m))) return true;
+  return false;
+}
+
 // ---- a call ----------------------------------------------------------------------------------------------------------------
 
 constexpr const char* kActivations[] = {nullptr, "tanh", "sigmoid", "relu", "silu", "gelu"};  // as enum Activation
@@ -219,12 +252,6 @@ bool read_activation(py::handle name, Activation& to) {
   }
   return false;
 }
-
-bool is_sequence_of(py::handle object, size_t count) {
-  return (PyTuple_Check(object.ptr()) || PyList_Check(object.ptr())) && py::len(object) == count;
-}
-
-py::handle item(py::handle sequence, size_t i) { return PySequence_Fast_GET_ITEM(sequence.ptr(), static_cast<Py_ssize_t>(i)); }
 
 struct Call {
   Framework framework;
@@ -297,7 +324,7 @@ bool parse(Call& c, py::handle grad_output, py::handle weights, py::handle facto
   const size_t count = py::len(factors);
   if (count < 1 || count > kMaxFactors) return false;
   c.framework = framework_of(item(factors, 0));
-  if (c.framework == Framework::none) return false;
+  if (c.framework == Framework::none || (c.framework == Framework::torch && watched(grad_output, weights, factors))) return false;
   const auto read_floats = [&](py::handle object, Array& to) { return read(object, c.framework, to) && !to.boolean; };
   if (!weights.is_none() && !read_floats(weights, c.given[c.operands++])) return false;
   c.factors_from = c.operands;
@@ -482,6 +509,16 @@ void use_torch(py::object module, py::object parallel_for, py::object num_thread
   const char* names[] = {"float64", "float32", "bfloat16", "float16"};
   for (int i = 0; i < 4; ++i) torch.dtype[i] = keep(module.attr(names[i]));
   torch.boolean = keep(module.attr("bool"));
+  const py::object c = module.attr("_C");
+  const char* watchers[] = {"_are_functorch_transforms_active", "_len_torch_dispatch_stack", "_len_torch_function_stack",
+                            "_is_tracing"};
+  for (size_t i = 0; i < std::size(watchers); ++i)
+    if (py::hasattr(c, watchers[i])) torch.watchers[i] = keep(c.attr(watchers[i]));
+  torch.forward_ad = keep(module.attr("autograd").attr("forward_ad"));
+  torch.is_grad_enabled = keep(module.attr("is_grad_enabled"));
+  torch.requires_grad = keep(py::str("requires_grad"));
+  torch.is_neg = keep(py::str("is_neg"));
+  torch.current_level = keep(py::str("_current_level"));
   if (!parallel_for.is_none())
     use_torch_pool(reinterpret_cast<void*>(parallel_for.cast<uintptr_t>()), reinterpret_cast<void*>(num_threads.cast<uintptr_t>()));
 }

@@ -14,6 +14,11 @@ namespace fusionsum {
 namespace scalar {
 extern const Isa isa;
 }
+#if defined(FUSIONSUM_HAVE_AVX512)
+namespace avx512 {
+extern const Isa isa;
+}
+#endif
 #if defined(FUSIONSUM_HAVE_AVX2)
 namespace avx2 {
 extern const Isa isa;
@@ -24,18 +29,27 @@ namespace {
 
 bool always() { return true; }
 
-#if defined(FUSIONSUM_HAVE_AVX2)
+#if defined(__x86_64__) || defined(__i386__)
 // CPUID says what the processor has; XGETBV what the system saves on a task switch. Both are needed.
-bool runs_avx2() {
-  unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
-  const bool fma = c & bit_FMA, osxsave = c & bit_OSXSAVE, avx = c & bit_AVX, f16c = c & bit_F16C;
-  if (!(fma && osxsave && avx && f16c)) return false;
-  unsigned low, high;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  constexpr unsigned kXmmYmm = 6;
-  return (low & kXmmYmm) == kXmmYmm && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2);
-}
+struct Cpu {
+  bool avx2 = false, avx512 = false;
+  Cpu() {
+    unsigned a, b, c, d, saved, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return;
+    const bool fma = c & bit_FMA, avx = c & bit_AVX, f16c = c & bit_F16C;
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    constexpr unsigned kYmm = 0x6, kZmm = 0xe6, kAvx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    avx2 = fma && avx && f16c && (saved & kYmm) == kYmm && (b & bit_AVX2);
+    avx512 = avx2 && (saved & kZmm) == kZmm && (b & kAvx512) == kAvx512;
+  }
+};
+#endif
+#if defined(FUSIONSUM_HAVE_AVX512)
+bool runs_avx512() { return Cpu().avx512; }
+#endif
+#if defined(FUSIONSUM_HAVE_AVX2)
+bool runs_avx2() { return Cpu().avx2; }
 #endif
 
 struct Row {
@@ -44,6 +58,9 @@ struct Row {
 };
 
 constexpr Row kTable[] = {
+#if defined(FUSIONSUM_HAVE_AVX512)
+    {&avx512::isa, runs_avx512},
+#endif
 #if defined(FUSIONSUM_HAVE_AVX2)
     {&avx2::isa, runs_avx2},
 #endif

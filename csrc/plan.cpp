@@ -16,8 +16,9 @@ namespace fusionsum {
 namespace {
 
 // Sizes are in entries of operands (rows x cols x operands). A slot is worth a few microseconds at least, and 64 of them
-// keep as many cores busy; a slice lasts a fraction of a second, even on one slow thread.
-constexpr int64_t kSlotWork = 1 << 16, kMaxSlots = 64, kSliceWork = int64_t{1} << 26;
+// keep as many cores busy. Between looks for Ctrl-C at most kPauseWork is done, or one slice per thread: a tenth of a second
+// with the slowest activation.
+constexpr int64_t kSlotWork = 1 << 16, kMaxSlots = 64, kSliceWork = 1 << 20, kPauseWork = 1 << 26;
 constexpr int64_t kStreamBytes = int64_t{32} << 20;  // gradients larger than this bypass the caches
 constexpr int64_t kMaxSums = int64_t{1} << 19;  // float64 entries of all slots together: 4 MiB
 
@@ -160,8 +161,9 @@ void cut(Plan& plan) {
   }
 
   // Still too few, or too long a task to interrupt: the longest runs are summed over slots as well.
-  const int64_t slice_rows = std::max<int64_t>(1, kSliceWork / (plan.cols_per_slot * plan.operands));
-  while (unit() > 1 && (plan.rows / unit() * plan.col_slots < std::min<int64_t>(wanted, 16) || unit() > slice_rows)) {
+  const int64_t row_work = plan.cols_per_slot * plan.operands, slice_rows = std::max<int64_t>(1, kSliceWork / row_work);
+  while (unit() > 1 &&
+         (plan.rows / unit() * plan.col_slots < std::min<int64_t>(wanted, 16) || unit() * row_work > kPauseWork)) {
     const int64_t longest = unit();
     for (int k = 0; k < plan.operands; ++k)
       if (plan.operand[k].target == Target::run && plan.operand[k].run == longest) plan.operand[k].target = Target::partial;
@@ -205,7 +207,7 @@ struct Call {
   const Plan* plan;
   const Isa* isa;
   bool wide;
-  int64_t slice, parts;
+  int64_t slice, first_slot, parts;
   int operand;
 };
 
@@ -222,16 +224,21 @@ bool carry_out(Plan& plan, bool wide, const Isa& isa, bool (*interrupted)()) {
     next += o.sums_size * slots_with_sums(plan, o);
   }
 
-  Call call{&plan, &isa, wide, 0, 1, 0};
+  Call call{&plan, &isa, wide, 0, 0, 1, 0};
+  const int64_t slots = plan.row_slots * plan.col_slots;
+  const int64_t slice_work = plan.rows_per_slice * plan.cols_per_slot * plan.operands;
+  const int64_t at_once = std::max<int64_t>(get_num_threads(), kPauseWork / slice_work);
   for (call.slice = 0; call.slice < plan.slices; ++call.slice) {
-    if (call.slice && interrupted()) return false;
-    parallel_for(
-        plan.row_slots * plan.col_slots,
-        [](int64_t slot, void* c) {
-          const Call& call = *static_cast<Call*>(c);
-          call.isa->run_slot[call.wide](*call.plan, slot, call.slice);
-        },
-        &call);
+    for (call.first_slot = 0; call.first_slot < slots; call.first_slot += at_once) {
+      if ((call.slice || call.first_slot) && interrupted()) return false;
+      parallel_for(
+          std::min(at_once, slots - call.first_slot),
+          [](int64_t i, void* c) {
+            const Call& call = *static_cast<Call*>(c);
+            call.isa->run_slot[call.wide](*call.plan, call.first_slot + i, call.slice);
+          },
+          &call);
+    }
   }
   for (call.operand = 0; call.operand < plan.operands; ++call.operand) {
     const PlanOperand& o = plan.operand[call.operand];

@@ -1,0 +1,111 @@
+// The AVX-512 vocabulary (F, BW, DQ, VL): 512-bit vectors.
+#pragma once
+#include <immintrin.h>
+
+#include "../fusion.h"
+
+#define FUSIONSUM_ISA avx512
+#define FORM_INLINE inline __attribute__((always_inline))
+
+namespace fusionsum {
+namespace FUSIONSUM_ISA {
+namespace {
+#include "../dtype.h"
+
+// Vector types of GCC and Clang: the arithmetic operators are theirs.
+typedef float F32 __attribute__((vector_size(64)));
+typedef double F64 __attribute__((vector_size(64)));
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  using V = F32;
+  static constexpr int width = 16;
+  static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+  static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static V load_part(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
+  static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+  static void store_part(float* p, V v, int count) { _mm512_mask_storeu_ps(p, first(count), v); }
+  static void stream(float* p, V v) { _mm512_stream_ps(p, v); }
+  static float sum(V v) { return _mm512_reduce_add_ps(v); }
+};
+template <>
+struct Simd<double> {
+  using V = F64;
+  static constexpr int width = 8;
+  static __mmask8 first(int count) { return static_cast<__mmask8>((1u << count) - 1); }
+  static V load(const double* p) { return _mm512_loadu_pd(p); }
+  static V load_part(const double* p, int count) { return _mm512_maskz_loadu_pd(first(count), p); }
+  static void store(double* p, V v) { _mm512_storeu_pd(p, v); }
+  static void store_part(double* p, V v, int count) { _mm512_mask_storeu_pd(p, first(count), v); }
+  static void stream(double* p, V v) { _mm512_stream_pd(p, v); }
+  static double sum(V v) { return _mm512_reduce_add_pd(v); }
+};
+
+template <class V>
+struct ScalarOf;
+template <>
+struct ScalarOf<F32> {
+  using type = float;
+};
+template <>
+struct ScalarOf<F64> {
+  using type = double;
+};
+template <class V>
+using Scalar = typename ScalarOf<V>::type;
+
+inline F32 load_wide(const Bf16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline F32 load_wide(const F16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void store_bits(void* p, __m256i bits, bool stream) {
+  if (stream) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), bits);
+  } else {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), bits);
+  }
+}
+inline void store_narrow(Bf16* p, F32 v, bool stream) {
+  const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16), odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  store_bits(p, _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40))), stream);
+}
+inline void store_narrow(F16* p, F32 v, bool stream) {
+  store_bits(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), stream);
+}
+
+inline F32 madd(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+inline F64 madd(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a, b, c); }
+inline F32 fused(F32 a, F32 b, F32 c) { return madd(a, b, c); }
+inline F64 fused(F64 a, F64 b, F64 c) { return madd(a, b, c); }
+inline F32 abs(F32 x) { return _mm512_abs_ps(x); }
+inline F64 abs(F64 x) { return _mm512_abs_pd(x); }
+inline F32 copysign(F32 x, F32 sign) { return _mm512_or_ps(abs(x), _mm512_and_ps(sign, _mm512_set1_ps(-0.0f))); }
+inline F64 copysign(F64 x, F64 sign) { return _mm512_or_pd(abs(x), _mm512_and_pd(sign, _mm512_set1_pd(-0.0))); }
+template <class Mask, class V>
+inline V select(Mask condition, V a, V b) {
+  return condition ? a : b;
+}
+inline F32 select_negative(F32 x, F32 a, F32 b) { return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a); }
+inline F64 select_negative(F64 x, F64 a, F64 b) { return _mm512_mask_mov_pd(b, _mm512_movepi64_mask(_mm512_castpd_si512(x)), a); }
+// min and max return their second operand where one is NaN.
+inline F32 at_least(F32 x, F32 bound) { return _mm512_max_ps(bound, x); }
+inline F64 at_least(F64 x, F64 bound) { return _mm512_max_pd(bound, x); }
+inline F32 at_most(F32 x, F32 bound) { return _mm512_min_ps(bound, x); }
+inline F64 at_most(F64 x, F64 bound) { return _mm512_min_pd(bound, x); }
+// n is a whole number: adding 1.5 * 2^23 (2^52) leaves it in the low bits of the sum.
+inline F32 pow2(F32 n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(n + (0x1.8p23f + 127.0f)), 23));
+}
+inline F64 pow2(F64 n) {
+  return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(n + (0x1.8p52 + 1023.0)), 52));
+}
+
+#include "../form.h"
+}  // namespace
+}  // namespace FUSIONSUM_ISA
+}  // namespace fusionsum
