@@ -1,7 +1,7 @@
 """Step 2: an encoder per modality, from tensors to a vector of features.
 
 Each ends in a LayerNorm: a product of features that start small has small gradients. Without it one seed of three of
-the fused model had not left the plateau at chance after 800 steps.
+the fused model had not left the plateau at chance after 800 steps, at a learning rate of 4e-3.
 """
 
 from __future__ import annotations
