@@ -1,7 +1,7 @@
 """The fusion sum for torch: four ways to the same kernels, chosen by what is watching the call.
 
-What lives here: all that needs torch's machinery. What lives elsewhere: the checks and their messages (``api.py``), the
-formulas and the fallback (``reference.py``), the kernels (``csrc/``).
+What lives here: all that needs torch's machinery. What lives elsewhere: the checks and their messages (``api.py``),
+the formulas and the fallback (``reference.py``), the kernels (``csrc/``).
 
 1. Plain tensors, nothing records: the native module, called directly.
 2. Plain tensors, autograd records: `_Recorded`, a ctx-style autograd.Function around the same call.
@@ -11,12 +11,13 @@ formulas and the fallback (``reference.py``), the kernels (``csrc/``).
    ``fusionsum::fusion_sum`` and ``fusionsum::fusion_sum_grad``, which compilers and modes can see.
 
 The sum is linear in every operand, so all its derivatives are again sums, or gradients of sums, with operands replaced
-by directions (`_along`, `_across`). Activations break that. The first gradient has them in the kernel; beyond it, and in
-way 3 always, torch's own operations apply them before a sum without any (`_activated`): right at every order, but slower,
-and phi(z) is stored.
+by directions (`_along`, `_across`). Activations break that. The first gradient has them in the kernel; beyond it, and
+in way 3 always, torch's own operations apply them before a sum without any (`_activated`): right at every order, but
+slower, and phi(z) is stored.
 
-Autocast changes nothing: operands are taken as they come and promote, as in ``torch.mul``, compiled or not. Known limits of
-torch's: ``torch.compile`` has no double backward and refuses ``torch.func.grad`` of a registered op, both with an error.
+Autocast changes nothing: operands are taken as they come and promote, as in ``torch.mul``, compiled or not. Limits of
+torch's, each an error: ``torch.compile`` has no double backward and no ``torch.func.grad`` of a registered op, and
+``torch.jit.trace`` no lists of optional tensors.
 """
 
 from __future__ import annotations
@@ -238,10 +239,11 @@ def _second_by_autograd(
         pairs = [(d, v) for d, v in zip(outputs, cotangents, strict=True) if d.requires_grad]
         if not pairs:
             return [None] * len(wanted)
-        outputs, cotangents = zip(*pairs, strict=True)
-        inputs = [x for x, w in zip(inputs, wanted, strict=True) if w]
-        grads = torch.autograd.grad(outputs, inputs, cotangents, create_graph=create_graph, allow_unused=True)
-    found = iter(grads)
+        of = [x for x, w in zip(inputs, wanted, strict=True) if w]
+        differentiable, their_cotangents = zip(*pairs, strict=True)
+        found = iter(
+            torch.autograd.grad(differentiable, of, their_cotangents, create_graph=create_graph, allow_unused=True)
+        )
     return [next(found) if w else None for w in wanted]
 
 
@@ -260,12 +262,12 @@ def _batched(size: int, axes: Any, call: _Call) -> tuple[list[Any], _Call]:
     operands, masks = (_batch_first(size, *group) for group in zip((call.operands, call.masks), axes, strict=True))
     masks = [mask if mask is None else reference.align_mask(mask, x) for mask, x in zip(masks, operands, strict=True)]
     ndim = max(x.ndim for x in operands if x is not None)
-    padded = (
+    padded, padded_masks = (
         [x if x is None else x.reshape(size, *(1,) * (ndim - x.ndim), *x.shape[1:]) for x in group]
         for group in (operands, masks)
     )
     dim = call.dim if call.dim < 0 else call.dim - (ndim - 1)
-    return operands, _Call(*padded, call.absent, dim, call.names)
+    return operands, call._replace(operands=padded, masks=padded_masks, dim=dim)
 
 
 def _vmap_sum(size: int, axes: Any, call: _Call) -> Any:
@@ -275,7 +277,7 @@ def _vmap_sum(size: int, axes: Any, call: _Call) -> Any:
 
 def _vmap_grad(size: int, grad_axis: Any, axes: Any, grad: Tensor, needs: Sequence[bool], call: _Call) -> Any:
     operands, batched = _batched(size, axes, call)
-    grads = _grad(*_batch_first(size, [grad], [grad_axis]), needs, batched)
+    grads = _grad(_batch_first(size, [grad], [grad_axis])[0], needs, batched)
     found = [d.reshape(x.shape) for d, x in zip(grads, operands, strict=True) if d is not None]
     return found, [0] * len(found)
 
@@ -376,7 +378,7 @@ def _call(weights: Any, factors: Any, present: Any, names: Any, absent: str, dim
     return _Call([weights, *factors], [None, *present], absent, dim, names)
 
 
-def _for_api(weights: Any, factors: Any, present: Any, names: Any, absent: str, dim: int) -> tuple[Any, ...]:
+def _for_api(weights: Any, factors: Any, present: Any, names: Any, absent: str, dim: int) -> Any:
     plain = (x if x is None or type(x) is Tensor else x.as_subclass(Tensor) for x in (weights, *factors))
     return next(plain), tuple(plain), [name or None for name in names], present, absent, dim
 
@@ -392,13 +394,13 @@ def _sum_kernel(*arguments: Any) -> Tensor:
     return _tensor(reference.fusion_sum(*arrays, given[4], dim), _result_dtype(operands))
 
 
-def _grad_kernel(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    *arguments, needs = arguments
+def _grad_kernel(grad: Tensor, *rest: Any) -> list[Tensor]:
+    *arguments, needs = rest
     given = _for_api(*arguments)
     found = NotImplemented if native is None else native.fusion_sum_grad(grad, *given, needs)
     if found is not NotImplemented:
         return [d for d in found if d is not None]
-    names, masks, dim = api.check(*given, grad)
+    names, masks, dim = api.check(*[*given, grad])
     weights, *factors = operands = _call(*arguments).operands
     arrays = (_array(grad), _array(weights), [_array(z) for z in factors], names, [_array(mask) for mask in masks])
     found = reference.fusion_sum_grad(*arrays, given[4], dim, needs)
@@ -436,8 +438,8 @@ def _fake_sum(*arguments: Any) -> Tensor:
     return operands[1].new_empty(_fake_shape(arguments), dtype=_result_dtype(operands))
 
 
-def _fake_grad(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    *arguments, needs = arguments
+def _fake_grad(grad: Tensor, *rest: Any) -> list[Tensor]:
+    *arguments, needs = rest
     _fake_shape(arguments, grad)
     return [x.new_empty(x.shape) for x, need in zip(_call(*arguments).operands, needs, strict=True) if need]
 
@@ -478,8 +480,8 @@ def _sum_vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
     return _vmap_sum(info.batch_size, _call(*in_dims)[:2], _call(*arguments))
 
 
-def _grad_vmap(info: Any, in_dims: Any, grad: Tensor, *arguments: Any) -> Any:
-    *arguments, needs = arguments
+def _grad_vmap(info: Any, in_dims: Any, grad: Tensor, *rest: Any) -> Any:
+    *arguments, needs = rest
     return _vmap_grad(info.batch_size, in_dims[0], _call(*in_dims[1:-1])[:2], grad, needs, _call(*arguments))
 
 
