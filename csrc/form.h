@@ -125,7 +125,10 @@ FORM_INLINE Value<V> gelu_value(V x) {
   const V square = a * a, error = fused(a, a, V{} - square);
   V e = exp_of_negative(square * T(-0.5)).e;
   e = madd(e, error * T(-0.5), e);
-  const V tail = e * (r * (a + T(4)) * inverse), phi = select_negative(x, tail, T(1) - tail);
+  const V reciprocal = (a + T(4)) * inverse;  // 1 / (1 + a), two roundings off: one step mends the quotient
+  V ratio = r * reciprocal;
+  ratio = madd(fused(V{} - ratio, a + T(1), r), reciprocal, ratio);
+  const V tail = e * ratio, phi = select_negative(x, tail, T(1) - tail);
   return {x * phi, madd(x, e * T(0.39894228040143267794), phi)};
 }
 

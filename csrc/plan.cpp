@@ -155,13 +155,16 @@ void cut(Plan& plan) {
   if (row_slots < std::min<int64_t>(wanted, 16) && col_blocks > 1) plan.col_slots = std::min(col_blocks, divide_up(wanted, row_slots));
   plan.cols_per_slot = divide_up(col_blocks, plan.col_slots) * kBlock;
   plan.col_slots = divide_up(plan.cols, plan.cols_per_slot);
+  const bool long_row = plan.cols_per_slot * plan.operands > kPauseWork;
+  plan.cols_per_slice = long_row ? std::max<int64_t>(1, kSliceWork / plan.operands / kBlock) * kBlock : plan.cols_per_slot;
+  plan.col_slices = divide_up(plan.cols_per_slot, plan.cols_per_slice);
   for (int k = 0; k < plan.operands; ++k) {
     PlanOperand& o = plan.operand[k];
-    if (o.grad && o.splat && plan.col_slots > 1) o.target = Target::partial;
+    if (o.grad && o.splat && (plan.col_slots > 1 || long_row)) o.target = Target::partial;
   }
 
   // Still too few, or too long a task to interrupt: the longest runs are summed over slots as well.
-  const int64_t row_work = plan.cols_per_slot * plan.operands, slice_rows = std::max<int64_t>(1, kSliceWork / row_work);
+  const int64_t row_work = plan.cols_per_slice * plan.operands, slice_rows = std::max<int64_t>(1, kSliceWork / row_work);
   while (unit() > 1 &&
          (plan.rows / unit() * plan.col_slots < std::min<int64_t>(wanted, 16) || unit() * row_work > kPauseWork)) {
     const int64_t longest = unit();
@@ -174,14 +177,14 @@ void cut(Plan& plan) {
   plan.rows_per_slot = per_slot;
   plan.row_slots = divide_up(plan.rows, per_slot);
   plan.rows_per_slice = divide_up(std::min(per_slot, slice_rows), unit()) * unit();
-  plan.slices = divide_up(per_slot, plan.rows_per_slice);
+  plan.slices = divide_up(per_slot, plan.rows_per_slice) * plan.col_slices;
 
   for (int k = 0; k < plan.operands; ++k) {
     PlanOperand& o = plan.operand[k];
     const int inner = plan.row_dims - 1;
     if (o.target == Target::run) {
-      // Rows of one group are summed and written at once; longer runs go through float64 sums.
-      const bool at_once = !o.splat && !o.mask_col && o.run == plan.row_size[inner] && o.run <= kGroup;
+      // A short run is summed and written at once; longer ones go through float64 sums.
+      const bool at_once = !o.splat && !o.mask_col && o.run == plan.row_size[inner] && o.run <= kSummed;
       o.sums_size = at_once ? 0 : o.splat ? 1 : plan.cols_per_slot;
     } else if (o.target == Target::partial) {
       int64_t stride = o.splat ? 1 : plan.cols;
@@ -226,7 +229,7 @@ bool carry_out(Plan& plan, bool wide, const Isa& isa, bool (*interrupted)()) {
 
   Call call{&plan, &isa, wide, 0, 0, 1, 0};
   const int64_t slots = plan.row_slots * plan.col_slots;
-  const int64_t slice_work = plan.rows_per_slice * plan.cols_per_slot * plan.operands;
+  const int64_t slice_work = plan.rows_per_slice * plan.cols_per_slice * plan.operands;
   const int64_t at_once = std::max<int64_t>(get_num_threads(), kPauseWork / slice_work);
   for (call.slice = 0; call.slice < plan.slices; ++call.slice) {
     for (call.first_slot = 0; call.first_slot < slots; call.first_slot += at_once) {

@@ -33,7 +33,7 @@ struct PlanOperand {
   int64_t partial_row[kMaxDims];
   bool has_row[kMaxDims];  // the operand has an extent along this row dim
   int64_t run;             // Target::run: how many rows sum to one
-  double* sums;            // Target::run over more rows than a group holds, and Target::partial: float64 sums of each slot
+  double* sums;            // Target::run over more than kSummed rows, and Target::partial: float64 sums of each slot
   int64_t sums_size;       // ... and how many a slot has
 };
 
@@ -41,14 +41,16 @@ struct Plan {
   int row_dims, operands;
   int64_t row_size[kMaxDims];
   int64_t rows, cols;
-  int64_t row_slots, col_slots, rows_per_slot, cols_per_slot, rows_per_slice, slices;
+  int64_t row_slots, col_slots, rows_per_slot, cols_per_slot;
+  int64_t rows_per_slice, cols_per_slice, col_slices, slices;  // of one slot, column slices innermost
   bool stream;    // gradients outgrow the caches: store past them
   double absent;
   PlanOperand operand[kMaxOperands];
 };
 
-constexpr int64_t kGroup = 64;    // rows whose gradient sums stay in the working precision before they are added in float64
+constexpr int64_t kGroup = 64;    // rows at a time
 constexpr int64_t kBlock = 1024;  // columns at a time: a block of every operand stays in the first-level cache
+constexpr int64_t kSummed = 16;   // rows summed in the working precision, before sums are added in float64: 64 cost 6 ulp
 
 // One instruction set: its name and its loops, for float32 [0] and float64 [1] accumulation.
 struct Isa {

@@ -33,10 +33,11 @@ inline void finish(const PlanOperand& o, int64_t at, int64_t grad_at, int64_t co
 template <class T>
 class Slot {
  public:
-  Slot(const Plan& plan, int64_t slot)
-      : p(plan), row_slot(slot / plan.col_slots), col_slot(slot % plan.col_slots) {
-    first_col = col_slot * p.cols_per_slot;
-    last_col = smaller(p.cols, first_col + p.cols_per_slot);
+  Slot(const Plan& plan, int64_t slot, int64_t slice)
+      : p(plan), row_slot(slot / plan.col_slots), col_slot(slot % plan.col_slots), slice(slice) {
+    const int64_t slot_end = smaller(p.cols, (col_slot + 1) * p.cols_per_slot);
+    first_col = col_slot * p.cols_per_slot + slice % p.col_slices * p.cols_per_slice;
+    last_col = smaller(slot_end, first_col + p.cols_per_slice);
     inner = p.row_dims - 1;
     // Operands whose derivative the inner loop sums come first; differentiate<> wants them so.
     for (int pass = 0; pass < 2; ++pass)
@@ -73,10 +74,10 @@ class Slot {
     only_u = only_u && !sums_wanted;
   }
 
-  void run(int64_t slice) {
-    if (slice == 0) clear_partials();
+  void run() {
+    if (slice < p.col_slices) clear_partials();
     const int64_t start = row_slot * p.rows_per_slot, stop = smaller(p.rows, start + p.rows_per_slot);
-    int64_t row = start + slice * p.rows_per_slice;
+    int64_t row = start + slice / p.col_slices * p.rows_per_slice;
     const int64_t last = smaller(stop, row + p.rows_per_slice);
     if (row >= last || first_col >= last_col) return;
     seek(row);
@@ -130,7 +131,7 @@ class Slot {
       if (o.target != Target::partial) continue;
       double* sums = sums_of(o);
       if (o.splat) {
-        fill(sums, 0.0, o.sums_size);
+        if (slice == 0) fill(sums, 0.0, o.sums_size);
       } else {
         for (int64_t row = 0; row < o.sums_size; row += p.cols) fill(sums + row + first_col, 0.0, last_col - first_col);
       }
@@ -263,16 +264,21 @@ class Slot {
       t.stream[v] = p.stream && plain_store[v];
       t.in_rows[v] = o.mask && !o.mask_col ? in_rows[v] : nullptr;
       t.out_rows[v] = o.mask && !o.mask_col ? out_rows[v] : nullptr;
-      if (v < summing) fill(grad[v], T(0), cols);
       if (!direct[v] && invariant[v]) load(k, 0, 1, col, cols, value[v], slope_for(v));
     }
-    const int64_t step = staging ? larger(1, kBlock / cols) : rows;
+    int64_t step = staging ? larger(1, kBlock / cols) : rows;
+    if (summing) {  // a whole number of steps makes kSummed rows
+      step = smaller(step, kSummed);
+      while (kSummed % step) --step;
+    }
     for (int64_t from = 0; from < rows; from += step) {
       t.rows = smaller(step, rows - from);
       t.scale = scale + from;
       t.sum = sum + from;
       for (int v = 0; v < vector_count; ++v)
         if (!direct[v] && !invariant[v]) load(vectors[v], from, t.rows, col, cols, value[v], slope_for(v));
+      const bool first = from % kSummed == 0, last = (from + t.rows) % kSummed == 0 || from + t.rows == rows;
+      for (int v = 0; first && v < summing; ++v) fill(grad[v], T(0), cols);
       for (int v = 0; v < vector_count; ++v)
         if (t.in_rows[v]) lead_past_absent(t, v, from);
       if (only_u) {
@@ -292,18 +298,18 @@ class Slot {
             if (!present(vectors[v], from + r, 0)) fill(t.out[v] + r * t.out_step[v], T(0), cols);
         }
       }
+      for (int v = 0; last && v < summing; ++v) {
+        const int k = vectors[v];
+        const PlanOperand& o = p.operand[k];
+        if (o.sums) {
+          add(o, k, 0, col, grad[v], cols);
+        } else {
+          finish<T>(o, at[k], grad_at[k], col, grad[v], cols);
+        }
+      }
       for (int v = 0; v < vector_count; ++v) {
         if (direct[v]) t.in[v] += t.rows * t.in_step[v];
         if (plain_store[v]) t.out[v] += t.rows * t.out_step[v];
-      }
-    }
-    for (int v = 0; v < summing; ++v) {
-      const int k = vectors[v];
-      const PlanOperand& o = p.operand[k];
-      if (!o.sums) {
-        finish<T>(o, at[k], grad_at[k], col, grad[v], cols);
-      } else {
-        add(o, k, 0, col, grad[v], cols);
       }
     }
   }
@@ -365,7 +371,7 @@ class Slot {
   }
 
   const Plan& p;
-  int64_t row_slot, col_slot, first_col, last_col;
+  int64_t row_slot, col_slot, slice, first_col, last_col;
   int inner;  // the innermost row dim
   int splats[kMaxOperands], vectors[kMaxOperands], splat_count = 0, vector_count = 0, summing = 0;
   bool direct[kMaxOperands];       // read in place
@@ -382,7 +388,7 @@ class Slot {
 
 template <class T>
 void run_slot(const Plan& plan, int64_t slot, int64_t slice) {
-  Slot<T>(plan, slot).run(slice);
+  Slot<T>(plan, slot, slice).run();
 }
 
 // ---- the sum of the slots ------------------------------------------------------------------------------------------------

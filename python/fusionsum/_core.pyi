@@ -1,10 +1,10 @@
 # The native module, csrc/bindings.cpp. The first two functions return NotImplemented for a call that is not wholly as it
-# should be; api.py then finds the error.
+# should be, and for tensors while torch watches calls (modes, transforms), unless `trusted` says that this is seen to.
 from collections.abc import Sequence
 from typing import Any
 
 def fusion_sum(
-    weights: Any, factors: tuple[Any, ...], activations: Any, present: Any, absent: Any, dim: Any
+    weights: Any, factors: tuple[Any, ...], activations: Any, present: Any, absent: Any, dim: Any, trusted: bool
 ) -> Any: ...
 def fusion_sum_grad(
     grad_output: Any,
@@ -15,6 +15,7 @@ def fusion_sum_grad(
     absent: Any,
     dim: Any,
     needs: Sequence[bool],
+    trusted: bool,
 ) -> Any: ...
 def isa() -> str: ...
 def isas() -> list[tuple[str, bool]]: ...

@@ -18,6 +18,7 @@ import numpy as np
 from . import reference
 from .backend import native
 
+torch_op: Any = None  # imported when the first tensor arrives; an import statement in each call would cost 0.3 us
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -38,13 +39,15 @@ def _kind(x: Any) -> str:
 def _check_array(name: str, x: Any, like: str) -> None:
     if not isinstance(x, np.ndarray) and not is_tensor(x):
         raise TypeError(f"{name}: expected a numpy.ndarray or torch.Tensor, got {type(x).__name__}")
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a plain array, got a masked one; say what is absent by `present`")
     if _kind(x) != like:
         raise TypeError(f"{name}: expected a {like} like factors[0], got a {_kind(x)}; convert one of them")
 
 
 def _broadcast(shape: tuple[int, ...], name: str, other: tuple[int, ...], before: str) -> tuple[int, ...]:
     try:
-        return np.broadcast_shapes(shape, other)
+        return reference.broadcast_shape(shape, other)
     except ValueError:
         raise ValueError(
             f"{name}: shape {other} does not broadcast with {shape}, the broadcast shape of {before}"
@@ -154,6 +157,24 @@ def _check_mask(name: str, mask: Any, of: str, factor: Any, shape: tuple[int, ..
             )
 
 
+def _for_torch() -> Any:
+    global torch_op
+    if torch_op is None:
+        from . import torch_op as module
+
+        torch_op = module
+    return torch_op
+
+
+def _plain(*arrays: Any) -> bool:
+    return all(x is None or type(x) is np.ndarray for x in arrays)
+
+
+def _as_plain(x: Any) -> Any:
+    """View a subclass, such as a memmap, as the array it is; the native module takes no subclasses."""
+    return x if x is None else x.view(np.ndarray)
+
+
 def fusion_sum(
     fusion_weights: Any, *factors: Any, activations: Any = None, present: Any = None, absent: str = "one", dim: int = -1
 ) -> Any:
@@ -213,14 +234,15 @@ def fusion_sum(
     array([6.])
     """
     if factors and is_tensor(factors[0]):
-        from . import torch_op
-
-        return torch_op.fusion_sum(fusion_weights, factors, activations, present, absent, dim)
+        return _for_torch().fusion_sum(fusion_weights, factors, activations, present, absent, dim)
     if native is not None:
-        output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim)
+        output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim, False)
         if output is not NotImplemented:
             return output
     names, masks, dim = check(fusion_weights, factors, activations, present, absent, dim)
+    if native is not None and not _plain(fusion_weights, *factors, *masks):
+        fusion_weights, *factors = map(_as_plain, (fusion_weights, *factors))
+        return fusion_sum(fusion_weights, *factors, activations=names, present=list(map(_as_plain, masks)), absent=absent, dim=dim)
     return reference.fusion_sum(fusion_weights, factors, names, masks, absent, dim)
 
 
@@ -268,14 +290,18 @@ def fusion_sum_grad(
     """
     needs = [fusion_weights is not None] + [True] * len(factors)
     if factors and is_tensor(factors[0]):
-        from . import torch_op
-
-        return torch_op.fusion_sum_grad(grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
+        given = (grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
+        return _for_torch().fusion_sum_grad(*given)
+    grad_output = np.asarray(grad_output) if isinstance(grad_output, np.generic) else grad_output  # as a 1-D sum returns
     if native is not None:
-        grads = native.fusion_sum_grad(grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
+        given = (grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
+        grads = native.fusion_sum_grad(*given, False)
         if grads is not NotImplemented:
             return grads
     if grad_output is None:
         raise TypeError("grad_output: expected an array of the output's shape, got None")
     names, masks, dim = check(fusion_weights, factors, activations, present, absent, dim, grad_output)
+    if native is not None and not _plain(grad_output, fusion_weights, *factors, *masks):
+        plain = map(_as_plain, (grad_output, fusion_weights, *factors))
+        return fusion_sum_grad(*plain, activations=names, present=list(map(_as_plain, masks)), absent=absent, dim=dim)
     return reference.fusion_sum_grad(grad_output, fusion_weights, factors, names, masks, absent, dim, needs)

@@ -7,30 +7,33 @@ choice of instruction set (``csrc/dispatch.cpp``), the routing of a call (``api.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import sys
 import warnings
 from typing import Any
 
 _BACKENDS = ("numpy", "cpu", "cuda")
+_MAX_THREADS = 1024
 
-_core: Any
+_core: Any = None
+missing = ""
 try:
-    from . import _core  # type: ignore[no-redef]
-
-    missing = ""
+    _core = importlib.import_module("fusionsum._core")
 except ImportError as error:
-    _core = None
     missing = f"the native module is missing ({error}); it is built at install time and needs a C++17 compiler"
 
 _override = os.environ.get("FUSIONSUM_BACKEND", "")
+_NO_CUDA = "this version has no CUDA kernels; move the tensors to the CPU"
+if _override == "cuda":
+    raise ImportError(f"FUSIONSUM_BACKEND=cuda: {_NO_CUDA}")
 if _override not in ("", *_BACKENDS):
     raise ValueError(f"FUSIONSUM_BACKEND={_override!r}: expected one of {', '.join(_BACKENDS)}")
 if _core is None:
     if os.environ.get("FUSIONSUM_REQUIRE_NATIVE", "0") not in ("", "0"):
         raise ImportError(f"FUSIONSUM_REQUIRE_NATIVE is set, but {missing}")
-    if _override in ("cpu", "cuda"):
-        raise ImportError(f"FUSIONSUM_BACKEND={_override} asks for native kernels, but {missing}")
+    if _override == "cpu":
+        raise ImportError(f"FUSIONSUM_BACKEND=cpu asks for native kernels, but {missing}")
     if _override != "numpy":
         warnings.warn(f"fusionsum runs on NumPy, correct but slow: {missing}", RuntimeWarning, stacklevel=3)
 
@@ -66,12 +69,11 @@ def backends() -> dict[str, str]:
     >>> fs.backends()["numpy"]
     'usable'
     """
-    cuda = "not usable: this version has no CUDA kernels; move the tensors to the CPU"
     if native is not None:
         cpu = f"usable: {native.isa()}"
     else:
         cpu = f"not usable: {missing or 'FUSIONSUM_BACKEND=numpy is set'}"
-    return {"cuda": cuda, "cpu": cpu, "numpy": "usable"}
+    return {"cuda": f"not usable: {_NO_CUDA}", "cpu": cpu, "numpy": "usable"}
 
 
 def set_num_threads(count: int) -> None:
@@ -83,14 +85,14 @@ def set_num_threads(count: int) -> None:
     Parameters
     ----------
     count : int
-        At least 1.
+        From 1 to 1024.
 
     Raises
     ------
     TypeError
         If `count` is not an integer.
     ValueError
-        If `count` is less than 1.
+        If `count` is out of range.
 
     Examples
     --------
@@ -103,8 +105,8 @@ def set_num_threads(count: int) -> None:
     """
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"count: expected an integer, got {type(count).__name__}")
-    if count < 1:
-        raise ValueError(f"count: expected at least 1, got {count}")
+    if not 1 <= count <= _MAX_THREADS:
+        raise ValueError(f"count: expected 1 to {_MAX_THREADS}, got {count}")
     if native is None:
         return
     if native.thread_backend() == "torch":

@@ -21,6 +21,8 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def _sigmoid(xp: Any, z: Any) -> Any:
+    if xp is not np:
+        return xp.sigmoid(z)  # torch differentiates it, and not |z|, at 0
     e = xp.exp(-abs(z))  # never overflows
     return xp.where(z >= 0, 1 / (1 + e), e / (1 + e))
 
@@ -72,6 +74,18 @@ def align_mask(present: Any, factor: Any) -> Any:
     return present.reshape(tuple(present.shape) + (1,) * (factor.ndim - present.ndim))
 
 
+def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """Broadcast by NumPy's rules, for any number of dims. Raises ValueError."""
+    ndim = max(map(len, shapes))
+    result = [1] * ndim
+    for shape in shapes:
+        for axis, n in enumerate(shape, ndim - len(shape)):
+            if n != 1 and result[axis] not in (1, n):
+                raise ValueError(f"{n} entries do not broadcast with {result[axis]}")
+            result[axis] = result[axis] if n == 1 else n
+    return tuple(result)
+
+
 def _operands(fusion_weights: Any, factors: Any, activations: Any, present: Any, absent: str, wide: Any) -> list[Any]:
     """Value, derivative and mask (or None) of every operand, the weights first where there are any."""
     operands = [] if fusion_weights is None else [(fusion_weights.astype(wide), wide.type(1), None)]
@@ -88,6 +102,7 @@ def _operands(fusion_weights: Any, factors: Any, activations: Any, present: Any,
     return operands
 
 
+@np.errstate(all="ignore")  # like the kernels and torch, quiet about what NaN and infinities do
 def fusion_sum(
     fusion_weights: Any, factors: Any, activations: Any, present: Any, absent: str, dim: int
 ) -> np.ndarray:
@@ -95,7 +110,7 @@ def fusion_sum(
     given = [*([] if fusion_weights is None else [fusion_weights]), *factors]
     operands = _operands(fusion_weights, factors, activations, present, absent, _wide(*given))
     product = functools.reduce(operator.mul, [value for value, _, _ in operands])
-    product = np.broadcast_to(product, np.broadcast_shapes(*(a.shape for a in given)))
+    product = np.broadcast_to(product, broadcast_shape(*(a.shape for a in given)))
     return product.sum(axis=dim, dtype=product.dtype).astype(result_dtype(*given))
 
 
@@ -106,6 +121,7 @@ def _sum_to(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return array.sum(axis=repeated, keepdims=True, dtype=array.dtype)
 
 
+@np.errstate(all="ignore")
 def fusion_sum_grad(
     grad_output: Any,
     fusion_weights: Any,
@@ -125,7 +141,7 @@ def fusion_sum_grad(
     needed = list(needs if fusion_weights is not None else needs[1:])
     wide = _wide(grad_output, *given)
     operands = _operands(fusion_weights, factors, activations, present, absent, wide)
-    shape = np.broadcast_shapes(*(a.shape for a in given))
+    shape = broadcast_shape(*(a.shape for a in given))
 
     prefixes = [np.expand_dims(grad_output.astype(wide), dim)]
     for value, _, _ in operands[:-1]:
@@ -139,7 +155,7 @@ def fusion_sum_grad(
             grad = prefix * suffix * derivative
             if mask is not None:
                 grad = np.where(mask, grad, wide.type(0))
-            grads.append(_sum_to(np.broadcast_to(grad, np.broadcast_shapes(grad.shape, shape)), z.shape).astype(z.dtype))
+            grads.append(_sum_to(np.broadcast_to(grad, broadcast_shape(grad.shape, shape)), z.shape).astype(z.dtype))
         else:
             grads.append(None)
         suffix = suffix * value

@@ -60,7 +60,7 @@ def fusion_sum(
             if not (_functorch_active() or forward_ad._current_level >= 0 or _dispatch_modes() or _jit_traces()):
                 return _record((activations, present, absent, dim), fusion_weights, *factors)
         else:
-            output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim)
+            output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim, False)
             if output is not NotImplemented:  # it declines where anything watches
                 return output
     return _sum(_checked(fusion_weights, factors, activations, present, absent, dim))
@@ -77,8 +77,10 @@ def fusion_sum_grad(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Evaluate `api.fusion_sum_grad` for torch tensors, only the gradients needed; differentiable itself."""
-    if native is not None and not is_dynamo_compiling():
-        grads = native.fusion_sum_grad(grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
+    records = torch.is_grad_enabled() and _any_requires_grad(grad_output, fusion_weights, *factors)
+    if native is not None and not is_dynamo_compiling() and not records:
+        given = (grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
+        grads = native.fusion_sum_grad(*given, False)
         if grads is not NotImplemented:
             return grads
     if grad_output is None:
@@ -93,7 +95,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: tuple[Any, ...], *operands: Any) -> Tensor:
         activations, present, absent, dim = options
-        output = native.fusion_sum(operands[0], operands[1:], activations, present, absent, dim)
+        output = native.fusion_sum(operands[0], operands[1:], activations, present, absent, dim, True)
         if output is NotImplemented:
             output = _sum(_checked(operands[0], operands[1:], activations, present, absent, dim))
         ctx.save_for_backward(*operands, *(present or ()))
@@ -385,7 +387,7 @@ def _for_api(weights: Any, factors: Any, present: Any, names: Any, absent: str, 
 
 def _sum_kernel(*arguments: Any) -> Tensor:
     given = _for_api(*arguments)
-    output = NotImplemented if native is None else native.fusion_sum(*given)
+    output = NotImplemented if native is None else native.fusion_sum(*given, True)
     if output is not NotImplemented:
         return output
     names, masks, dim = api.check(*given)
@@ -397,7 +399,7 @@ def _sum_kernel(*arguments: Any) -> Tensor:
 def _grad_kernel(grad: Tensor, *rest: Any) -> list[Tensor]:
     *arguments, needs = rest
     given = _for_api(*arguments)
-    found = NotImplemented if native is None else native.fusion_sum_grad(grad, *given, needs)
+    found = NotImplemented if native is None else native.fusion_sum_grad(grad, *given, needs, True)
     if found is not NotImplemented:
         return [d for d in found if d is not None]
     names, masks, dim = api.check(*[*given, grad])
