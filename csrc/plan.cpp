@@ -184,7 +184,7 @@ void cut(Plan& plan) {
     const int inner = plan.row_dims - 1;
     if (o.target == Target::run) {
       // A short run is summed and written at once; longer ones go through float64 sums.
-      const bool at_once = !o.splat && !o.mask_col && o.run == plan.row_size[inner] && o.run <= kSummed;
+      const bool at_once = !o.splat && !o.mask && o.run == plan.row_size[inner] && o.run <= kSummed;
       o.sums_size = at_once ? 0 : o.splat ? 1 : plan.cols_per_slot;
     } else if (o.target == Target::partial) {
       int64_t stride = o.splat ? 1 : plan.cols;

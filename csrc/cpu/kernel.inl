@@ -39,39 +39,38 @@ class Slot {
     first_col = col_slot * p.cols_per_slot + slice % p.col_slices * p.cols_per_slice;
     last_col = smaller(slot_end, first_col + p.cols_per_slice);
     inner = p.row_dims - 1;
-    // Operands whose derivative the inner loop sums come first; differentiate<> wants them so.
-    for (int pass = 0; pass < 2; ++pass)
-      for (int k = 0; k < p.operands; ++k) {
-        const PlanOperand& o = p.operand[k];
-        if (o.splat) {
-          if (pass == 0) splats[splat_count++] = k;
-          sums_wanted = sums_wanted || o.target != Target::none;
-        } else if ((o.target > Target::store && !o.mask_col && !o.has_row[inner]) == (pass == 0)) {
-          vectors[vector_count++] = k;
-          if (pass == 0) ++summing;
-        }
+    for (int k = 0; k < p.operands; ++k) {
+      const PlanOperand& o = p.operand[k];
+      sums_wanted = sums_wanted || (o.splat && o.target != Target::none);
+      if (o.splat) {
+        splats[splat_count++] = k;
+      } else if (o.row[inner] == 0 && !o.mask && o.target != Target::store && (o.target == Target::none || !o.has_row[inner])) {
+        shared_wanted = shared_wanted || o.target != Target::none;
+        shared[shared_count++] = k;
+      } else {
+        varying[varying_count++] = k;
       }
-    for (int v = 0; v < vector_count; ++v) {
-      const PlanOperand& o = p.operand[vectors[v]];
-      direct[v] = !o.data || (o.dtype == kDType<T> && o.col == 1 && o.activation == Activation::none && !o.mask_col);
-      invariant[v] = o.row[inner] == 0 && !o.mask_col && (!o.mask || o.mask_row[inner] == 0 || direct[v]);
-      masked = masked || o.mask;
-      if (!o.data) fill(ones, T(1), smaller(kBlock, p.cols));
+    }
+    stored = varying_count ? p.operand[varying[0]].dtype : kDType<T>;
+    for (int v = 0; v < varying_count; ++v) {
+      const PlanOperand& o = p.operand[varying[v]];
+      const bool plain = o.data && o.col == 1 && o.activation == Activation::none && !o.mask_col;
+      const bool plain_target = o.target == Target::none || (o.target == Target::store && o.grad_col == 1);
+      if (o.dtype != stored || !plain || !plain_target) stored = kDType<T>;
+    }
+    if (stored == DType::f64 || kDType<T> == DType::f64) stored = kDType<T>;
+    for (int v = 0; v < varying_count; ++v) {
+      const PlanOperand& o = p.operand[varying[v]];
+      const bool plain = o.dtype == stored && o.activation == Activation::none && !o.mask_col;
+      direct[v] = !o.data || (plain && o.col == 1);
+      plain_store[v] = plain && o.target == Target::store && o.grad_col == 1;
+      repeated[v] = !direct[v] && !o.mask && o.row[inner] == 0;
       wanted = wanted || o.target != Target::none;
-      plain_store[v] = o.target == Target::store && o.dtype == kDType<T> && o.grad_col == 1 &&
-                       o.activation == Activation::none && !o.mask_col;
-      const bool scratch = v >= summing && o.target != Target::none && !plain_store[v];
-      staging = staging || scratch || (!direct[v] && !invariant[v]);
+      masked = masked || o.mask;
+      staging = staging || (o.target != Target::none && !plain_store[v]) || (!direct[v] && !repeated[v]);
     }
-    if (masked) {
-      const int64_t cols = smaller(kBlock, p.cols);
-      fill(absent, static_cast<T>(p.absent), cols);
-      fill(trash, T(0), cols);
-    }
-    // The forward pass over contiguous outputs: u, the constant 1, is all that asks.
-    only_u = summing == 1 && !p.operand[vectors[0]].data;
-    for (int v = 1; v < vector_count; ++v) only_u = only_u && p.operand[vectors[v]].target == Target::none;
-    only_u = only_u && !sums_wanted;
+    for (int v = 0; v < varying_count; ++v)
+      if (!p.operand[varying[v]].data) fill(ones, T(1), smaller(kBlock, p.cols));
   }
 
   void run() {
@@ -250,24 +249,47 @@ class Slot {
   }
 
   void block(int64_t rows, int64_t col, int64_t cols) {
-    Tile<T> t;
+    if constexpr (kDType<T> == DType::f32) {
+      if (stored == DType::bf16) return block<Bf16>(rows, col, cols);
+      if (stored == DType::f16) return block<F16>(rows, col, cols);
+    }
+    block<T>(rows, col, cols);
+  }
+
+  // The tiles of a group of rows and a block of columns. S is what the varying operands are stored in; those that are not
+  // plain rows of S are brought into rows of T, and then S is T.
+  template <class S>
+  void block(int64_t rows, int64_t col, int64_t cols) {
+    Tile<T, S> t;
+    const S* in_rows[kMaxOperands][kGroup];
+    S* out_rows[kMaxOperands][kGroup];
+    alignas(64) S absent[kBlock], trash[kBlock];
+    alignas(64) T zeros[kBlock];
+    if (masked) {
+      fill(zeros, T(0), cols);
+      S value;
+      narrow(static_cast<T>(p.absent), &value);
+      fill(absent, value, cols);
+    }
     t.cols = cols;
-    t.operands = vector_count;
-    t.summing = summing;
-    for (int v = 0; v < vector_count; ++v) {
-      const int k = vectors[v];
+    t.operands = varying_count;
+    t.masked = masked;
+    t.shared = multiply_shared(col, cols);
+    t.shared_out = shared_wanted ? level : nullptr;
+    for (int v = 0; v < varying_count; ++v) {
+      const int k = varying[v];
       const PlanOperand& o = p.operand[k];
-      t.in_step[v] = !o.data || invariant[v] ? 0 : direct[v] ? o.row[inner] : cols;
-      t.out_step[v] = v < summing ? 0 : plain_store[v] ? o.grad_row[inner] : cols;
-      t.in[v] = o.data ? direct[v] ? static_cast<const T*>(o.data) + at[k] + col : value[v] : ones;
-      t.out[v] = o.target == Target::none ? nullptr : plain_store[v] ? static_cast<T*>(o.grad) + grad_at[k] + col : grad[v];
+      t.in_step[v] = !o.data || repeated[v] ? 0 : direct[v] ? o.row[inner] : cols;
+      t.out_step[v] = plain_store[v] ? o.grad_row[inner] : cols;
+      t.in[v] = !o.data ? as<S>(ones) : direct[v] ? static_cast<const S*>(o.data) + at[k] + col : as<S>(value[v]);
+      t.out[v] = o.target == Target::none ? nullptr : plain_store[v] ? static_cast<S*>(o.grad) + grad_at[k] + col : as<S>(grad[v]);
       t.stream[v] = p.stream && plain_store[v];
       t.in_rows[v] = o.mask && !o.mask_col ? in_rows[v] : nullptr;
       t.out_rows[v] = o.mask && !o.mask_col ? out_rows[v] : nullptr;
-      if (!direct[v] && invariant[v]) load(k, 0, 1, col, cols, value[v], slope_for(v));
+      if (repeated[v]) load(k, 0, 1, col, cols, value[v], slope_for(v));
     }
     int64_t step = staging ? larger(1, kBlock / cols) : rows;
-    if (summing) {  // a whole number of steps makes kSummed rows
+    if (shared_wanted) {  // a whole number of steps makes kSummed rows
       step = smaller(step, kSummed);
       while (kSummed % step) --step;
     }
@@ -275,39 +297,35 @@ class Slot {
       t.rows = smaller(step, rows - from);
       t.scale = scale + from;
       t.sum = sum + from;
-      for (int v = 0; v < vector_count; ++v)
-        if (!direct[v] && !invariant[v]) load(vectors[v], from, t.rows, col, cols, value[v], slope_for(v));
-      const bool first = from % kSummed == 0, last = (from + t.rows) % kSummed == 0 || from + t.rows == rows;
-      for (int v = 0; first && v < summing; ++v) fill(grad[v], T(0), cols);
-      for (int v = 0; v < vector_count; ++v)
-        if (t.in_rows[v]) lead_past_absent(t, v, from);
-      if (only_u) {
-        without_u(t);
-      } else if (wanted) {
-        (sums_wanted ? differentiate_for<T, true> : differentiate_for<T, false>)(vector_count, summing)(t);
-      } else {
-        dot_for<T>(vector_count)(t);
+      if (from % kSummed == 0 && shared_wanted) fill(level, T(0), cols);
+      for (int v = 0; v < varying_count; ++v) {
+        if (!direct[v] && !repeated[v]) load(varying[v], from, t.rows, col, cols, value[v], slope_for(v));
+        // A masked operand's absent rows are read from a constant row, and their derivatives written where nobody looks.
+        for (int64_t r = 0; t.in_rows[v] && r < t.rows; ++r) {
+          const bool here = present(varying[v], from + r, 0);
+          in_rows[v][r] = here ? t.in[v] + r * t.in_step[v] : absent;
+          out_rows[v][r] = here ? t.out[v] + r * t.out_step[v] : trash;
+        }
       }
-      for (int v = summing; v < vector_count; ++v) {
-        const PlanOperand& o = p.operand[vectors[v]];
+      if (wanted) {
+        differentiate_for<T, S>(varying_count, t.shared, sums_wanted)(t);
+      } else {
+        if (shared_wanted) accumulate_for<T, S>(varying_count)(t);
+        if (sums_wanted) dot_for<T, S>(varying_count)(t);
+      }
+      for (int v = 0; v < varying_count; ++v) {
+        const PlanOperand& o = p.operand[varying[v]];
         if (o.target == Target::none) continue;
         if (!plain_store[v]) {
           write(v, from, t.rows, col, cols);
         } else if (o.mask) {
           for (int64_t r = 0; r < t.rows; ++r)
-            if (!present(vectors[v], from + r, 0)) fill(t.out[v] + r * t.out_step[v], T(0), cols);
+            if (!present(varying[v], from + r, 0)) store_row(t.out[v] + r * t.out_step[v], 1, zeros, cols, t.stream[v]);
         }
       }
-      for (int v = 0; last && v < summing; ++v) {
-        const int k = vectors[v];
-        const PlanOperand& o = p.operand[k];
-        if (o.sums) {
-          add(o, k, 0, col, grad[v], cols);
-        } else {
-          finish<T>(o, at[k], grad_at[k], col, grad[v], cols);
-        }
-      }
-      for (int v = 0; v < vector_count; ++v) {
+      const bool last = (from + t.rows) % kSummed == 0 || from + t.rows == rows;
+      if (last && shared_wanted) share_out(col, cols);
+      for (int v = 0; v < varying_count; ++v) {
         if (direct[v]) t.in[v] += t.rows * t.in_step[v];
         if (plain_store[v]) t.out[v] += t.rows * t.out_step[v];
       }
@@ -315,29 +333,61 @@ class Slot {
   }
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-  // A masked operand's absent rows are read from a constant row, and their derivatives written where nobody looks.
-  void lead_past_absent(const Tile<T>& t, int v, int64_t from) {
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const bool here = present(vectors[v], from + r, 0);
-      in_rows[v][r] = here ? t.in[v] + r * t.in_step[v] : absent;
-      out_rows[v][r] = here ? t.out[v] + r * t.out_step[v] : trash;
+  // Rows of T as rows of S, which are the same where this is called.
+  template <class S>
+  static S* as(T* row) {
+    return static_cast<S*>(static_cast<void*>(row));
+  }
+
+  // The product of the operands that all rows share; null where there is none but the constant 1.
+  const T* multiply_shared(int64_t col, int64_t cols) {
+    const T* product = nullptr;
+    for (int s = 0; s < shared_count; ++s) {
+      const PlanOperand& o = p.operand[shared[s]];
+      if (!o.data) {
+        shared_row[s] = nullptr;
+        continue;
+      }
+      T* own = shared_value[s];
+      if (o.dtype == kDType<T> && o.col == 1 && o.activation == Activation::none) {
+        shared_row[s] = static_cast<const T*>(o.data) + at[shared[s]] + col;
+      } else {
+        load(shared[s], 0, 1, col, cols, own, nullptr);
+        shared_row[s] = own;
+      }
+      if (product) {
+        for (int64_t i = 0; i < cols; ++i) shared_product[i] = product[i] * shared_row[s][i];
+        product = shared_product;
+      } else {
+        product = shared_row[s];
+      }
+    }
+    return product;
+  }
+
+  // From the derivative of the shared product to that of each operand in it.
+  void share_out(int64_t col, int64_t cols) {
+    for (int s = 0; s < shared_count; ++s) {
+      const int k = shared[s];
+      const PlanOperand& o = p.operand[k];
+      if (o.target == Target::none) continue;
+      const T* from = level;
+      for (int other = 0; other < shared_count; ++other) {
+        if (other == s || !shared_row[other]) continue;
+        for (int64_t i = 0; i < cols; ++i) shared_grad[i] = from[i] * shared_row[other][i];
+        from = shared_grad;
+      }
+      if (o.sums) {
+        add(o, k, 0, col, from, cols);
+      } else {
+        finish<T>(o, at[k], grad_at[k], col, from, cols);
+      }
     }
   }
 
   T* slope_for(int v) {
-    const PlanOperand& o = p.operand[vectors[v]];
+    const PlanOperand& o = p.operand[varying[v]];
     return o.target == Target::store && o.activation != Activation::none ? slope[v] : nullptr;
-  }
-
-  void without_u(const Tile<T>& t) {
-    Tile<T> rest = t;
-    rest.operands = vector_count - 1;
-    for (int v = 1; v < vector_count; ++v) {
-      rest.in[v - 1] = t.in[v];
-      rest.in_step[v - 1] = t.in_step[v];
-      rest.in_rows[v - 1] = t.in_rows[v];
-    }
-    accumulate_for<T>(rest.operands)(rest);
   }
 
   // Adds a row of derivatives, of the group's row `r`, to the slot's float64 sums.
@@ -348,12 +398,12 @@ class Slot {
 
   // Derivatives that the inner loop left in grad[v]: slopes and masks applied, then stored or added up.
   void write(int v, int64_t from, int64_t rows, int64_t col, int64_t cols) {
-    const int k = vectors[v];
+    const int k = varying[v];
     const PlanOperand& o = p.operand[k];
     for (int64_t r = 0; r < rows; ++r) {
       T* row = grad[v] + r * cols;
       if (const T* dy = slope_for(v)) {
-        if (!invariant[v]) dy += r * cols;
+        if (!repeated[v]) dy += r * cols;
         for (int64_t i = 0; i < cols; ++i) row[i] *= dy[i];
       }
       if (o.mask && !o.mask_col) {
@@ -373,17 +423,20 @@ class Slot {
   const Plan& p;
   int64_t row_slot, col_slot, slice, first_col, last_col;
   int inner;  // the innermost row dim
-  int splats[kMaxOperands], vectors[kMaxOperands], splat_count = 0, vector_count = 0, summing = 0;
-  bool direct[kMaxOperands];       // read in place
-  bool invariant[kMaxOperands];    // the same for all rows of a group
+  // Operands by how they vary: along the rows only, along the columns only (within a group), along both.
+  int splats[kMaxOperands], shared[kMaxOperands], varying[kMaxOperands];
+  int splat_count = 0, shared_count = 0, varying_count = 0;
+  bool direct[kMaxOperands];       // of the varying: read in place
+  bool repeated[kMaxOperands];     // brought in once for all rows
   bool plain_store[kMaxOperands];  // derivative written in place
-  bool staging = false, wanted = false, sums_wanted = false, only_u = false, masked = false;
+  DType stored;                    // as what the inner loops read them
+  bool staging = false, wanted = false, shared_wanted = false, sums_wanted = false, masked = false;
   int64_t index[kMaxDims], at[kMaxOperands], mask_at[kMaxOperands], grad_at[kMaxOperands], partial_at[kMaxOperands];
   double sum[kGroup];
   T scale[kGroup], splat_value[kMaxOperands][kGroup], splat_slope[kMaxOperands][kGroup];
-  const T* in_rows[kMaxOperands][kGroup];
-  T* out_rows[kMaxOperands][kGroup];
-  alignas(64) T ones[kBlock], absent[kBlock], trash[kBlock], value[kMaxOperands][kBlock], slope[kMaxOperands][kBlock], grad[kMaxOperands][kBlock];
+  const T* shared_row[kMaxOperands];
+  alignas(64) T ones[kBlock], level[kBlock], shared_product[kBlock], shared_grad[kBlock], shared_value[kMaxOperands][kBlock];
+  alignas(64) T value[kMaxOperands][kBlock], slope[kMaxOperands][kBlock], grad[kMaxOperands][kBlock];
 };
 
 template <class T>

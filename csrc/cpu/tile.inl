@@ -135,37 +135,39 @@ inline void activate(Activation activation, const T* x, T* y, T* dy, int64_t col
 
 // ---- the inner loops over a tile -----------------------------------------------------------------------------------------
 
-template <class T>
+// T is the working precision; S what the rows are stored in: T, or a 16-bit type that is converted on the way.
+template <class T, class S>
 struct Tile {
   int64_t rows, cols;
-  int operands;                   // N: those that vary along the columns
-  int summing;                    // the first of them sum their derivative over the rows into out[k], one row
-  const T* in[kMaxOperands];
-  int64_t in_step[kMaxOperands];  // from row to row; 0 repeats one row
-  T* out[kMaxOperands];           // where derivatives go; null: not asked for
+  int operands;                           // N: those that differ from row to row
+  const S* in[kMaxOperands];
+  int64_t in_step[kMaxOperands];          // from row to row
+  S* out[kMaxOperands];                   // where derivatives go; null: not asked for
   int64_t out_step[kMaxOperands];
-  const T* const* in_rows[kMaxOperands];  // masked operands: where each row is instead; null: as in and in_step say
-  T* const* out_rows[kMaxOperands];
-  const T* scale;                 // per row: the product of the operands that do not vary along the columns
-  double* sum;                    // per row: += sum over the columns of the product, without scale; null: not asked for
-  bool stream[kMaxOperands];      // store out[k] past the caches
+  const S* const* in_rows[kMaxOperands];  // masked operands: where each row is instead; null: as in and in_step say
+  S* const* out_rows[kMaxOperands];
+  bool stream[kMaxOperands];              // store out[k] past the caches
+  bool masked;                            // rows may lie anywhere: ask for the next one early
+  const T* shared;                        // the product of the operands that are the same for all rows; null: none
+  T* shared_out;                          // += its derivative; null: not asked for
+  const T* scale;                         // per row: the product of the operands that are the same for all columns
+  double* sum;                            // per row: += sum over the columns of the product, without scale
 
-  const T* in_row(int k, int64_t r) const { return in_rows[k] ? in_rows[k][r] : in[k] + r * in_step[k]; }
-  T* out_row(int k, int64_t r) const {
+  const S* in_row(int k, int64_t r) const { return in_rows[k] ? in_rows[k][r] : in[k] + r * in_step[k]; }
+  S* out_row(int k, int64_t r) const {
     return !out[k] ? nullptr : out_rows[k] ? out_rows[k][r] : out[k] + r * out_step[k];
   }
 };
 
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
+// A vector of a row, or the part of one that the row still has.
 template <class T, bool kPart>
-struct Access {  // a vector, or the part of it that the row still has
+struct Access {
   using L = Simd<T>;
+  using V = typename L::V;
   int count;
-  typename L::V load(const T* p) const { return kPart ? L::load_part(p, count) : L::load(p); }
-  void store(T* p, typename L::V v, bool stream) const {
+
+  V load(const T* p) const { return kPart ? L::load_part(p, count) : L::load(p); }
+  void store(T* p, V v, bool stream) const {
     if (kPart) {
       L::store_part(p, v, count);
     } else if (stream) {
@@ -173,6 +175,20 @@ struct Access {  // a vector, or the part of it that the row still has
     } else {
       L::store(p, v);
     }
+  }
+  template <class S>
+  V load(const S* p) const {
+    if (!kPart) return load_wide(p);
+    S part[L::width] = {};
+    for (int i = 0; i < count; ++i) part[i] = p[i];
+    return load_wide(part);
+  }
+  template <class S>
+  void store(S* p, V v, bool stream) const {
+    if (!kPart) return store_narrow(p, v, stream);
+    S part[L::width];
+    store_narrow(part, v, false);
+    for (int i = 0; i < count; ++i) p[i] = part[i];
   }
 };
 
@@ -184,24 +200,52 @@ FORM_INLINE void along(int64_t i, int64_t cols, Step step) {
   if (i < cols) step(Access<T, true>{static_cast<int>(cols - i)}, i);
 }
 
-// N is known at compile time, or 0 and read from the tile.
+// N is known at compile time, or kAnyCount and read from the tile.
+constexpr int kAnyCount = kMaxOperands;
+template <class T, class S, int N>
+FORM_INLINE int count_of(const Tile<T, S>& t) {
+  return N == kAnyCount ? t.operands : N;
+}
+constexpr int at_least_one(int n) { return n ? n : 1; }  // arrays of nothing are not C++
+
 template <int N>
-constexpr int kSlots = N ? N : kMaxOperands;
+struct Count {
+  static constexpr int value = N;
+};
+
+// The rows of a tile, with those of the next row where they will not simply follow.
+template <class S, int N>
+struct Rows {
+  const S *in[at_least_one(N)], *next[at_least_one(N)];
+  bool early;
+
+  template <class T>
+  FORM_INLINE Rows(const Tile<T, S>& t, int n, int64_t r) : early(t.masked && r + 1 < t.rows) {
+    for (int k = 0; k < n; ++k) in[k] = t.in_row(k, r);
+    for (int k = 0; early && k < n; ++k) next[k] = t.in_row(k, r + 1);
+  }
+  FORM_INLINE void prefetch(int n, int64_t i) const {
+    for (int k = 0; early && k < n; ++k) __builtin_prefetch(next[k] + i);
+  }
+};
 
 // sum[r] += sum over the columns of the product.
-template <class T, int N>
-void dot(const Tile<T>& t) {
+template <class T, class S, int N>
+void dot(const Tile<T, S>& t) {
   using L = Simd<T>;
   using V = typename L::V;
-  const int n = N ? N : t.operands;
+  const int n = count_of<T, S, N>(t);
   for (int64_t r = 0; r < t.rows; ++r) {
-    const T* in[kSlots<N>];
-    for (int k = 0; k < n; ++k) in[k] = t.in_row(k, r);
+    const Rows<S, N> rows(t, n, r);
     const auto add = [&](V s, auto access, int64_t i) {
-      V p = access.load(in[0] + i);
-      if (n == 1) return s + p;
-      for (int k = 1; k + 1 < n; ++k) p = p * access.load(in[k] + i);
-      return madd(p, access.load(in[n - 1] + i), s);
+      rows.prefetch(n, i);
+      if (n == 0) return s + access.load(t.shared + i);
+      V p = access.load(rows.in[0] + i);
+      for (int k = 1; k < n; ++k) {
+        if (k + 1 == n && !t.shared) return madd(p, access.load(rows.in[k] + i), s);
+        p = p * access.load(rows.in[k] + i);
+      }
+      return t.shared ? madd(p, access.load(t.shared + i), s) : s + p;
     };
     // Four sums hide the latency of the fma; two loads a cycle feed no more. None takes more than 32 terms in T.
     constexpr int64_t kPiece = 32 * 4 * L::width;
@@ -222,88 +266,92 @@ void dot(const Tile<T>& t) {
   }
 }
 
-// out[0] += sum over the rows of scale times the product: the forward pass where outputs are contiguous.
-template <class T, int N>
-void accumulate(const Tile<T>& t) {
+// shared_out += sum over the rows of scale times the product: the forward pass where outputs are contiguous.
+template <class T, class S, int N>
+void accumulate(const Tile<T, S>& t) {
   using V = typename Simd<T>::V;
-  const int n = N ? N : t.operands;
+  const int n = count_of<T, S, N>(t);
   // Four rows at a time share one load and store of the sums.
-  const auto rows = [&](auto count, int64_t r) {
+  const auto some = [&](auto count, int64_t r) {
     constexpr int kRows = decltype(count)::value;
-    T* const out = t.out[0];
-    const T* in[kRows][kSlots<N>];
+    const S* in[kRows][at_least_one(N)];
     V scale[kRows];
     for (int j = 0; j < kRows; ++j) {
       scale[j] = V{} + t.scale[r + j];
       for (int k = 0; k < n; ++k) in[j][k] = t.in_row(k, r + j);
     }
+    T* const out = t.shared_out;
     along<T>(0, t.cols, [&](auto access, int64_t i) {
       V s = access.load(out + i);
       for (int j = 0; j < kRows; ++j) {
         V p = scale[j];
         for (int k = 0; k + 1 < n; ++k) p = p * access.load(in[j][k] + i);
-        s = madd(p, access.load(in[j][n - 1] + i), s);
+        s = n ? madd(p, access.load(in[j][n - 1] + i), s) : s + p;
       }
       access.store(out + i, s, false);
     });
   };
   int64_t r = 0;
-  for (; r + 4 <= t.rows; r += 4) rows(Count<4>{}, r);
-  for (; r < t.rows; ++r) rows(Count<1>{}, r);
+  for (; r + 4 <= t.rows; r += 4) some(Count<4>{}, r);
+  for (; r < t.rows; ++r) some(Count<1>{}, r);
 }
 
 // Derivatives of all operands that ask for one, in one pass; with kSum, the products' sums too.
-template <class T, int N, int kSumming, bool kSum>
-void differentiate(const Tile<T>& t) {
+template <class T, class S, int N, bool kShared, bool kSum>
+void differentiate(const Tile<T, S>& t) {
   using L = Simd<T>;
   using V = typename L::V;
-  const int n = N ? N : t.operands, summing = N ? kSumming : t.summing;
+  const int n = count_of<T, S, N>(t);
   for (int64_t r = 0; r < t.rows; ++r) {
-    const T* in[kSlots<N>];
-    T* out[kSlots<N>];
-    bool stream[kSlots<N>];
+    const Rows<S, N> rows(t, n, r);
+    S* out[N];
+    bool stream[N];
     for (int k = 0; k < n; ++k) {
-      in[k] = t.in_row(k, r);
       out[k] = t.out_row(k, r);
       stream[k] = t.stream[k] && aligned(out[k], L::width);
     }
     const V scale = V{} + t.scale[r];
     V sum{};
     along<T>(0, t.cols, [&](auto access, int64_t i) {
-      V v[kSlots<N>], partial[kSlots<N>];
-      for (int k = 0; k < n; ++k) v[k] = access.load(in[k] + i);
-      const V product = partial_products<N>(scale, v, partial, n);
-      for (int k = 0; k < summing; ++k) access.store(out[k] + i, access.load(out[k] + i) + partial[k], false);
-      for (int k = summing; k < n; ++k)
+      rows.prefetch(n, i);
+      V v[N], partial[N];
+      for (int k = 0; k < n; ++k) v[k] = access.load(rows.in[k] + i);
+      const V shared = kShared ? access.load(t.shared + i) : V{} + T(1);
+      const V product = partial_products<N == kAnyCount ? 0 : N>(kShared ? scale * shared : scale, v, partial, n);
+      for (int k = 0; k < n; ++k)
         if (out[k]) access.store(out[k] + i, partial[k], stream[k]);
-      if (kSum) sum = sum + product;
+      if (t.shared_out) access.store(t.shared_out + i, madd(scale, product, access.load(t.shared_out + i)), false);
+      if (kSum) sum = kShared ? madd(product, shared, sum) : sum + product;
     });
     if (kSum) t.sum[r] += static_cast<double>(L::sum(sum));
   }
 }
 
-template <class T>
-using Inner = void (*)(const Tile<T>&);
+// One to four operands that differ from row to row have loops of their own; any other count shares one.
+template <class T, class S>
+using Inner = void (*)(const Tile<T, S>&);
 
-template <class T>
-inline Inner<T> dot_for(int n) {
-  constexpr Inner<T> table[] = {dot<T, 0>, dot<T, 1>, dot<T, 2>, dot<T, 3>, dot<T, 4>, dot<T, 5>};
-  return table[n <= 5 ? n : 0];
+template <class T, class S>
+inline Inner<T, S> dot_for(int n) {
+  constexpr Inner<T, S> table[] = {dot<T, S, 0>, dot<T, S, 1>, dot<T, S, 2>, dot<T, S, 3>, dot<T, S, 4>};
+  return n <= 4 ? table[n] : dot<T, S, kAnyCount>;
 }
-template <class T>
-inline Inner<T> accumulate_for(int n) {
-  constexpr Inner<T> table[] = {accumulate<T, 0>, accumulate<T, 1>, accumulate<T, 2>, accumulate<T, 3>, accumulate<T, 4>};
-  return table[n <= 4 ? n : 0];
+template <class T, class S>
+inline Inner<T, S> accumulate_for(int n) {
+  constexpr Inner<T, S> table[] = {accumulate<T, S, 0>, accumulate<T, S, 1>, accumulate<T, S, 2>, accumulate<T, S, 3>,
+                                   accumulate<T, S, 4>};
+  return n <= 4 ? table[n] : accumulate<T, S, kAnyCount>;
 }
-template <class T, bool kSum>
-inline Inner<T> differentiate_for(int n, int summing) {
-  constexpr Inner<T> table[4][5] = {
-      {differentiate<T, 1, 0, kSum>, differentiate<T, 1, 1, kSum>},
-      {differentiate<T, 2, 0, kSum>, differentiate<T, 2, 1, kSum>, differentiate<T, 2, 2, kSum>},
-      {differentiate<T, 3, 0, kSum>, differentiate<T, 3, 1, kSum>, differentiate<T, 3, 2, kSum>, differentiate<T, 3, 3, kSum>},
-      {differentiate<T, 4, 0, kSum>, differentiate<T, 4, 1, kSum>, differentiate<T, 4, 2, kSum>, differentiate<T, 4, 3, kSum>,
-       differentiate<T, 4, 4, kSum>}};
-  return n <= 4 ? table[n - 1][summing] : differentiate<T, 0, 0, kSum>;
+template <class T, class S, bool kShared, bool kSum>
+inline Inner<T, S> differentiate_for(int n) {
+  constexpr Inner<T, S> table[] = {differentiate<T, S, 1, kShared, kSum>, differentiate<T, S, 2, kShared, kSum>,
+                                   differentiate<T, S, 3, kShared, kSum>, differentiate<T, S, 4, kShared, kSum>};
+  return n <= 4 ? table[n - 1] : differentiate<T, S, kAnyCount, kShared, kSum>;
+}
+template <class T, class S>
+inline Inner<T, S> differentiate_for(int n, bool shared, bool sum) {
+  return shared ? (sum ? differentiate_for<T, S, true, true>(n) : differentiate_for<T, S, true, false>(n))
+                : (sum ? differentiate_for<T, S, false, true>(n) : differentiate_for<T, S, false, false>(n));
 }
 
 }  // namespace
