@@ -23,14 +23,20 @@
 namespace fusionsum {
 namespace {
 
+// Threads take ranges, not single indices: what a thread read in one call, the next call finds in that core's cache.
 struct Job {
   int64_t count;
   void (*body)(int64_t, void*);
   void* context;
+  int64_t ranges = 1;
   std::atomic<int64_t> next{0};
 
+  void work(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i, context);
+  }
   void work() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i, context);
+    for (int64_t r; (r = next.fetch_add(1, std::memory_order_relaxed)) < ranges;)
+      work(r * count / ranges, (r + 1) * count / ranges);
   }
 };
 
@@ -49,6 +55,7 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       const int wanted = static_cast<int>(std::min<int64_t>(threads, job.count)) - 1;
       while (workers_ < wanted && start()) ++workers_;
+      job.ranges = wanted + 1;
       job_ = &job;
       invited_ = std::min(wanted, workers_);
       ++generation_;
@@ -147,8 +154,7 @@ void parallel_for(int64_t count, void (*body)(int64_t, void*), void* context) {
   if (count <= 1 || inside) {
     job.work();
   } else if (torch) {
-    // Each of torch's threads is handed a range, and takes the next free index instead: slots differ in cost.
-    torch(0, count, 1, [](int64_t, int64_t, void* j) { static_cast<Job*>(j)->work(); }, &job);
+    torch(0, count, 1, [](int64_t begin, int64_t end, void* j) { static_cast<Job*>(j)->work(begin, end); }, &job);
   } else if (const int threads = get_num_threads(); threads > 1) {
     own_pool().run(job, threads);
   } else {

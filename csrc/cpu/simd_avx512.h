@@ -28,7 +28,12 @@ struct Simd<float> {
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static void store_part(float* p, V v, int count) { _mm512_mask_storeu_ps(p, first(count), v); }
   static void stream(float* p, V v) { _mm512_stream_ps(p, v); }
-  static float sum(V v) { return _mm512_reduce_add_ps(v); }
+  static float sum(V v) {
+    const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_maskz_extractf32x8_ps(0xff, v, 1));
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
 };
 template <>
 struct Simd<double> {
@@ -40,7 +45,11 @@ struct Simd<double> {
   static void store(double* p, V v) { _mm512_storeu_pd(p, v); }
   static void store_part(double* p, V v, int count) { _mm512_mask_storeu_pd(p, first(count), v); }
   static void stream(double* p, V v) { _mm512_stream_pd(p, v); }
-  static double sum(V v) { return _mm512_reduce_add_pd(v); }
+  static double sum(V v) {
+    const __m256d h = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_maskz_extractf64x4_pd(0xf, v, 1));
+    const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+  }
 };
 
 template <class V>
