@@ -144,7 +144,7 @@ class Slot {
 
   // Rows of operand k from the group's row `from` on, converted and activated, into `to`, row after row; with their slopes
   // where dy is given. What is absent is not read.
-  void load(int k, int64_t from, int64_t rows, int64_t col, int64_t cols, T* to, T* dy) const {
+  void load(int k, int64_t from, int64_t rows, int64_t col, int64_t cols, T* to, T* dy, const T* beside = nullptr) const {
     const PlanOperand& o = p.operand[k];
     const int64_t first = at[k] + from * o.row[inner] + col * o.col;
     const int64_t ahead = rows * o.row[inner];  // the tile after this one
@@ -152,7 +152,7 @@ class Slot {
     if (!o.mask && o.col == 1 && o.dtype == kDType<T>) {
       const T* data = static_cast<const T*>(o.data) + first;
       if (together) {
-        activate(o.activation, data, to, dy, rows * cols, ahead);
+        activate(o.activation, data, to, dy, rows * cols, ahead, beside);
       } else {
         for (int64_t r = 0; r < rows; ++r)
           activate(o.activation, data + r * o.row[inner], to + r * cols, dy ? dy + r * cols : nullptr, cols, ahead);
@@ -298,8 +298,11 @@ class Slot {
       t.scale = scale + from;
       t.sum = sum + from;
       if (from % kSummed == 0 && shared_wanted) fill(level, T(0), cols);
+      const T* beside = nullptr;  // rows read in place, to be asked for while others are activated
+      for (int v = 0; staging && v < varying_count; ++v)
+        if (direct[v] && t.in_step[v] == cols) beside = as<const T>(t.in[v]);
       for (int v = 0; v < varying_count; ++v) {
-        if (!direct[v] && !repeated[v]) load(varying[v], from, t.rows, col, cols, value[v], slope_for(v));
+        if (!direct[v] && !repeated[v]) load(varying[v], from, t.rows, col, cols, value[v], slope_for(v), beside);
         // A masked operand's absent rows are read from a constant row, and their derivatives written where nobody looks.
         for (int64_t r = 0; t.in_rows[v] && r < t.rows; ++r) {
           const bool here = present(varying[v], from + r, 0);
@@ -323,20 +326,25 @@ class Slot {
             if (!present(varying[v], from + r, 0)) store_row(t.out[v] + r * t.out_step[v], 1, zeros, cols, t.stream[v]);
         }
       }
-      const bool last = (from + t.rows) % kSummed == 0 || from + t.rows == rows;
-      if (last && shared_wanted) share_out(col, cols);
+      if (shared_wanted && rows > kSummed && ((from + t.rows) % kSummed == 0 || from + t.rows == rows)) {
+        for (int64_t i = 0; i < cols; ++i) level_sum[i] = (from < kSummed ? 0 : level_sum[i]) + static_cast<double>(level[i]);
+      }
       for (int v = 0; v < varying_count; ++v) {
         if (direct[v]) t.in[v] += t.rows * t.in_step[v];
         if (plain_store[v]) t.out[v] += t.rows * t.out_step[v];
       }
     }
+    if (shared_wanted) {
+      for (int64_t i = 0; rows > kSummed && i < cols; ++i) level[i] = static_cast<T>(level_sum[i]);
+      share_out(col, cols);
+    }
   }
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
   // Rows of T as rows of S, which are the same where this is called.
-  template <class S>
-  static S* as(T* row) {
-    return static_cast<S*>(static_cast<void*>(row));
+  template <class S, class R>
+  static S* as(R* row) {
+    return const_cast<S*>(static_cast<const S*>(static_cast<const void*>(row)));
   }
 
   // The product of the operands that all rows share; null where there is none but the constant 1.
@@ -435,6 +443,7 @@ class Slot {
   double sum[kGroup];
   T scale[kGroup], splat_value[kMaxOperands][kGroup], splat_slope[kMaxOperands][kGroup];
   const T* shared_row[kMaxOperands];
+  alignas(64) double level_sum[kBlock];
   alignas(64) T ones[kBlock], level[kBlock], shared_product[kBlock], shared_grad[kBlock], shared_value[kMaxOperands][kBlock];
   alignas(64) T value[kMaxOperands][kBlock], slope[kMaxOperands][kBlock], grad[kMaxOperands][kBlock];
 };
