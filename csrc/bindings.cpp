@@ -365,7 +365,7 @@ bool parse(Call& c, py::handle grad_output, py::handle weights, py::handle facto
   for (int d = 0; d < c.ndim; ++d) {
     c.empty = c.empty || c.size[d] == 0;
     if (c.size[d] == 1) continue;
-    if (p.ndim == kMaxDims) return false;
+    if (p.ndim + 1 == kMaxDims) return false;  // the planner may need one more
     if (d == c.sum_dim) p.sum_dim = p.ndim;
     p.size[p.ndim] = c.size[d];
     c.kept[p.ndim++] = d;

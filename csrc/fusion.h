@@ -17,7 +17,7 @@ enum class Activation : uint8_t { none, tanh, sigmoid, relu, silu, gelu };      
 
 constexpr int kMaxFactors = 8;
 constexpr int kMaxOperands = kMaxFactors + 2;
-constexpr int kMaxDims = 12;  // dims of size > 1; a call with more of them goes to the reference
+constexpr int kMaxDims = 12;  // a call with so many dims of size > 1, or more, goes to the reference
 
 struct Operand {
   const void* data;     // null: the constant 1 (u in the forward pass)

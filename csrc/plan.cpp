@@ -37,24 +37,36 @@ int64_t extent(const Problem& p, const Operand& o) {
   return n;
 }
 
-// The dim along which most entries lie side by side; short dims count for less, since rows have a cost each.
-int vector_dim(const Problem& p) {
-  int best = p.sum_dim >= 0 ? p.sum_dim : 0;
+// The dim along which most entries lie side by side; short dims count for less, since rows have a cost each. Not one along
+// which an operand is broadcast and yet its mask varies: there it is neither a value per row nor a row of values.
+int vector_dim(Problem& p) {
+  int best = -1;
   double best_score = -1;
   for (int d = p.ndim - 1; d >= 0; --d) {
     double score = 0;
+    bool fits = true;
     for (int k = 0; k < p.operands; ++k) {
       const Operand& o = p.operand[k];
+      fits = fits && (has(o, d) || !o.mask || o.mask_stride[d] == 0);
       const bool beside = o.data ? o.stride[d] == 1 : has(o, d) && o.grad_stride[d] == 1;
       score += (beside ? 1.0 : 0.25) * static_cast<double>(extent(p, o));
     }
     score *= static_cast<double>(std::min<int64_t>(p.size[d], 8));
-    if (score > best_score) {
+    if (fits && score > best_score) {
       best_score = score;
       best = d;
     }
   }
-  return best;
+  if (best >= 0) return best;
+  const int d = p.ndim++;  // every dim is such a one: a dim of size 1, which all operands have, is not
+  p.size[d] = 1;
+  for (int k = 0; k < p.operands; ++k) {
+    Operand& o = p.operand[k];
+    o.dims |= 1u << d;
+    o.stride[d] = o.grad_stride[d] = 1;
+    o.mask_stride[d] = 0;
+  }
+  return d;
 }
 
 // May the row dims `outer` and `inner` be walked as one? Only if every stride of every operand agrees.
@@ -66,7 +78,7 @@ bool mergeable(const PlanOperand& o, int outer, int inner, int64_t inner_size) {
 void set_strides(const Problem& problem, const Order& order, Plan& plan) {
   plan.operands = problem.operands;
   plan.absent = problem.absent;
-  plan.cols = problem.ndim ? problem.size[order.vector] : 1;
+  plan.cols = problem.size[order.vector];
   for (int k = 0; k < problem.operands; ++k) {
     const Operand& from = problem.operand[k];
     PlanOperand& to = plan.operand[k];
@@ -76,7 +88,7 @@ void set_strides(const Problem& problem, const Order& order, Plan& plan) {
     to.grad = from.grad;
     to.dtype = from.dtype;
     to.activation = from.activation;
-    to.splat = !problem.ndim || !has(from, order.vector);
+    to.splat = !has(from, order.vector);
     if (!to.splat) {
       to.col = from.stride[order.vector];
       to.mask_col = from.mask_stride[order.vector];
@@ -278,8 +290,8 @@ Order order_of(const Problem& p, int vector, const Operand* first) {
 }  // namespace
 
 bool run(const Problem& problem, const Isa& isa, bool (*interrupted)()) {
-  const int vector = vector_dim(problem);
   Problem todo = problem;
+  const int vector = vector_dim(todo);
   Plan plan;
   int64_t stored = 0;
   for (int k = 0; k < problem.operands; ++k)
@@ -288,7 +300,7 @@ bool run(const Problem& problem, const Isa& isa, bool (*interrupted)()) {
 
   const Operand* first = nullptr;
   for (;;) {
-    set_strides(todo, order_of(problem, vector, first), plan);
+    set_strides(todo, order_of(todo, vector, first), plan);
     cut(plan);
     // Derivatives whose sums are too large wait for a pass of their own; the one this pass is for stays.
     bool again = false;
@@ -299,7 +311,7 @@ bool run(const Problem& problem, const Isa& isa, bool (*interrupted)()) {
       PlanOperand& o = plan.operand[k];
       if (o.target != Target::partial) continue;
       entries += o.sums_size * slots_with_sums(plan, o);
-      const bool own_pass = first && problem.operand[k].dims == first->dims;
+      const bool own_pass = first && todo.operand[k].dims == first->dims;
       if (entries > kMaxSums && !own_pass && row_extent(plan, o) > 1) {
         entries -= o.sums_size * slots_with_sums(plan, o);
         waiting |= 1u << k;
@@ -319,7 +331,7 @@ bool run(const Problem& problem, const Isa& isa, bool (*interrupted)()) {
     // The next pass: what waited, led by the last of it.
     for (int k = 0; k < todo.operands; ++k)
       if (!(waiting >> k & 1)) todo.operand[k].grad = nullptr;
-    first = &problem.operand[deferred];
+    first = &todo.operand[deferred];
   }
 }
 

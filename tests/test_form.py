@@ -64,9 +64,9 @@ def test_activation_and_derivative(dtype, count, activation, rng):
     """4 ulp; the derivatives cross zero or approach it as 1 - 1 does, so that theirs are ulp of 1 below 1."""
     z = points(dtype, count, rng)
     for shaped, dim in ((z[None, :], 0), (z[:, None], 1)):
-        value = native.fusion_sum(None, (shaped,), activation, None, "one", dim)
+        value = native.fusion_sum(None, (shaped,), activation, None, "one", dim, False)
         needs = [False, True]
-        _, slope = native.fusion_sum_grad(np.ones_like(z), None, (shaped,), activation, None, "one", dim, needs)
+        _, slope = native.fusion_sum_grad(np.ones_like(z), None, (shaped,), activation, None, "one", dim, needs, False)
         phi, derivative = EXACT[activation]
         if dtype == "float32":
             with np.errstate(all="ignore"):

@@ -81,12 +81,12 @@ def test_accuracy_in_ulp_without_cancellation(kind, terms, dtype, rng):
     f, g = ((random(rng, (rows, terms), "float64", kind) / 10).astype(dtype) for _ in range(2))
     f_up, g_up = f.T.copy(), g.T.copy()
     products = f.astype(np.longdouble) * g.astype(np.longdouble)
-    check_ulps(native.fusion_sum(None, (f, g), None, None, "one", -1), products.sum(-1))
-    check_ulps(native.fusion_sum(None, (f_up, g_up), None, None, "one", 0), products.sum(-1))
+    check_ulps(native.fusion_sum(None, (f, g), None, None, "one", -1, False), products.sum(-1))
+    check_ulps(native.fusion_sum(None, (f_up, g_up), None, None, "one", 0, False), products.sum(-1))
     u = random(rng, (terms,), dtype, "positive")
     for weights in {dtype, "float32" if dtype in NARROW else dtype}:
         weights = random(rng, (rows,), weights, "positive")
-        grads = native.fusion_sum_grad(u, weights, (f_up, g_up), None, None, "one", -1, [True] * 3)
+        grads = native.fusion_sum_grad(u, weights, (f_up, g_up), None, None, "one", -1, [True] * 3, False)
         check_ulps(grads[0], (products * u.astype(np.longdouble)).sum(-1))
         for grad, other in zip(grads[1:], (g_up, f_up), strict=True):
             check_ulps(grad, u.astype(np.longdouble)[:, None] * weights * other.astype(np.longdouble))
@@ -161,10 +161,10 @@ def test_only_the_gradients_asked_for(form, rng):
     case = FORMS[form].case(rng, "float32", n=9)
     u = random(rng, case.output_shape, "float32")
     count = len(case.operands)
-    full = native.fusion_sum_grad(u, case.weights, tuple(case.factors), None, None, "one", case.dim, [True] * count)
+    full = native.fusion_sum_grad(u, case.weights, tuple(case.factors), None, None, "one", case.dim, [True] * count, False)
     for pattern in range(2**count):
         needs = [bool(pattern >> k & 1) for k in range(count)]
-        some = native.fusion_sum_grad(u, case.weights, tuple(case.factors), None, None, "one", case.dim, needs)
+        some = native.fusion_sum_grad(u, case.weights, tuple(case.factors), None, None, "one", case.dim, needs, False)
         for grad, want, need in zip(some, full, needs, strict=True):
             if need:
                 check_within(grad, widened(want), 2e-6 * abs(widened(want)) + 1e-5)

@@ -253,8 +253,8 @@ def test_counts_beyond_two_to_the_31(shape):
     f = np.broadcast_to(np.float64(0.5), shape)
     u = np.broadcast_to(np.float64(2), shape[:1])
     weight = np.ones(1)
-    d_weight, d_f = native.fusion_sum_grad(u, weight, (f,), None, None, "one", -1, [True, False])
+    d_weight, d_f = native.fusion_sum_grad(u, weight, (f,), None, None, "one", -1, [True, False], False)
     assert d_weight.tolist() == [2**31 + 5]
     assert d_f is None
     if shape[0] == 1:
-        assert native.fusion_sum(None, (f,), None, None, "one", -1).tolist() == [(2**31 + 5) / 2]
+        assert native.fusion_sum(None, (f,), None, None, "one", -1, False).tolist() == [(2**31 + 5) / 2]

@@ -159,10 +159,9 @@ def _check_mask(name: str, mask: Any, of: str, factor: Any, shape: tuple[int, ..
 
 def _for_torch() -> Any:
     global torch_op
-    if torch_op is None:
-        from . import torch_op as module
+    from . import torch_op as module
 
-        torch_op = module
+    torch_op = module
     return torch_op
 
 
@@ -234,7 +233,7 @@ def fusion_sum(
     array([6.])
     """
     if factors and is_tensor(factors[0]):
-        return _for_torch().fusion_sum(fusion_weights, factors, activations, present, absent, dim)
+        return (torch_op or _for_torch()).fusion_sum(fusion_weights, factors, activations, present, absent, dim)
     if native is not None:
         output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim, False)
         if output is not NotImplemented:
@@ -291,7 +290,7 @@ def fusion_sum_grad(
     needs = [fusion_weights is not None] + [True] * len(factors)
     if factors and is_tensor(factors[0]):
         given = (grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
-        return _for_torch().fusion_sum_grad(*given)
+        return (torch_op or _for_torch()).fusion_sum_grad(*given)
     grad_output = np.asarray(grad_output) if isinstance(grad_output, np.generic) else grad_output  # as a 1-D sum returns
     if native is not None:
         given = (grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
