@@ -125,11 +125,13 @@ FORM_INLINE Value<V> gelu_value(V x) {
   const V square = a * a, error = fused(a, a, V{} - square);
   V e = exp_of_negative(square * T(-0.5)).e;
   e = madd(e, error * T(-0.5), e);
-  const V reciprocal = (a + T(4)) * inverse;  // 1 / (1 + a), two roundings off: one step mends the quotient
+  const V sum = a + T(1), lost = a - (sum - T(1));
+  const V reciprocal = (a + T(4)) * inverse;  // 1 / (1 + a), some roundings off: one step mends the quotient
   V ratio = r * reciprocal;
-  ratio = madd(fused(V{} - ratio, a + T(1), r), reciprocal, ratio);
+  ratio = madd(madd(V{} - ratio, lost, fused(V{} - ratio, sum, r)), reciprocal, ratio);
   const V tail = e * ratio, phi = select_negative(x, tail, T(1) - tail);
-  return {x * phi, madd(x, e * T(0.39894228040143267794), phi)};
+  // x - x Q(x) rounds once, and beyond 40 is x itself, infinity included.
+  return {select_negative(x, x * tail, fused(V{} - a, tail, x)), madd(x, e * T(0.39894228040143267794), phi)};
 }
 
 // One line per activation: adding one is a line here, in fusion.h and in reference.py.

@@ -94,7 +94,7 @@ LAYOUTS = {
     "step 2 everywhere": lambda a: stepped(a, [2] * a.ndim),
     "reversed everywhere": lambda a: stepped(a, [-1] * a.ndim),
     **{f"stride 0 on axis {axis}": repeated(axis) for axis in (0, 1, -1)},
-    "stride 0 everywhere": lambda a: np.broadcast_to(a.reshape(-1)[:1].reshape(()), a.shape),
+    "stride 0 everywhere": lambda a: np.broadcast_to(a.reshape(-1)[0] if a.size else a, a.shape),
     "offset by one element": shifted,
     "framed": framed,
     "read-only": read_only,
