@@ -175,10 +175,9 @@ void cut(Plan& plan) {
     if (o.grad && o.splat && (plan.col_slots > 1 || long_row)) o.target = Target::partial;
   }
 
-  // Still too few, or too long a task to interrupt: the longest runs are summed over slots as well.
+  // Still too few: the longest runs are summed over slots as well.
   const int64_t row_work = plan.cols_per_slice * plan.operands, slice_rows = std::max<int64_t>(1, kSliceWork / row_work);
-  while (unit() > 1 &&
-         (plan.rows / unit() * plan.col_slots < std::min<int64_t>(wanted, 16) || unit() * row_work > kPauseWork)) {
+  while (unit() > 1 && plan.rows / unit() * plan.col_slots < std::min<int64_t>(wanted, 16)) {
     const int64_t longest = unit();
     for (int k = 0; k < plan.operands; ++k)
       if (plan.operand[k].target == Target::run && plan.operand[k].run == longest) plan.operand[k].target = Target::partial;
@@ -188,9 +187,8 @@ void cut(Plan& plan) {
   if (per_slot > kGroup && unit() == 1) per_slot = divide_up(per_slot, kGroup) * kGroup;
   plan.rows_per_slot = per_slot;
   plan.row_slots = divide_up(plan.rows, per_slot);
-  plan.rows_per_slice = divide_up(std::min(per_slot, slice_rows), unit()) * unit();
-  plan.slices = divide_up(per_slot, plan.rows_per_slice) * plan.col_slices;
 
+  int64_t whole = 1;  // rows that one slice must hold together; the sums of longer runs last from slice to slice
   for (int k = 0; k < plan.operands; ++k) {
     PlanOperand& o = plan.operand[k];
     const int inner = plan.row_dims - 1;
@@ -198,6 +196,7 @@ void cut(Plan& plan) {
       // A short run is summed and written at once; longer ones go through float64 sums.
       const bool at_once = !o.splat && !o.mask && o.run == plan.row_size[inner] && o.run <= kSummed;
       o.sums_size = at_once ? 0 : o.splat ? 1 : plan.cols_per_slot;
+      if (at_once) whole = std::max(whole, o.run);
     } else if (o.target == Target::partial) {
       int64_t stride = o.splat ? 1 : plan.cols;
       for (int d = inner; d >= 0; --d) {
@@ -207,6 +206,8 @@ void cut(Plan& plan) {
       o.sums_size = stride;
     }
   }
+  plan.rows_per_slice = divide_up(std::min(per_slot, slice_rows), whole) * whole;
+  plan.slices = divide_up(per_slot, plan.rows_per_slice) * plan.col_slices;
 }
 
 int64_t slots_with_sums(const Plan& plan, const PlanOperand& o) {

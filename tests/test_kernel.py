@@ -161,7 +161,9 @@ def test_only_the_gradients_asked_for(form, rng):
     case = FORMS[form].case(rng, "float32", n=9)
     u = random(rng, case.output_shape, "float32")
     count = len(case.operands)
-    full = native.fusion_sum_grad(u, case.weights, tuple(case.factors), None, None, "one", case.dim, [True] * count, False)
+    full = native.fusion_sum_grad(
+        u, case.weights, tuple(case.factors), None, None, "one", case.dim, [True] * count, False
+    )
     for pattern in range(2**count):
         needs = [bool(pattern >> k & 1) for k in range(count)]
         some = native.fusion_sum_grad(u, case.weights, tuple(case.factors), None, None, "one", case.dim, needs, False)

@@ -36,7 +36,8 @@ class Slot {
   Slot(const Plan& plan, int64_t slot, int64_t slice)
       : p(plan), row_slot(slot / plan.col_slots), col_slot(slot % plan.col_slots), slice(slice) {
     const int64_t slot_end = smaller(p.cols, (col_slot + 1) * p.cols_per_slot);
-    first_col = col_slot * p.cols_per_slot + slice % p.col_slices * p.cols_per_slice;
+    slot_col = col_slot * p.cols_per_slot;
+    first_col = slot_col + slice % p.col_slices * p.cols_per_slice;
     last_col = smaller(slot_end, first_col + p.cols_per_slice);
     inner = p.row_dims - 1;
     for (int k = 0; k < p.operands; ++k) {
@@ -197,7 +198,8 @@ class Slot {
     for (int64_t r = 0; sums_wanted && r < rows; ++r) sum[r] = 0;
     for (int k = 0; k < p.operands; ++k) {
       const PlanOperand& o = p.operand[k];
-      if (o.target == Target::run && o.sums && row % o.run == 0) fill(sums_of(o), 0.0, o.splat ? 1 : last_col - first_col);
+      if (o.target == Target::run && o.sums && row % o.run == 0)
+        fill(sums_of(o) + (o.splat ? 0 : first_col - slot_col), 0.0, o.splat ? 1 : last_col - first_col);
     }
     for (int64_t col = first_col; col < last_col; col += kBlock) block(rows, col, smaller(kBlock, last_col - col));
     for (int s = 0; sums_wanted && s < splat_count; ++s) splat_target(s, rows);
@@ -206,7 +208,7 @@ class Slot {
       if (o.target != Target::run || !o.sums || (row + rows) % o.run) continue;
       const int64_t cols = o.splat ? 1 : last_col - first_col, base = o.splat ? 0 : first_col;
       for (int64_t i = 0; i < cols; i += kBlock)
-        finish<T>(o, at[k], grad_at[k], base + i, sums_of(o) + i, smaller(kBlock, cols - i));
+        finish<T>(o, at[k], grad_at[k], base + i, sums_of(o) + (o.splat ? 0 : first_col - slot_col) + i, smaller(kBlock, cols - i));
     }
   }
 
@@ -400,7 +402,7 @@ class Slot {
 
   // Adds a row of derivatives, of the group's row `r`, to the slot's float64 sums.
   void add(const PlanOperand& o, int k, int64_t r, int64_t col, const T* from, int64_t cols) {
-    double* sums = sums_of(o) + (o.target == Target::run ? col - first_col : partial_at[k] + r * o.partial_row[inner] + col);
+    double* sums = sums_of(o) + (o.target == Target::run ? col - slot_col : partial_at[k] + r * o.partial_row[inner] + col);
     for (int64_t i = 0; i < cols; ++i) sums[i] += static_cast<double>(from[i]);
   }
 
@@ -429,7 +431,7 @@ class Slot {
   }
 
   const Plan& p;
-  int64_t row_slot, col_slot, slice, first_col, last_col;
+  int64_t row_slot, col_slot, slice, slot_col, first_col, last_col;
   int inner;  // the innermost row dim
   // Operands by how they vary: along the rows only, along the columns only (within a group), along both.
   int splats[kMaxOperands], shared[kMaxOperands], varying[kMaxOperands];

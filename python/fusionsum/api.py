@@ -104,7 +104,9 @@ def check(
     if grad_output is not None:
         expected = shape[: len(shape) + dim] + shape[len(shape) + dim + 1 :]
         if tuple(grad_output.shape) != expected:
-            raise ValueError(f"grad_output: expected shape {expected}, that of the output, got {tuple(grad_output.shape)}")
+            raise ValueError(
+                f"grad_output: expected shape {expected}, that of the output, got {tuple(grad_output.shape)}"
+            )
 
     known = ", ".join(repr(name) for name in reference.ACTIVATIONS)
     per_factor = _per_factor("activations", activations, len(factors), (str,))
@@ -233,7 +235,8 @@ def fusion_sum(
     array([6.])
     """
     if factors and is_tensor(factors[0]):
-        return (torch_op or _for_torch()).fusion_sum(fusion_weights, factors, activations, present, absent, dim)
+        module = _for_torch() if torch_op is None else torch_op
+        return module.fusion_sum(fusion_weights, factors, activations, present, absent, dim)
     if native is not None:
         output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim, False)
         if output is not NotImplemented:
@@ -241,7 +244,9 @@ def fusion_sum(
     names, masks, dim = check(fusion_weights, factors, activations, present, absent, dim)
     if native is not None and not _plain(fusion_weights, *factors, *masks):
         fusion_weights, *factors = map(_as_plain, (fusion_weights, *factors))
-        return fusion_sum(fusion_weights, *factors, activations=names, present=list(map(_as_plain, masks)), absent=absent, dim=dim)
+        return fusion_sum(
+            fusion_weights, *factors, activations=names, present=list(map(_as_plain, masks)), absent=absent, dim=dim
+        )
     return reference.fusion_sum(fusion_weights, factors, names, masks, absent, dim)
 
 
@@ -290,8 +295,10 @@ def fusion_sum_grad(
     needs = [fusion_weights is not None] + [True] * len(factors)
     if factors and is_tensor(factors[0]):
         given = (grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
-        return (torch_op or _for_torch()).fusion_sum_grad(*given)
-    grad_output = np.asarray(grad_output) if isinstance(grad_output, np.generic) else grad_output  # as a 1-D sum returns
+        return (_for_torch() if torch_op is None else torch_op).fusion_sum_grad(*given)
+    grad_output = (
+        np.asarray(grad_output) if isinstance(grad_output, np.generic) else grad_output
+    )  # as a 1-D sum returns
     if native is not None:
         given = (grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
         grads = native.fusion_sum_grad(*given, False)

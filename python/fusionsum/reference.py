@@ -103,9 +103,7 @@ def _operands(fusion_weights: Any, factors: Any, activations: Any, present: Any,
 
 
 @np.errstate(all="ignore")  # like the kernels and torch, quiet about what NaN and infinities do
-def fusion_sum(
-    fusion_weights: Any, factors: Any, activations: Any, present: Any, absent: str, dim: int
-) -> np.ndarray:
+def fusion_sum(fusion_weights: Any, factors: Any, activations: Any, present: Any, absent: str, dim: int) -> np.ndarray:
     """Evaluate the formula at the top of this file; `dim` counts from the last axis, negatively."""
     given = [*([] if fusion_weights is None else [fusion_weights]), *factors]
     operands = _operands(fusion_weights, factors, activations, present, absent, _wide(*given))

@@ -77,8 +77,11 @@ def fusion_sum_grad(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Evaluate `api.fusion_sum_grad` for torch tensors, only the gradients needed; differentiable itself."""
-    records = torch.is_grad_enabled() and _any_requires_grad(grad_output, fusion_weights, *factors)
-    if native is not None and not is_dynamo_compiling() and not records:
+    if (
+        native is not None
+        and not is_dynamo_compiling()
+        and not (torch.is_grad_enabled() and _any_requires_grad(grad_output, fusion_weights, *factors))
+    ):
         given = (grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
         grads = native.fusion_sum_grad(*given, False)
         if grads is not NotImplemented:
