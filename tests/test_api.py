@@ -123,7 +123,7 @@ def faults():
 
 
 @pytest.mark.parametrize("ndim", [13, 33, 64])
-def test_many_dims(ndim):
+def test_many_dims_of_one(ndim):
     assert (fs.fusion_sum(None, ONES, np.ones((1,) * ndim)) == np.full((1,) * (ndim - 2) + (3,), 5.0)).all()
 
 

@@ -1,5 +1,6 @@
-# The native module, csrc/bindings.cpp. The first two functions return NotImplemented for a call that is not wholly as it
-# should be, and for tensors while torch watches calls (modes, transforms), unless `trusted` says that this is seen to.
+# The native module, csrc/bindings.cpp. The first two functions return NotImplemented for a call that is not wholly
+# as it should be (api.py then finds the error), and for tensors while torch watches calls, by modes or transforms, unless
+# `trusted` says that this is seen to.
 from collections.abc import Sequence
 from typing import Any
 

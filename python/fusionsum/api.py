@@ -243,10 +243,8 @@ def fusion_sum(
             return output
     names, masks, dim = check(fusion_weights, factors, activations, present, absent, dim)
     if native is not None and not _plain(fusion_weights, *factors, *masks):
-        fusion_weights, *factors = map(_as_plain, (fusion_weights, *factors))
-        return fusion_sum(
-            fusion_weights, *factors, activations=names, present=list(map(_as_plain, masks)), absent=absent, dim=dim
-        )
+        plain = map(_as_plain, (fusion_weights, *factors))
+        return fusion_sum(*plain, activations=names, present=list(map(_as_plain, masks)), absent=absent, dim=dim)
     return reference.fusion_sum(fusion_weights, factors, names, masks, absent, dim)
 
 

@@ -65,7 +65,7 @@ def result_dtype(*arrays: np.ndarray) -> np.dtype:
 
 
 def _wide(*arrays: np.ndarray) -> np.dtype:
-    """Sums and products are formed in float64 if any operand is, else in float32."""
+    """Return what sums and products are formed in: float64 if any operand is, else float32."""
     return np.dtype("float64" if any(a.dtype == np.float64 for a in arrays) else "float32")
 
 
