@@ -3,7 +3,7 @@
 //
 // Included inside an instruction set's namespace (simd_<isa>.h), which supplies for its V: Scalar<V> and, by the names below,
 // madd (a*b+c, fused where that is cheap), fused (a*b+c rounded once), abs, copysign, at_least, at_most, select,
-// select_negative (by the sign of its first argument) and pow2. Errors are measured
+// select_negative (by the sign of its first argument) and scaled (a * 2^n, rounded once, for the n of exp_of_negative). Errors are measured
 // by tests/test_kernel.py.
 
 // partial[k] = c * prod_{j != k} v[j], by prefixes and suffixes: dividing the product by v[k] would fail at zeros.
@@ -31,13 +31,11 @@ struct Constants;
 template <>
 struct Constants<float> {
   static constexpr float ln2_hi = 0x1.63p-1f, ln2_lo = -0x1.bd0106p-13f, exp_lowest = -104.0f, round = 0x1.8p23f;
-  static constexpr float lift = 64, drop = 0x1p-64f;
   static constexpr int exp_terms = 5, tail_terms = 11;
 };
 template <>
 struct Constants<double> {
   static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33, exp_lowest = -746.0, round = 0x1.8p52;
-  static constexpr double lift = 512, drop = 0x1p-512;
   static constexpr int exp_terms = 11, tail_terms = 23;
 };
 
@@ -47,7 +45,6 @@ struct Exp {
 };
 
 // For x <= 0. x = n ln 2 + r, |r| <= ln 2 / 2; p = exp(r) - 1 by its Taylor series, to below 0.1 ulp: 7 terms f32, 13 f64.
-// 2^n is lifted into the normal range and dropped again, so that subnormal results round once.
 template <class V>
 FORM_INLINE Exp<V> exp_of_negative(V x) {
   using T = Scalar<V>;
@@ -62,8 +59,8 @@ FORM_INLINE Exp<V> exp_of_negative(V x) {
 #pragma GCC unroll 16
   for (int i = C::exp_terms - 1; i >= 0; --i) q = madd(q, r, V{} + T(kInverseFactorial[i]));
   const V p = madd(r * r, q, r);
-  const V lifted = pow2(n + T(C::lift)), scale = lifted * T(C::drop);
-  return {(p + T(1)) * lifted * T(C::drop), madd(scale, p, scale - T(1))};
+  const V scale = scaled(V{} + T(1), n);
+  return {scaled(p + T(1), n), madd(scale, p, scale - T(1))};
 }
 
 template <class V>

@@ -93,8 +93,15 @@ inline F32 fused(F32 a, F32 b, F32 c) { return madd(a, b, c); }
 inline F64 fused(F64 a, F64 b, F64 c) { return madd(a, b, c); }
 inline F32 abs(F32 x) { return _mm512_abs_ps(x); }
 inline F64 abs(F64 x) { return _mm512_abs_pd(x); }
-inline F32 copysign(F32 x, F32 sign) { return _mm512_or_ps(abs(x), _mm512_and_ps(sign, _mm512_set1_ps(-0.0f))); }
-inline F64 copysign(F64 x, F64 sign) { return _mm512_or_pd(abs(x), _mm512_and_pd(sign, _mm512_set1_pd(-0.0))); }
+// Where the mask has a bit, the second operand's, else the first's.
+inline F32 copysign(F32 x, F32 sign) {
+  const __m512i bits = _mm512_castps_si512(x), signs = _mm512_castps_si512(sign);
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bits, signs, _mm512_set1_epi32(INT32_MIN), 0xd8));
+}
+inline F64 copysign(F64 x, F64 sign) {
+  const __m512i bits = _mm512_castpd_si512(x), signs = _mm512_castpd_si512(sign);
+  return _mm512_castsi512_pd(_mm512_ternarylogic_epi64(bits, signs, _mm512_set1_epi64(INT64_MIN), 0xd8));
+}
 template <class Mask, class V>
 inline V select(Mask condition, V a, V b) {
   return condition ? a : b;
@@ -106,13 +113,8 @@ inline F32 at_least(F32 x, F32 bound) { return _mm512_max_ps(bound, x); }
 inline F64 at_least(F64 x, F64 bound) { return _mm512_max_pd(bound, x); }
 inline F32 at_most(F32 x, F32 bound) { return _mm512_min_ps(bound, x); }
 inline F64 at_most(F64 x, F64 bound) { return _mm512_min_pd(bound, x); }
-// n is a whole number: adding 1.5 * 2^23 (2^52) leaves it in the low bits of the sum.
-inline F32 pow2(F32 n) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(n + (0x1.8p23f + 127.0f)), 23));
-}
-inline F64 pow2(F64 n) {
-  return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(n + (0x1.8p52 + 1023.0)), 52));
-}
+inline F32 scaled(F32 a, F32 n) { return _mm512_scalef_ps(a, n); }
+inline F64 scaled(F64 a, F64 n) { return _mm512_scalef_pd(a, n); }
 
 #include "../form.h"
 }  // namespace

@@ -54,13 +54,16 @@ template <class V>
 V at_most(V x, V bound) {
   return x > bound ? bound : x;
 }
-// NaN gives any value: it meets a NaN factor at once. The range is that of exp_of_negative.
-inline float pow2(float n) { return float_of(static_cast<uint32_t>(n == n ? static_cast<int>(n) + 127 : 0) << 23); }
-inline double pow2(double n) {
-  const uint64_t u = static_cast<uint64_t>(n == n ? static_cast<int64_t>(n) + 1023 : 0) << 52;
-  double x;
-  __builtin_memcpy(&x, &u, 8);
-  return x;
+// 2^n is lifted into the normal range and dropped again, so that subnormal results round once. NaN n gives any exponent: a is
+// NaN too.
+inline float scaled(float a, float n) {
+  return a * float_of(static_cast<uint32_t>(n == n ? static_cast<int>(n) + 127 + 64 : 0) << 23) * 0x1p-64f;
+}
+inline double scaled(double a, double n) {
+  const uint64_t u = static_cast<uint64_t>(n == n ? static_cast<int64_t>(n) + 1023 + 512 : 0) << 52;
+  double power;
+  __builtin_memcpy(&power, &u, 8);
+  return a * power * 0x1p-512;
 }
 
 #include "../form.h"
