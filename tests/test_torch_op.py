@@ -9,6 +9,7 @@ import copy
 import itertools
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -469,30 +470,30 @@ def test_modules_are_copied_and_saved():
         assert Fused()(torch.randn(5, 4)).shape == (5,)
 
 
-def test_ddp():
+def test_ddp(tmp_path):
+    """Fresh interpreters, on the loopback interface: forking one that has threads, as torch's does, may hang."""
     code = """
-import torch, torch.distributed as dist, torch.multiprocessing as mp, tempfile, fusionsum as fs
+import os, torch, torch.distributed as dist
 from test_torch_op import Fused
 
-def work(rank, file):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    module, x = Fused().double(), torch.randn(4, 4, dtype=torch.float64)
-    parallel = torch.nn.parallel.DistributedDataParallel(module)
-    parallel(x[2 * rank : 2 * rank + 2]).square().mean().backward()
-    found = [p.grad.clone() for p in module.parameters()]
-    module.zero_grad()
-    module(x).square().mean().backward()
-    torch.testing.assert_close(found, [p.grad for p in module.parameters()], rtol=1e-6, atol=1e-12)
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(work, (folder + "/store",), nprocs=2, start_method="fork")
-    print("equal")
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=2)
+torch.manual_seed(0)
+module, x = Fused().double(), torch.randn(4, 4, dtype=torch.float64)
+parallel = torch.nn.parallel.DistributedDataParallel(module)
+parallel(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+found = [p.grad.clone() for p in module.parameters()]
+module.zero_grad()
+module(x).square().mean().backward()
+torch.testing.assert_close(found, [p.grad for p in module.parameters()], rtol=1e-6, atol=1e-12)
+dist.destroy_process_group()
+print("equal")
 """
-    assert run_python(code).strip().endswith("equal")
+    environment = {"STORE": str(tmp_path / "store"), "GLOO_SOCKET_IFNAME": "lo"}
+    with ThreadPoolExecutor(2) as ranks:
+        printed = ranks.map(lambda rank: run_python(code, RANK=str(rank), **environment), range(2))
+        assert [text.strip() for text in printed] == ["equal", "equal"]
 
 
 def test_only_what_is_asked_for_is_computed(monkeypatch):
