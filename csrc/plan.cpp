@@ -304,7 +304,6 @@ bool run(const Problem& problem, const Isa& isa, bool (*interrupted)()) {
     set_strides(todo, order_of(todo, vector, first), plan);
     cut(plan);
     // Derivatives whose sums are too large wait for a pass of their own; the one this pass is for stays.
-    bool again = false;
     int deferred = -1;
     uint32_t waiting = 0;
     int64_t entries = 0;
@@ -317,7 +316,6 @@ bool run(const Problem& problem, const Isa& isa, bool (*interrupted)()) {
         entries -= o.sums_size * slots_with_sums(plan, o);
         waiting |= 1u << k;
         deferred = k;
-        again = true;
       }
     }
     for (int k = 0; k < plan.operands; ++k) {
@@ -328,7 +326,7 @@ bool run(const Problem& problem, const Isa& isa, bool (*interrupted)()) {
     bool any = false;
     for (int k = 0; k < plan.operands; ++k) any = any || plan.operand[k].target != Target::none;
     if (any && !carry_out(plan, problem.wide, isa, interrupted)) return false;
-    if (!again) return true;
+    if (!waiting) return true;
     // The next pass: what waited, led by the last of it.
     for (int k = 0; k < todo.operands; ++k)
       if (!(waiting >> k & 1)) todo.operand[k].grad = nullptr;
