@@ -36,10 +36,11 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.utils import _pytree
 
 from . import api, reference
-from .backend import adopt_torch, native
+from .backend import adopt_torch, load_cuda, native
 
 adopt_torch(torch)
 
+_BEYOND_CUDA = "the CUDA kernels take at most 11 dims of a size above 1, and torch 2.10 or newer"
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _jit_traces = torch._C._is_tracing
@@ -418,8 +419,10 @@ def _array(x: Tensor | None) -> np.ndarray | None:
         return None
     if x.layout is not torch.strided:
         raise TypeError(f"factors, fusion_weights, present: expected dense tensors, got one of layout {x.layout}")
+    if x.device.type == "cuda":
+        raise ValueError(f"factors: are on {x.device}, but {load_cuda() or _BEYOND_CUDA}; or move them to the CPU")
     if x.device.type != "cpu":
-        raise ValueError(f"factors: are on {x.device}, expected cpu, the only device with kernels in this version")
+        raise ValueError(f"factors: are on {x.device}, expected cpu or cuda, the devices with kernels")
     x = x.detach()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
