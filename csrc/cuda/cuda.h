@@ -17,4 +17,4 @@ struct CudaLibrary {
 
 }  // namespace fusionsum
 
-extern "C" const fusionsum::CudaLibrary* fusionsum_cuda();
+extern "C" __attribute__((visibility("default"))) const fusionsum::CudaLibrary* fusionsum_cuda();

@@ -117,8 +117,7 @@ FORM_INLINE Entry<T> entry(const PassOperand& o, int64_t at, int64_t mask_at) {
   if (kExtra && o.mask && !o.mask[mask_at]) return {o.absent_is_one ? T(1) : T(0), T(0), false};
   if (!o.data) return {T(1), T(1), true};
   const T x = Storage<Any<T>>::load(o, at).value;
-  if (!kExtra) return {x, T(1), true};
-  const Value<T> value = activated(o.activation, x);
+  const Value<T> value = kExtra ? activated(o.activation, x) : Value<T>{x, T(1)};
   return {value.y, value.dy, true};
 }
 
@@ -145,14 +144,9 @@ FORM_INLINE void scale_rows(const Pass& p, int64_t unit, int64_t row, int step, 
   for (int u = 0; u < U; ++u, row += step) rotate<U>(scale, row < end ? splat_product<T, kExtra>(p, unit, row, -1) : T(1));
 }
 
-// x[i] = x[i] * o's value at col + i, by the widest accesses there are.
-template <class T, int W, bool kExtra>
-FORM_INLINE void times(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
-  if (kExtra) {
-    GPU_LOOP
-    for (int i = 0; i < W; ++i) rotate<W>(x, x[0] * entry<T, kExtra>(o, at.data + (col + i) * o.col, at.mask + (col + i) * o.mask_col).y);
-    return;
-  }
+// x[i] = x[i] * o's value at col + i: plain values, by the widest accesses there are.
+template <class T, int W>
+FORM_INLINE void multiply_by(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
   with_dtype(o.dtype, o.data, [&](const auto* p) {
     using S = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
     constexpr int kWidth = Storage<S>::width;
@@ -172,6 +166,16 @@ FORM_INLINE void times(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
   });
 }
 
+// The same for any values.
+template <class T, int W, bool kExtra>
+FORM_INLINE void times(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
+  if constexpr (kExtra) {
+    GPU_LOOP
+    for (int i = 0; i < W; ++i) rotate<W>(x, x[0] * entry<T, kExtra>(o, at.data + (col + i) * o.col, at.mask + (col + i) * o.mask_col).y);
+  } else {
+    multiply_by<T, W>(o, at, col, x);
+  }
+}
 // The product of the shared operands at W columns of a unit, without operand `skip`.
 template <class T, int W, bool kExtra>
 FORM_INLINE void shared_product(const Pass& p, int64_t unit, int64_t col, int skip, T (&x)[W]) {
@@ -192,16 +196,18 @@ struct Row {
   static constexpr int W = Store::width;
 
   Place at[N];
-  bool present[N];  // of the whole row; masks that vary along the columns are read with each entry
+  bool present[N];  // of the whole row; a mask that varies along the columns, only where N is any, is read with each entry
   bool here;        // is there such a row?
   Packet packet[N];
 
   FORM_INLINE static int count(const Pass& p) { return N < kAnyCount ? N : p.varying; }
 
-  FORM_INLINE void locate(const Pass& p, const Place (&base)[N], int64_t row, bool is_here) {
+  // `base` is where the unit is. Many operands' bases would not fit the registers: they are found again for each row.
+  FORM_INLINE void locate(const Pass& p, const Place (&base)[N], int64_t unit, int64_t row, bool is_here) {
     here = is_here;
     FORM_UNROLL(16)
-    for (int k = 0; k < N; ++k) at[k] = base[k];
+    for (int k = 0; k < N; ++k) at[k] = N < kAnyCount ? base[k] : Place{0, 0, 0};
+    if (N == kAnyCount && here) cuda::locate<N>(p, count(p), 0, 0, p.unit_dims, unit, at);
     if (here) cuda::locate<N>(p, count(p), 0, p.unit_dims, p.run_dims, row, at);
     FORM_UNROLL(16)
     for (int k = 0; k < N; ++k) {
@@ -234,41 +240,42 @@ struct Row {
       if (k >= count(p)) {
         x[k] = T(1);
       } else if (kExtra) {
-        if (present[k] && o.mask && o.mask_col) is_present[k] = o.mask[at[k].mask + column * o.mask_col];
+        if (N == kAnyCount && present[k] && o.mask && o.mask_col) is_present[k] = o.mask[at[k].mask + column * o.mask_col];
         const Value<T> value = activated(o.activation, x[k]);
         x[k] = !is_present[k] ? (o.absent_is_one ? T(1) : T(0)) : o.data ? value.y : T(1);
         slope[k] = value.dy;
       }
     }
-    if (!kGrad) {
+    if constexpr (kGrad) {
+      const T product = partial_products<N>(c, x, partial, N);
+      if (kExtra) {
+        FORM_UNROLL(16)
+        for (int k = 0; k < N; ++k) partial[k] = is_present[k] ? partial[k] * slope[k] : T(0);
+      }
+      return product;
+    } else {
       T product = x[0];
       FORM_UNROLL(16)
       for (int k = 1; k < N; ++k) product = product * x[k];
       return product;
     }
-    const T product = partial_products<N>(c, x, partial, N);
-    if (kExtra) {
-      FORM_UNROLL(16)
-      for (int k = 0; k < N; ++k) partial[k] = is_present[k] ? partial[k] * slope[k] : T(0);
-    }
-    return product;
   }
 
-  // Calls use(i, product) for the W columns from `col` and stores the derivatives; c[i] is what they are multiplied by. In
-  // kernels with activations i is 0 and `use` has to rotate what it indexes.
+  // Calls use(i, product, shared[i]) for the W columns from `col` and stores the derivatives, which are multiplied by `shared`
+  // and `scale`. In kernels with activations i is 0, and `use` has to rotate what it indexes.
   template <class Use>
-  FORM_INLINE void differentiate(const Pass& p, int64_t col, T (&c)[W], Use use) {
+  FORM_INLINE void differentiate(const Pass& p, int64_t col, T (&shared)[W], T scale, Use use) {
     Packet out[N];
-    const auto one = [&](int i, int step, auto take, auto put, T scale) {
+    const auto one = [&](int i, int step, auto take, auto put, T c) {
       T x[N], partial[N];
       FORM_UNROLL(16)
       for (int k = 0; k < N; ++k) x[k] = take(packet[k], i);
-      const T product = multiply(p, col + step, scale, x, partial);
+      const T product = multiply(p, col + step, kGrad ? c * scale : T(1), x, partial);
       if (kGrad) {
         FORM_UNROLL(16)
         for (int k = 0; k < N; ++k) put(out[k], i, partial[k]);
       }
-      use(i, product);
+      use(i, product, c);
     };
     if (kExtra) {
       if (kGrad) {
@@ -277,19 +284,20 @@ struct Row {
       }
       GPU_LOOP
       for (int i = 0; i < W; ++i) {
-        const T scale = rotate<W>(c, c[0]);
-        one(0, i, [](Packet& from, int) { return from.take(); }, [](Packet& to, int, T value) { to.push(value); }, scale);
+        const T c = rotate<W>(shared, shared[0]);
+        one(0, i, [](Packet& from, int) { return from.take(); }, [](Packet& to, int, T value) { to.push(value); }, c);
       }
     } else {
       FORM_UNROLL(8)
       for (int i = 0; i < W; ++i)
-        one(i, i, [](Packet& from, int j) { return from.get(j); }, [](Packet& to, int j, T value) { to.set(j, value); }, c[i]);
+        one(i, i, [](Packet& from, int j) { return from.get(j); }, [](Packet& to, int j, T value) { to.set(j, value); }, shared[i]);
     }
-    if (!kGrad) return;
-    FORM_UNROLL(16)
-    for (int k = 0; k < N; ++k) {
-      const PassOperand& o = p.operand[k];
-      if (k < count(p) && o.target == Target::each) Store::store(o, at[k].grad + col * (W > 1 ? 1 : o.grad_col), out[k], p.stream);
+    if constexpr (kGrad) {
+      FORM_UNROLL(16)
+      for (int k = 0; k < N; ++k) {
+        const PassOperand& o = p.operand[k];
+        if (k < count(p) && o.target == Target::each) Store::store(o, at[k].grad + col * (W > 1 ? 1 : o.grad_col), out[k], p.stream);
+      }
     }
   }
 };
@@ -359,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __gri
     const int64_t unit = unit0 + t.slot;
     const bool unit_here = unit < p.units;
     Place base[N] = {};
-    if (unit_here) locate<N>(p, R::count(p), 0, 0, p.unit_dims, unit, base);
+    if (N < kAnyCount && unit_here) locate<N>(p, R::count(p), 0, 0, p.unit_dims, unit, base);
     for (int64_t row0 = t.begin; row0 < t.end; row0 += U * t.groups) {
       R row[U];
       T scale[U];
@@ -367,7 +375,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __gri
       FORM_UNROLL(4)
       for (int u = 0; u < U; ++u) {
         const int64_t r = row0 + u * t.groups + t.group;
-        row[u].locate(p, base, r, unit_here && r < t.end);
+        row[u].locate(p, base, unit, r, unit_here && r < t.end);
         scale[u] = 1;
         sum[u] = 0;
       }
@@ -384,13 +392,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __gri
           shared_product<T, W, kExtra>(p, unit, col, -1, shared);
           FORM_UNROLL(4)
           for (int u = 0; u < U; ++u) {
-            if (!row[u].here) continue;
-            T c[W];
-            FORM_UNROLL(8)
-            for (int i = 0; i < W; ++i) c[i] = shared[i] * scale[u];
-            row[u].differentiate(p, col, c, [&](int i, T product) {
-              s[u] = madd(product, kExtra ? rotate<W>(shared, shared[0]) : shared[i], s[u]);
-            });
+            if (row[u].here) row[u].differentiate(p, col, shared, scale[u], [&](int, T product, T c) { s[u] = madd(product, c, s[u]); });
           }
         }
         FORM_UNROLL(4)
@@ -460,8 +462,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
     for (int i = 0; i < W; ++i) own[i * kThreads] = 0;
     if (here) {
       Place base[N] = {};
-      locate<N>(p, R::count(p), 0, 0, p.unit_dims, unit, base);
-      T shared[W], level[W] = {};
+      if (N < kAnyCount) locate<N>(p, R::count(p), 0, 0, p.unit_dims, unit, base);
+      T shared[W] = {}, level[W] = {};
       if (kGrad) shared_product<T, W, kExtra>(p, unit, col, -1, shared);
       int terms = 0;
       GPU_LOOP
@@ -471,7 +473,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
         FORM_UNROLL(4)
         for (int u = 0; u < U; ++u) {
           const int64_t r = row0 + u * t.groups;
-          row[u].locate(p, base, r, r < t.end);
+          row[u].locate(p, base, unit, r, r < t.end);
           if (row[u].here) row[u].load(p, col);
           scale[u] = 1;
         }
@@ -479,10 +481,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
         FORM_UNROLL(4)
         for (int u = 0; u < U; ++u) {
           if (!row[u].here) continue;
-          T c[W];
-          FORM_UNROLL(8)
-          for (int i = 0; i < W; ++i) c[i] = kGrad ? shared[i] * scale[u] : T(1);
-          row[u].differentiate(p, col, c, [&](int i, T product) {
+          row[u].differentiate(p, col, shared, scale[u], [&](int i, T product, T) {
             if (kExtra) {
               rotate<W>(level, madd(product, scale[u], level[0]));
             } else {

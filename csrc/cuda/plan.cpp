@@ -194,7 +194,7 @@ Instance instance_of(const Pass& pass, bool is_wide) {
   for (int k = 0; k < pass.varying; ++k) {
     const PassOperand& o = pass.operand[k];
     same = same && o.dtype == pass.operand[0].dtype;
-    packed = packed && o.packed;
+    packed = packed && o.packed && (!o.mask || o.mask_col == 0);
     to.grad = to.grad || o.target == Target::each;
   }
   for (int k = 0; k < pass.operands; ++k) {
