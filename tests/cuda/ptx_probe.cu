@@ -48,11 +48,11 @@ extern "C" __global__ void warp_reverse(const float* x, float* y) {
   y[threadIdx.x] = tile[31 - threadIdx.x];
 }
 
-// An array per thread, indexed at run time.
+// An array per thread, indexed at run time and too long for ptxas to keep in registers.
 extern "C" __global__ void local_rotate(const float* x, float* y, int by) {
-  float values[8];
-  for (int i = 0; i < 8; ++i) values[i] = x[threadIdx.x * 8 + i];
-  for (int i = 0; i < 8; ++i) y[threadIdx.x * 8 + i] = values[(i + by) & 7];
+  float values[64];
+  for (int i = 0; i < 64; ++i) values[i] = x[threadIdx.x * 64 + i];
+  for (int i = 0; i < 64; ++i) y[threadIdx.x * 64 + i] = values[(i + by) & 63];
 }
 
 // ---- traffic -------------------------------------------------------------------------------------------------------------
@@ -64,6 +64,12 @@ extern "C" __global__ void copy_packets(const float4* x, float4* y) {
 extern "C" __global__ void copy_strided(const float* x, float* y, int stride) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   y[i] = x[i * stride];
+}
+// Sixteen bytes at a time in a loop, where a byte says so.
+extern "C" __global__ void copy_in_a_loop(const float4* x, const uint8_t* mask, float4* y, int n) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += blockDim.x)
+    if (mask[i]) y[i] = x[i];
 }
 // Threads write along rows of a 32 x `Pitch` tile and read along columns: 32 ways into one bank, unless padded.
 template <int Pitch>

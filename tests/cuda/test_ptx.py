@@ -1,7 +1,7 @@
 """The interpreter of PTX by itself: instructions against independent arithmetic, planted mistakes, known traffic.
 
-What lives elsewhere: the project's kernels under the interpreter. ``ptx_probe.cu`` holds the kernels that nvcc compiles here;
-instructions one by one are written as PTX.
+``ptx_probe.cu`` holds the kernels that nvcc compiles here; instructions one by one are written as PTX. What lives
+elsewhere: the project's kernels under the interpreter.
 """
 
 from __future__ import annotations
@@ -547,8 +547,9 @@ def test_syncwarp_orders_memory(run, schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_local_arrays(run, schedule):
-    x, y = np.arange(40 * 8, dtype=np.float32).reshape(40, 8), np.zeros((40, 8), np.float32)
-    assert not run("local_rotate", 1, 40, x, y, 3, schedule=schedule).findings
+    x, y = np.arange(40 * 64, dtype=np.float32).reshape(40, 64), np.zeros((40, 64), np.float32)
+    report = run("local_rotate", 1, 40, x, y, 3, schedule=schedule)
+    assert not report.findings and any(".local" in opcode for opcode in report.counters.instructions)
     assert (y == np.roll(x, -3, axis=1)).all()
 
 
