@@ -115,6 +115,15 @@ extern "C" __global__ void missing_second_barrier(const float* x, float* y) {
     y[threadIdx.x + 64 * round] = tile[63 - threadIdx.x];
   }
 }
+extern "C" __global__ void read_by_all_written_by_the_last(float* y) {
+  __shared__ float tile[64];
+  tile[threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  y[threadIdx.x] = tile[63];
+  if (threadIdx.x == 63) tile[63] = y[0];
+  __syncthreads();
+  y[64 + threadIdx.x] = tile[63];
+}
 extern "C" __global__ void missing_syncwarp(const float* x, float* y) {
   __shared__ float tile[32];
   tile[threadIdx.x] = x[threadIdx.x];

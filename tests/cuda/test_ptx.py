@@ -562,6 +562,7 @@ MISTAKES = {
     "shared_past_the_end": ("out of bounds", 1, 64, np.zeros(64, "f4"), 64),
     "missing_barrier": ("race", 1, 64, np.ones(64, "f4"), np.zeros(64, "f4")),
     "missing_second_barrier": ("race", 1, 64, np.ones(64, "f4"), np.zeros(128, "f4")),
+    "read_by_all_written_by_the_last": ("race", 1, 64, np.zeros(128, "f4")),
     "missing_syncwarp": ("race", 1, 32, np.ones(32, "f4"), np.zeros(32, "f4")),
     "shuffle_for_a_fence": ("race", 1, 32, np.ones(32, "f4"), np.zeros(32, "f4")),
     "blocks_share_a_sum": ("block race", 4, 32, np.zeros(1, "f4")),
@@ -666,10 +667,17 @@ def test_bank_conflicts(run, name, wavefronts):
     assert sum(a.transactions for a in accesses if a.store) == 32
 
 
-def test_wavefronts_of_wide_accesses(run):
-    """Eight bytes a lane go by half warps: two wavefronts at best."""
-    text = """.visible .entry k() { .reg .b32 %r<2>; .reg .f64 %fd<1>; .shared .align 8 .b8 x[256];
-      mov.u32 %r0, %tid.x; shl.b32 %r1, %r0, 3; mov.u32 %r0, x; add.u32 %r1, %r1, %r0; mov.f64 %fd0, 0d3FF0000000000000;
-      st.shared.f64 [%r1], %fd0; ret; }"""
+@pytest.mark.parametrize(
+    ("address", "wavefronts"),
+    [
+        ("shl.b32 %r1, %r0, 3", 2),  # side by side
+        ("shl.b32 %r1, %r0, 7", 32),  # one below the other, in two banks
+        ("shl.b32 %r1, %r0, 7; @%p mov.u32 %r1, 8", 17),  # so for the first half, the second all in one place
+    ],
+)
+def test_wide_accesses_go_by_half_warps(address, wavefronts):
+    text = f""".visible .entry k() {{ .reg .b32 %r<2>; .reg .f64 %fd<1>; .reg .pred %p; .shared .align 8 .b8 x[4096];
+      mov.u32 %r0, %tid.x; setp.gt.u32 %p, %r0, 15; {address}; mov.u32 %r0, x; add.u32 %r1, %r1, %r0;
+      mov.f64 %fd0, 0d3FF0000000000000; st.shared.f64 [%r1], %fd0; ret; }}"""
     (access,) = ptx.launch(ptx.parse(text), "k", (1,), (32,), b"", []).counters.accesses
-    assert (access.requests, access.transactions, access.bytes_unique) == (1, 2, 256)
+    assert (access.requests, access.transactions, access.bytes_asked) == (1, wavefronts, 256)

@@ -2,7 +2,8 @@
 
 The library is a build with -DFUSIONSUM_CUDA=ON (``sass.find_library``); without one its tests are skipped. For each kernel
 and architecture ``budgets.json`` holds the registers and the blocks per multiprocessor: no change may worsen them
-unnoticed, and ``python -m tests.cuda.sass --budgets`` writes them anew. What lives elsewhere: what is executed (``test_ptx.py``).
+unnoticed, and ``python -m tests.cuda.sass --budgets`` writes them anew. What lives elsewhere: what is executed
+(``test_ptx.py``).
 """
 
 from __future__ import annotations
