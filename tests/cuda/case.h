@@ -1,7 +1,8 @@
 // A call of the library as a file: the problem, the bytes of its arrays, and the gradients expected.
 //
-// What lives here: which bytes a problem reaches, and the file's format. recorder.cpp writes such files, driver.cpp reads them;
-// both are of one build, so the problem is stored as it lies in memory, its pointers too: they tell the alignment.
+// What lives here: which bytes a problem reaches, and the file's format. recorder.cpp writes such files, driver.cpp
+// reads them; both are of one build, so the problem is stored as it lies in memory, its pointers too: they tell the
+// alignment.
 #pragma once
 #include <cstdint>
 #include <fstream>
@@ -127,7 +128,8 @@ inline Case read_case(const std::string& path) {
       file.read(images->back().data(), static_cast<std::streamsize>(images->back().size()));
     }
   }
-  if (!file || file.peek() != std::ifstream::traits_type::eof()) throw std::runtime_error(path + " has not the length it should");
+  if (!file || file.peek() != std::ifstream::traits_type::eof())
+    throw std::runtime_error(path + " has not the length it should");
   return c;
 }
 

@@ -1,8 +1,8 @@
 // Replays cases (case.h) under sanitizers: driver [--schedule NAME]... CASE...
 //
-// Each array is a heap block of exactly its span, aligned as it was when recorded, and each gradient starts as anything but
-// what is expected. Prints a line per case and schedule; exits with 1 if any bit differs or the emulator reports an error. The
-// sanitizers end the program by themselves.
+// Each array is a heap block of exactly its span, aligned as it was when recorded, and each gradient starts as anything
+// but what is expected. Prints a line per case and schedule; exits with 1 if any bit differs or the emulator reports an
+// error. The sanitizers end the program by themselves.
 #include <cstdio>
 #include <cstring>
 
@@ -31,7 +31,7 @@ struct Block {
   ~Block() { std::free(base); }
 };
 
-// Null, or what went wrong.
+// What went wrong, or nothing.
 std::string replay(const Case& c) {
   Problem problem = c.problem;
   const std::vector<Array> arrays = arrays_of(c.problem);
@@ -70,8 +70,9 @@ std::string replay(const Case& c) {
     for (size_t at = 0; at < expected[i].size(); ++at) {
       if (blocks[i]->begin[at] == expected[i][at]) continue;
       static const char* const kRoles[] = {"data", "mask", "gradient"};
-      return std::string(kRoles[static_cast<int>(arrays[i].role)]) + " of operand " + std::to_string(arrays[i].operand) +
-             " differs at byte " + std::to_string(at) + " of " + std::to_string(expected[i].size());
+      return std::string(kRoles[static_cast<int>(arrays[i].role)]) + " of operand " +
+             std::to_string(arrays[i].operand) + " differs at byte " + std::to_string(at) + " of " +
+             std::to_string(expected[i].size());
     }
   }
   return "";

@@ -6,8 +6,8 @@
     with library.writing_cases(folder): ...
     emulation.replay(emulation.build("address"), folder.glob("*.case"))
 
-What lives elsewhere: CUDA's execution model (``fibers.h``, ``emulator.h``), the records (``recorder.cpp``), the replay's
-program (``driver.cpp``), planted bugs (``planted.py``). ``FUSIONSUM_EMULATOR_SCHEDULE`` sets the first schedule.
+What lives elsewhere: CUDA's execution model (``fibers.h``, ``emulator.h``), the records (``recorder.cpp``), the
+replay's program (``driver.cpp``), planted bugs (``planted.py``). ``FUSIONSUM_EMULATOR_SCHEDULE`` sets the first schedule.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def replay(
     driver: pathlib.Path, cases: Iterable[pathlib.Path], schedules: Sequence[str] = SCHEDULES
 ) -> subprocess.CompletedProcess[str]:
     """
-    Run cases through a sanitized build; the return code is 0 if all was well, 1 if bits differ, 66 if a sanitizer spoke.
+    Run cases through a sanitized build.
+
+    The return code is 0 if all was well, 1 if bits differ or the emulator complains, 66 if a sanitizer does.
 
     Parameters
     ----------
@@ -247,7 +249,7 @@ class Library:
         return address
 
     def schedule(self, name: str) -> None:
-        """Order threads and blocks "forward", "reverse" or "random:<seed>" from now on; ValueError at any other name."""
+        """Order threads and blocks "forward", "reverse" or "random:<seed>" from now on; else ValueError."""
         if not self._library.emulator_schedule(name.encode()):
             raise ValueError(f"schedule: expected 'forward', 'reverse' or 'random:<seed>', got {name!r}")
 

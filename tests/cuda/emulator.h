@@ -1,7 +1,8 @@
-// CUDA's language and runtime for kernels that g++ compiles: what csrc/cuda/gpu.h includes where nvcc is not the compiler.
+// CUDA's language and runtime for kernels that g++ compiles: what csrc/cuda/gpu.h includes where nvcc is not the
+// compiler.
 //
-// What lives here: the names. What lives elsewhere: what they do (fibers.h); recording of launches, and the wrapper round the
-// library (recorder.cpp); replay under sanitizers (driver.cpp).
+// What lives here: the names. What lives elsewhere: what they do (fibers.h); recording of launches, and the wrapper
+// round the library (recorder.cpp); replay under sanitizers (driver.cpp).
 #pragma once
 #include "fibers.h"
 
@@ -25,7 +26,7 @@ using std::min;
 
 using cudaStream_t = void*;
 
-// ---- CUDA's functions ----------------------------------------------------------------------------------------------------------
+// ---- CUDA's functions -----------------------------------------------------------------------------------------------
 
 #define threadIdx (::emulator::thread_index())
 #define blockIdx (::emulator::block_index())
@@ -33,8 +34,8 @@ using cudaStream_t = void*;
 #define gridDim (::emulator::grid_size())
 
 // The reference has the array's type, for UBSan; the key is one per instantiation, as CUDA's arrays are.
-#define GPU_SHARED(type, name, count)   \
-  static const char name##_key = 0;     \
+#define GPU_SHARED(type, name, count)                \
+  static const char name##_key = 0;                  \
   type(&name)[count] = *static_cast<type(*)[count]>( \
       ::emulator::shared_array(&name##_key, sizeof(type) * (count), ::emulator::Site::here()))
 
@@ -44,7 +45,8 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Site site = emulat
 }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane, emulator::Site site = emulator::Site::here()) {
-  return emulator::shuffle(emulator::Collective::shfl, mask, value, static_cast<unsigned>(lane) % emulator::kWarp, site);
+  return emulator::shuffle(emulator::Collective::shfl, mask, value, static_cast<unsigned>(lane) % emulator::kWarp,
+                           site);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, emulator::Site site = emulator::Site::here()) {
@@ -54,7 +56,8 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, emulator::Site site = emulat
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned by, emulator::Site site = emulator::Site::here()) {
   const unsigned lane = emulator::machine.current->rank % emulator::kWarp, source = lane + by;
-  return emulator::shuffle(emulator::Collective::shfl_down, mask, value, source < emulator::kWarp ? source : lane, site);
+  return emulator::shuffle(emulator::Collective::shfl_down, mask, value, source < emulator::kWarp ? source : lane,
+                           site);
 }
 
 template <class T>
@@ -71,6 +74,10 @@ void __stcs(T* pointer, T value, emulator::Site site = emulator::Site::here()) {
   emulator::check_aligned(pointer, site);
   *pointer = value;
 }
+template <class T>
+void __stwb(T* pointer, T value, emulator::Site site = emulator::Site::here()) {
+  __stcs(pointer, value, site);
+}
 
 template <class Parameters>
 cudaError_t gpu_launch(void (*kernel)(Parameters), dim3 grid, dim3 block, cudaStream_t, const Parameters& parameters) {
@@ -78,23 +85,30 @@ cudaError_t gpu_launch(void (*kernel)(Parameters), dim3 grid, dim3 block, cudaSt
   static_assert(sizeof(Parameters) <= emulator::kParameterLimit, "a launch takes 4 KB of parameters");
   return emulator::run({reinterpret_cast<const void*>(kernel), grid, block, &parameters, sizeof parameters,
                         [](const emulator::Launch& launch) {
-                          reinterpret_cast<void (*)(Parameters)>(launch.kernel)(*static_cast<const Parameters*>(launch.parameters));
+                          reinterpret_cast<void (*)(Parameters)>(launch.kernel)(
+                              *static_cast<const Parameters*>(launch.parameters));
                         }});
 }
 
 inline const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "cudaSuccess";
-    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
-    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
-    case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
+    case cudaErrorLaunchFailure:
+      return "cudaErrorLaunchFailure";
   }
   return "unrecognized error code";
 }
 // Of a failed launch, the emulator's report; valid until the next one fails.
 inline const char* cudaGetErrorString(cudaError_t error) {
-  if (error == cudaErrorLaunchFailure || error == cudaErrorInvalidConfiguration) return emulator::machine.failure.c_str();
+  if (error == cudaErrorLaunchFailure || error == cudaErrorInvalidConfiguration)
+    return emulator::machine.failure.c_str();
   return cudaGetErrorName(error);
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }

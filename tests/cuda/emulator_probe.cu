@@ -1,7 +1,7 @@
 // Small kernels, right and wrong, behind the CUDA library's interface: what test_emulator.py tests the emulator with.
 //
-// A problem's sum_dim says which program runs; operand 1 is the input, n floats, and operand 0's gradient the output. The
-// names' list, at the end, is the programs' order.
+// A problem's sum_dim says which program runs; operand 1 is the input, n floats, and operand 0's gradient the output.
+// The names' list, at the end, is the programs' order.
 #include <cstring>
 #include <memory>
 #include <string>
@@ -18,14 +18,15 @@ struct Probe {
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kThreads = 64;
 
-// ---- right ---------------------------------------------------------------------------------------------------------------
+// ---- right ----------------------------------------------------------------------------------------------------------
 
 // Each block's sum, by a tree in shared memory.
 __global__ void __launch_bounds__(kThreads) tree(const __grid_constant__ Probe p) {
   GPU_SHARED(float, sums, kThreads);
   const unsigned t = threadIdx.x;
   float sum = 0;
-  for (int i = static_cast<int>(blockIdx.x * blockDim.x + t); i < p.n; i += static_cast<int>(gridDim.x * blockDim.x)) sum += __ldg(p.in + i);
+  for (int i = static_cast<int>(blockIdx.x * blockDim.x + t); i < p.n; i += static_cast<int>(gridDim.x * blockDim.x))
+    sum += __ldg(p.in + i);
   sums[t] = sum;
   for (unsigned half = kThreads / 2; half; half /= 2) {
     __syncthreads();
@@ -55,7 +56,7 @@ __global__ void packets(const __grid_constant__ Probe p) {
   if (i < p.n) __stcs(reinterpret_cast<uint4*>(p.out + i), __ldcs(reinterpret_cast<const uint4*>(p.in + i)));
 }
 
-// ---- wrong: found in every build -----------------------------------------------------------------------------------------
+// ---- wrong: found in every build ------------------------------------------------------------------------------------
 
 __global__ void uneven_barrier(const __grid_constant__ Probe p) {
   if (threadIdx.x < 32) {
@@ -77,7 +78,9 @@ __global__ void stuck(const __grid_constant__ Probe p) {
 __global__ void divergent_shuffle(const __grid_constant__ Probe p) {
   if (threadIdx.x < 16) p.out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
 }
-__global__ void outside_mask(const __grid_constant__ Probe p) { p.out[threadIdx.x] = __shfl_xor_sync(0xffffu, 1.0f, 1); }
+__global__ void outside_mask(const __grid_constant__ Probe p) {
+  p.out[threadIdx.x] = __shfl_xor_sync(0xffffu, 1.0f, 1);
+}
 __global__ void masked_source(const __grid_constant__ Probe p) {
   if (threadIdx.x < 16) p.out[threadIdx.x] = __shfl_sync(0xffffu, 1.0f, 16);
 }
@@ -97,7 +100,7 @@ __global__ void much_shared(const __grid_constant__ Probe p) {
 }
 __global__ void small(const __grid_constant__ Probe p) { p.out[0] = 0; }
 
-// ---- wrong: found by a schedule, by NaN in what was not written, or by ThreadSanitizer -----------------------------------
+// ---- wrong: found by a schedule, by NaN in what was not written, or by ThreadSanitizer ------------------------------
 
 __global__ void missing_barrier(const __grid_constant__ Probe p) {
   GPU_SHARED(float, values, kThreads);
@@ -135,12 +138,14 @@ __global__ void block_race_read(const __grid_constant__ Probe p) {
   if (threadIdx.x == 0) p.out[blockIdx.x] = blockIdx.x ? p.out[0] * 0 : 1.0f;
 }
 
-// ---- wrong: found by AddressSanitizer --------------------------------------------------------------------------------------
+// ---- wrong: found by AddressSanitizer -------------------------------------------------------------------------------
 
 __global__ void read_past_global(const __grid_constant__ Probe p) { p.out[threadIdx.x] = p.in[p.n - 63 + threadIdx.x]; }
 __global__ void write_past_global(const __grid_constant__ Probe p) { p.out[threadIdx.x + 1] = 0; }
 __global__ void write_before_global(const __grid_constant__ Probe p) { (p.out - 1)[threadIdx.x] = 0; }
-__global__ void write_past_workspace(const __grid_constant__ Probe p) { p.partial[threadIdx.x + 1] = p.out[threadIdx.x] = 0; }
+__global__ void write_past_workspace(const __grid_constant__ Probe p) {
+  p.partial[threadIdx.x + 1] = p.out[threadIdx.x] = 0;
+}
 __global__ void read_past_shared(const __grid_constant__ Probe p) {
   GPU_SHARED(float, values, 33);
   const float* const all = values;
@@ -154,13 +159,14 @@ __global__ void write_past_shared(const __grid_constant__ Probe p) {
   if (threadIdx.x <= 33) all[threadIdx.x] = 0;
   p.out[threadIdx.x] = 0;
 }
-__global__ void index_past_shared(const __grid_constant__ Probe p) {  // UndefinedBehaviourSanitizer knows the array's type
+__global__ void index_past_shared(
+    const __grid_constant__ Probe p) {  // UndefinedBehaviourSanitizer knows the array's type
   GPU_SHARED(float, values, 33);
   if (threadIdx.x <= 33) values[threadIdx.x] = 0;
   p.out[threadIdx.x] = 0;
 }
 
-// ---- the library -------------------------------------------------------------------------------------------------------------
+// ---- the library ----------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -171,30 +177,51 @@ struct Program {
 };
 #define PROGRAM(name, blocks) {#name, name, blocks, kThreads}
 constexpr Program kPrograms[] = {
-    PROGRAM(tree, 1), PROGRAM(shuffles, 1), PROGRAM(packets, 16),
+    PROGRAM(tree, 1),
+    PROGRAM(shuffles, 1),
+    PROGRAM(packets, 16),
     {"two_stages", tree, 8, kThreads},  // then tree again, over the blocks' sums
-    PROGRAM(uneven_barrier, 2), PROGRAM(early_exit, 2), PROGRAM(stuck, 2), PROGRAM(divergent_shuffle, 2),
-    PROGRAM(outside_mask, 1), PROGRAM(masked_source, 1), PROGRAM(mixed_shuffles, 1),
+    PROGRAM(uneven_barrier, 2),
+    PROGRAM(early_exit, 2),
+    PROGRAM(stuck, 2),
+    PROGRAM(divergent_shuffle, 2),
+    PROGRAM(outside_mask, 1),
+    PROGRAM(masked_source, 1),
+    PROGRAM(mixed_shuffles, 1),
     {"partial_warp", shuffles, 1, 40},
-    PROGRAM(misaligned_load, 1), PROGRAM(misaligned_store, 1), PROGRAM(much_shared, 1), PROGRAM(small, 0),
+    PROGRAM(misaligned_load, 1),
+    PROGRAM(misaligned_store, 1),
+    PROGRAM(much_shared, 1),
+    PROGRAM(small, 0),
     {"large_block", small, 1, 2048},
-    PROGRAM(missing_barrier, 1), PROGRAM(missing_syncwarp, 1), PROGRAM(missing_second_barrier, 1), PROGRAM(uninitialised, 1),
-    PROGRAM(block_race, 2), PROGRAM(block_race_packet, 2), PROGRAM(block_race_read, 2),
-    PROGRAM(read_past_global, 1), PROGRAM(write_past_global, 1), PROGRAM(write_before_global, 1),
-    PROGRAM(write_past_workspace, 1), PROGRAM(read_past_shared, 1), PROGRAM(write_past_shared, 1),
+    PROGRAM(missing_barrier, 1),
+    PROGRAM(missing_syncwarp, 1),
+    PROGRAM(missing_second_barrier, 1),
+    PROGRAM(uninitialised, 1),
+    PROGRAM(block_race, 2),
+    PROGRAM(block_race_packet, 2),
+    PROGRAM(block_race_read, 2),
+    PROGRAM(read_past_global, 1),
+    PROGRAM(write_past_global, 1),
+    PROGRAM(write_before_global, 1),
+    PROGRAM(write_past_workspace, 1),
+    PROGRAM(read_past_shared, 1),
+    PROGRAM(write_past_shared, 1),
     PROGRAM(index_past_shared, 1),
 };
 
-const char* run(const fusionsum::Problem* problem, int, void* stream, void* (*allocate)(void*, int64_t), void* context) {
+const char* run(const fusionsum::Problem* problem, int, void* stream, void* (*allocate)(void*, int64_t),
+                void* context) {
   const Program& program = kPrograms[problem->sum_dim];
-  const fusionsum::Operand *o = problem->operand;
+  const fusionsum::Operand* o = problem->operand;
   Probe p{static_cast<const float*>(o[1].data), static_cast<float*>(o[0].grad),
           static_cast<float*>(allocate(context, kThreads * sizeof(float))), static_cast<int>(problem->size[0])};
   const bool two_stages = std::string(program.name) == "two_stages";
   if (two_stages) std::swap(p.out, p.partial);
   cudaError_t error = gpu_launch(program.kernel, dim3(program.blocks), dim3(program.threads), stream, p);
   if (error == cudaSuccess && two_stages) {
-    error = gpu_launch(tree, dim3(1), dim3(kThreads), stream, Probe{p.out, p.partial, nullptr, static_cast<int>(program.blocks)});
+    error = gpu_launch(tree, dim3(1), dim3(kThreads), stream,
+                       Probe{p.out, p.partial, nullptr, static_cast<int>(program.blocks)});
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

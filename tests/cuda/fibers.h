@@ -1,12 +1,13 @@
 // CUDA's execution model on one OS thread.
 //
-// Every CUDA thread is a fiber; blocks run one after another; barriers and warp collectives are where fibers give way. Which
-// thread and which block goes first is a schedule: forward, reverse, or random by seed. Misuse ends the launch, which returns
-// an error whose text names file, line, kernel, block and thread; nothing hangs or aborts, endless loops excepted.
+// Every CUDA thread is a fiber; blocks run one after another; barriers and warp collectives are where fibers give way.
+// Which thread and which block goes first is a schedule: forward, reverse, or random by seed. Misuse ends the launch,
+// which returns an error whose text names file, line, kernel, block and thread; nothing hangs or aborts, endless loops
+// excepted.
 //
-// Under AddressSanitizer shared arrays have their exact size between redzones. Under ThreadSanitizer each fiber is a thread of
-// its own, ordered by __syncthreads and __syncwarp alone: shuffles order no memory, blocks of one launch are not ordered, and
-// launches are.
+// Under AddressSanitizer shared arrays have their exact size between redzones. Under ThreadSanitizer each fiber is a
+// thread of its own, ordered by __syncthreads and __syncwarp alone: shuffles order no memory, blocks of one launch are
+// not ordered, and launches are.
 //
 // What lives elsewhere: CUDA's names for what is here (emulator.h).
 #pragma once
@@ -42,10 +43,11 @@ void AnnotateIgnoreWritesBegin(const char*, int);
 void AnnotateIgnoreWritesEnd(const char*, int);
 }
 #endif
-// The emulator's own code: its bookkeeping would be races, and the fiber that never returns would leave its stack poisoned.
+// The emulator's own code: its bookkeeping would be races, and the fiber that never returns would leave its stack
+// poisoned.
 #define EMULATOR_OWN __attribute__((no_sanitize("thread", "address")))
 
-// ---- CUDA's types, of which launches are made ------------------------------------------------------------------------------
+// ---- CUDA's types, of which launches are made -----------------------------------------------------------------------
 
 struct uint3 {
   unsigned x, y, z;
@@ -62,7 +64,7 @@ enum cudaError_t {  // CUDA's numbers
   cudaErrorLaunchFailure = 719,
 };
 
-// ---- one launch ------------------------------------------------------------------------------------------------------------
+// ---- one launch -----------------------------------------------------------------------------------------------------
 
 namespace emulator {
 
@@ -70,6 +72,9 @@ constexpr unsigned kWarp = 32, kMostThreads = 1024;
 constexpr size_t kSharedLimit = 48 << 10, kParameterLimit = 4096;  // of every toolchain and architecture we build for
 #if defined(__SANITIZE_THREAD__)
 constexpr size_t kStack = 32 << 10;  // allocated anew for every thread
+// A fiber with a reused number is the same thread to ThreadSanitizer, which would miss races between its blocks: no
+// fiber serves twice in a launch, unless that has more of them than this; the runtime has room for 8128.
+constexpr size_t kMostFibers = 6000;
 #else
 constexpr size_t kStack = 64 << 10;
 #endif
@@ -119,8 +124,8 @@ struct Block {
   Site barrier;  // where the first waits
   std::vector<SharedArray> shared;
   size_t shared_bytes;
-  // Addresses that stand for orders of memory: of the block's barriers, then of each warp's, the odd and the even ones apart,
-  // since who has passed one barrier may reach the next before others have left.
+  // Addresses that stand for orders of memory: of the block's barriers, then of each warp's, the odd and the even ones
+  // apart, since who has passed one barrier may reach the next before others have left.
   char order[2 + 2 * kMostThreads / kWarp];
 };
 
@@ -142,7 +147,8 @@ struct Schedule {
       order = text == "forward" ? forward : reverse;
       return true;
     }
-    if (text.rfind("random:", 0) != 0 || text.find_first_not_of("0123456789", 7) != std::string::npos || text.size() == 7) {
+    if (text.rfind("random:", 0) != 0 || text.find_first_not_of("0123456789", 7) != std::string::npos ||
+        text.size() == 7) {
       return false;
     }
     order = random;
@@ -171,7 +177,9 @@ struct Machine {
   const void* scheduler_bottom = nullptr;
   size_t scheduler_size = 0;
   void* scheduler_fiber = nullptr;
-  char launch_order = 0;
+  std::vector<void*> fibers;
+  size_t fibers_used = 0;                   // in this launch
+  char launch_begins = 0, launch_ends = 0;  // addresses that stand for the orders of memory
 
   Machine() {
     const char* const text = std::getenv("FUSIONSUM_EMULATOR_SCHEDULE");
@@ -212,7 +220,7 @@ EMULATOR_OWN inline void acquire([[maybe_unused]] char* order) {
 #endif
 }
 
-// ---- fibers ----------------------------------------------------------------------------------------------------------------
+// ---- fibers ---------------------------------------------------------------------------------------------------------
 
 // Saves the registers that a callee must keep and the stack pointer; continues where another stack was left.
 extern "C" void emulator_switch(void** save, void* to);
@@ -244,7 +252,8 @@ emulator_switch:
 EMULATOR_OWN inline void to_scheduler([[maybe_unused]] bool for_good = false) {
   Thread* const thread = machine.current;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &thread->fake_stack, machine.scheduler_bottom, machine.scheduler_size);
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &thread->fake_stack, machine.scheduler_bottom,
+                                 machine.scheduler_size);
 #endif
 #if defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(machine.scheduler_fiber, __tsan_switch_to_fiber_no_sync);
@@ -282,9 +291,11 @@ EMULATOR_OWN inline void to_thread(Thread* thread) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_bottom, &machine.scheduler_size);
 #endif
+  acquire(&machine.launch_begins);
   machine.launch->call(*machine.launch);
   Thread& me = *machine.current;
-  if (machine.block->waiting) fail("a thread exits while others of its block wait at __syncthreads", machine.block->barrier);
+  if (machine.block->waiting)
+    fail("a thread exits while others of its block wait at __syncthreads", machine.block->barrier);
   const unsigned warp = me.rank / kWarp * kWarp, end = std::min(warp + kWarp, machine.threads);
   for (unsigned rank = warp; rank < end; ++rank) {
     const Thread& other = machine.thread[rank];
@@ -294,7 +305,7 @@ EMULATOR_OWN inline void to_thread(Thread* thread) {
   }
   me.state = State::exited;
   --machine.block->live;
-  release(&machine.launch_order);
+  release(&machine.launch_ends);
   to_scheduler(true);
   __builtin_unreachable();
 }
@@ -309,7 +320,9 @@ EMULATOR_OWN inline void prepare(Thread& thread, unsigned rank) {
   // A stack that another block's thread has used would be a race; allocating it, unseen, clears its shadow.
   std::free(thread.stack);
   thread.stack = nullptr;
-  thread.fiber = __tsan_create_fiber(0);
+  const size_t number = machine.fibers_used++ % kMostFibers;
+  if (number == machine.fibers.size()) machine.fibers.push_back(__tsan_create_fiber(0));
+  thread.fiber = machine.fibers[number];
 #endif
   if (!thread.stack && !(thread.stack = static_cast<char*>(std::aligned_alloc(64, kStack)))) throw std::bad_alloc();
   *reinterpret_cast<uint64_t*>(thread.stack) = kStackEnd;
@@ -320,7 +333,7 @@ EMULATOR_OWN inline void prepare(Thread& thread, unsigned rank) {
   thread.stack_pointer = top;
 }
 
-// ---- what a thread can do ----------------------------------------------------------------------------------------------------
+// ---- what a thread can do -------------------------------------------------------------------------------------------
 
 EMULATOR_OWN inline const uint3& thread_index() { return machine.current->index; }
 EMULATOR_OWN inline const uint3& block_index() { return machine.block->index; }
@@ -348,7 +361,8 @@ EMULATOR_OWN inline void barrier(Site site) {
 }
 
 // Waits for all lanes of the mask to come to the same operation; returns what lane `source` gives.
-EMULATOR_OWN inline uint64_t collective(Collective operation, unsigned mask, uint64_t given, unsigned source, Site site) {
+EMULATOR_OWN inline uint64_t collective(Collective operation, unsigned mask, uint64_t given, unsigned source,
+                                        Site site) {
   Thread& me = *machine.current;
   const unsigned lane = me.rank % kWarp, warp = me.rank - lane;
   if (!(mask >> lane & 1)) fail("the calling lane is not in the mask of its warp collective", site);
@@ -425,7 +439,7 @@ EMULATOR_OWN inline void* shared_array(const void* key, size_t bytes, Site site)
   return data;
 }
 
-// ---- the scheduler -----------------------------------------------------------------------------------------------------------
+// ---- the scheduler --------------------------------------------------------------------------------------------------
 
 inline uint64_t next_random() {  // xorshift64*
   uint64_t& x = machine.random_state;
@@ -455,19 +469,21 @@ inline const char* symbol(const void* kernel) {
 }
 
 inline std::string text(const char* what, uint3 index) {
-  return std::string(what) + " (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+  return std::string(what) + " (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+         std::to_string(index.z) + ")";
 }
 
 inline cudaError_t failed(const std::string& what, cudaError_t error) {
   const char* const mangled = symbol(machine.launch->kernel);
   int status = 0;
-  const std::unique_ptr<char, decltype(&std::free)> name(abi::__cxa_demangle(mangled, nullptr, nullptr, &status), std::free);
+  const std::unique_ptr<char, decltype(&std::free)> name(abi::__cxa_demangle(mangled, nullptr, nullptr, &status),
+                                                         std::free);
   machine.failure = what + ", kernel " + (name ? name.get() : mangled);
   machine.reports.push_back(machine.failure);
   return last_error = error;
 }
 
-// What is wrong with the block, or nothing; and whether anything could still run.
+// Runs the block's threads to their ends; returns what went wrong, or nothing.
 inline std::string run_block(std::vector<unsigned>& order) {
   Block& block = *machine.block;
   while (block.live) {
@@ -489,7 +505,7 @@ inline std::string run_block(std::vector<unsigned>& order) {
     if (progress) continue;
     std::string report = "deadlock, " + text("block", block.index);
     Site last{"", 0};
-    for (unsigned rank = 0; rank < machine.threads; ++rank) {  // each place once, with the first thread that waits there
+    for (unsigned rank = 0; rank < machine.threads; ++rank) {  // of neighbours at one place, the first
       const Thread& thread = machine.thread[rank];
       if (thread.state == State::exited || thread.site == last) continue;
       last = thread.site;
@@ -507,7 +523,8 @@ inline cudaError_t run(const Launch& launch) {
   const dim3 &grid = launch.grid, &size = launch.block;
   machine.launch = &launch;
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;
-  if (!threads || threads > kMostThreads || size.z > 64) return failed("a block of an impossible size", cudaErrorInvalidConfiguration);
+  if (!threads || threads > kMostThreads || size.z > 64)
+    return failed("a block of an impossible size", cudaErrorInvalidConfiguration);
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) {
     return failed("a grid of an impossible size", cudaErrorInvalidConfiguration);
   }
@@ -521,40 +538,33 @@ inline cudaError_t run(const Launch& launch) {
   std::string failure;
 #if defined(__SANITIZE_THREAD__)
   machine.scheduler_fiber = __tsan_get_current_fiber();
-  // ThreadSanitizer takes a fiber with a reused number for the same thread, and would miss races between their blocks: fibers
-  // last as long as the launch, unless it has more than the runtime's 8128.
-  constexpr size_t kMostFibers = 6000;
-  std::vector<void*> fibers;
-  const auto destroy_fibers = [&] {
-    for (void* fiber : fibers) __tsan_destroy_fiber(fiber);
-    fibers.clear();
-  };
 #endif
+  machine.fibers_used = 0;
+  release(&machine.launch_begins);
   for (const uint64_t number : blocks) {
     const std::unique_ptr<Block> block(new Block{});
     const uint64_t row = number / grid.x;
-    block->index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(row % grid.y), static_cast<unsigned>(row / grid.y)};
+    block->index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(row % grid.y),
+                    static_cast<unsigned>(row / grid.y)};
     block->live = machine.threads;
     machine.block = block.get();
     for (unsigned rank = 0; rank < machine.threads; ++rank) prepare(machine.thread[rank], rank);
     failure = run_block(order);
     for (const SharedArray& array : block->shared) std::free(array.data);
-#if defined(__SANITIZE_THREAD__)
-    for (unsigned rank = 0; rank < machine.threads; ++rank) fibers.push_back(machine.thread[rank].fiber);
-    if (fibers.size() > kMostFibers) destroy_fibers();
-#endif
     if (!failure.empty()) break;
   }
-#if defined(__SANITIZE_THREAD__)
-  acquire(&machine.launch_order);
-  destroy_fibers();
-#endif
+  acquire(&machine.launch_ends);
+  if (failure.empty()) return cudaSuccess;
+  // Fibers that were dropped left their frames' redzones, and calls that never return.
 #if defined(__SANITIZE_ADDRESS__)
-  if (!failure.empty()) {  // fibers that were dropped left their frames' redzones
-    for (unsigned rank = 0; rank < machine.threads; ++rank) ASAN_UNPOISON_MEMORY_REGION(machine.thread[rank].stack, kStack);
-  }
+  for (unsigned rank = 0; rank < machine.threads; ++rank)
+    ASAN_UNPOISON_MEMORY_REGION(machine.thread[rank].stack, kStack);
 #endif
-  return failure.empty() ? cudaSuccess : failed(failure, cudaErrorLaunchFailure);
+#if defined(__SANITIZE_THREAD__)
+  for (void* const fiber : machine.fibers) __tsan_destroy_fiber(fiber);
+  machine.fibers.clear();
+#endif
+  return failed(failure, cudaErrorLaunchFailure);
 }
 
 }  // namespace emulator

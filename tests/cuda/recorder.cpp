@@ -1,8 +1,8 @@
 // The emulated library's fusionsum_cuda: the real one, with what tests want to know written down on the way.
 //
-// The library's sources are compiled with -Dfusionsum_cuda=fusionsum_cuda_product, so that this file can stand before it. What
-// lives here: recording of runs and launches, cases to files, and the C functions that emulation.py calls. Recording holds one
-// call of the library at a time; the records last until emulator_record.
+// The library's sources are compiled with -Dfusionsum_cuda=fusionsum_cuda_product, so that this file can stand before
+// it. What lives here: recording of runs and launches, cases to files, and the C functions that emulation.py calls.
+// Recording holds one call of the library at a time; the records last until emulator_record.
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -45,11 +45,15 @@ void observe(const Launch& launch) {
   const char* const parameters = static_cast<const char*>(launch.parameters);
   run.parameters.emplace_back(parameters, parameters + launch.bytes);
   const dim3 &grid = launch.grid, &block = launch.block;
-  run.launches.push_back({symbol(launch.kernel), {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
-                          run.parameters.back().data(), static_cast<int64_t>(launch.bytes)});
+  run.launches.push_back({symbol(launch.kernel),
+                          {grid.x, grid.y, grid.z},
+                          {block.x, block.y, block.z},
+                          run.parameters.back().data(),
+                          static_cast<int64_t>(launch.bytes)});
 }
 
-const char* run_recorded(const Problem* problem, int device, void* stream, void* (*allocate)(void*, int64_t), void* context) {
+const char* run_recorded(const Problem* problem, int device, void* stream, void* (*allocate)(void*, int64_t),
+                         void* context) {
   const auto* const product = fusionsum_cuda_product();
   std::unique_lock<std::mutex> lock(recorder.mutex);
   if (!recorder.recording && recorder.directory.empty()) {

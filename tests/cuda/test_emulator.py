@@ -61,7 +61,7 @@ SANITIZED = {
     "block_race_read": ("thread", "data race"),
     "read_past_global": ("address", "heap-buffer-overflow"),
     "write_past_global": ("address", "heap-buffer-overflow"),
-    "write_before_global": ("address", "use-after-poison"),
+    "write_before_global": ("address", "ERROR: AddressSanitizer"),
     "write_past_workspace": ("address", "heap-buffer-overflow"),
     "read_past_shared": ("address", "heap-buffer-overflow"),
     "write_past_shared": ("address", "heap-buffer-overflow"),
@@ -93,6 +93,7 @@ def run(library: emulation.Library, program: str, size: int = OUTPUTS) -> tuple[
 
 def case(library: emulation.Library, program: str, folder: pathlib.Path, size: int = OUTPUTS) -> pathlib.Path:
     """Record a run that the plain build takes for right."""
+    folder.mkdir(exist_ok=True)
     library.schedule("forward")
     with library.writing_cases(folder):
         assert run(library, program, size)[0] == ""
@@ -159,7 +160,9 @@ def test_schedules_show(library: emulation.Library, program: str, schedule: str)
 @pytest.mark.parametrize("program", SANITIZED)
 def test_sanitizers_catch(library: emulation.Library, drivers: Any, program: str, tmp_path: pathlib.Path) -> None:
     variant, report = SANITIZED[program]
-    done = replay(drivers, variant, case(library, program, tmp_path))
+    right = case(library, "two_stages", tmp_path / "right", 1)  # what went before hides nothing
+    done = emulation.replay(drivers[variant], [right, case(library, program, tmp_path / "wrong")], ["forward"])
+    assert done.stdout.startswith(f"{right} forward ok\n")
     assert done.returncode == 66, done.stdout
     assert report in done.stderr and f"{program}(Probe)" in done.stderr and "emulator_probe.cu:" in done.stderr
 
