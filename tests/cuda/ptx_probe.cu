@@ -120,7 +120,7 @@ extern "C" __global__ void read_by_all_written_by_the_last(float* y) {
   tile[threadIdx.x] = threadIdx.x;
   __syncthreads();
   y[threadIdx.x] = tile[63];
-  if (threadIdx.x == 63) tile[63] = y[0];
+  if (threadIdx.x == 63) tile[63] = 2;
   __syncthreads();
   y[64 + threadIdx.x] = tile[63];
 }
