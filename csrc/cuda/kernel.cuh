@@ -169,7 +169,7 @@ FORM_INLINE void multiply_by(const PassOperand& o, Place at, int64_t col, T (&x)
 // The same for any values.
 template <class T, int W, bool kExtra>
 FORM_INLINE void times(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
-  if constexpr (kExtra) {
+  if (kExtra && (o.mask || o.activation != Activation::none)) {
     GPU_LOOP
     for (int i = 0; i < W; ++i) rotate<W>(x, x[0] * entry<T, kExtra>(o, at.data + (col + i) * o.col, at.mask + (col + i) * o.mask_col).y);
   } else {
@@ -196,8 +196,9 @@ struct Row {
   static constexpr int W = Store::width;
 
   Place at[N];
-  bool present[N];  // of the whole row; a mask that varies along the columns, only where N is any, is read with each entry
-  bool here;        // is there such a row?
+  bool present[N];          // of the whole row; a mask that varies along the columns, only where N is any, is read with each entry
+  Activation activation[N];  // none where the operand is absent
+  bool here;                 // is there such a row?
   Packet packet[N];
 
   FORM_INLINE static int count(const Pass& p) { return N < kAnyCount ? N : p.varying; }
@@ -215,6 +216,7 @@ struct Row {
       const PassOperand& o = p.operand[k];
       present[k] = here && k < count(p);
       if (kExtra && present[k] && o.mask && o.mask_col == 0) present[k] = o.mask[at[k].mask];
+      activation[k] = present[k] ? o.activation : Activation::none;
     }
   }
 
@@ -224,8 +226,8 @@ struct Row {
       const PassOperand& o = p.operand[k];
       if (present[k] && (!kExtra || o.data)) {
         packet[k] = Store::load(o, at[k].data + col * (W > 1 ? 1 : o.col));
-      } else {
-        packet[k] = Packet{};
+      } else {  // what the operand counts as; operands that are not there, past the count, as 1
+        packet[k] = Store::all(here && k < count(p) && !present[k] && !o.absent_is_one ? T(0) : T(1));
       }
     }
   }
@@ -236,15 +238,15 @@ struct Row {
     bool is_present[N];
     FORM_UNROLL(16)
     for (int k = 0; k < N; ++k) {
-      const PassOperand& o = p.operand[k];
       is_present[k] = present[k];
-      if (k >= count(p)) {
-        x[k] = T(1);
-      } else if (kExtra) {
-        if (N == kAnyCount && present[k] && o.mask && o.mask_col) is_present[k] = o.mask[at[k].mask + column * o.mask_col];
-        const Value<T> value = activated(o.activation, x[k]);
-        x[k] = !is_present[k] ? (o.absent_is_one ? T(1) : T(0)) : o.data ? value.y : T(1);
-        slope[k] = value.dy;
+      if (!kExtra) continue;
+      const PassOperand& o = p.operand[k];
+      const Value<T> value = activated(activation[k], x[k]);
+      x[k] = value.y;
+      slope[k] = value.dy;
+      if (N == kAnyCount && present[k] && o.mask && o.mask_col) {
+        is_present[k] = o.mask[at[k].mask + column * o.mask_col];
+        if (!is_present[k]) x[k] = o.absent_is_one ? T(1) : T(0);
       }
     }
     if constexpr (kGrad) {

@@ -77,6 +77,12 @@ struct Storage {
     }
   };
 
+  FORM_INLINE static Packet all(T x) {
+    Packet packet{};
+    FORM_UNROLL(8)
+    for (int i = 0; i < width; ++i) packet.set(i, x);
+    return packet;
+  }
   FORM_INLINE static Packet load(const PassOperand& o, int64_t at) {
     const uint4 v = __ldg(reinterpret_cast<const uint4*>(static_cast<const S*>(o.data) + at));
     return {{v.x, v.y, v.z, v.w}};
@@ -87,7 +93,7 @@ struct Storage {
     if (stream) {
       __stcs(to, v);
     } else {
-      *to = v;
+      __stwb(to, v);  // a plain assignment may become four stores
     }
   }
 };
@@ -117,6 +123,7 @@ struct Storage<Any<Working>> {
     FORM_INLINE void push(T x) { value = x; }
   };
 
+  FORM_INLINE static Packet all(T x) { return {x}; }
   FORM_INLINE static Packet load(const PassOperand& o, int64_t at) {
     Packet packet;
     with_dtype(o.dtype, o.data, [&](const auto* p) { packet.value = static_cast<T>(wide(fetch(p + at))); });
