@@ -26,13 +26,13 @@ from torch import Tensor
 from . import api, reference
 
 LEAST_WORK = 2**22  # multiply-adds: below, the kernels take less time than the preparations here, some 0.2 ms
-TILE_BYTES = 2**25  # of a product, and of a block of U or F: a call takes a few of these; at half the size, C1 loses 7%
+TILE_BYTES = 2**25  # of a product, and of a block of U or F: a call takes a few of these
 LEAST_ROWS = 512  # in a tile where there are several: below, BLAS is bound by memory, and too much is formed again
 
 # MKL cuts a product of matrices as the number of threads suggests, along the terms too, and the bits follow. In a batch it
 # gives each item to one thread if there are at least as many items as threads. So products go to it as batches of 8 items,
 # of two rows or more (of one, it takes other ways): the same bits for up to 8 threads, in random products with its AVX-512
-# and its AVX2 code. Beyond 8 threads they may differ. With 2 threads it costs 0 to 12%, where 4 items cost 0 to 6%.
+# and its AVX2 code. Beyond 8 threads they may differ. C1 and C2 take 0 to 13% longer for it (batches of 4: 0 to 7%).
 BATCH = 8
 LEAST_EXTENT = 2 * BATCH  # of either side; and of the terms, since with few, forming P costs as much as multiplying it
 
@@ -40,7 +40,7 @@ Tile = tuple[slice, ...]
 
 
 def likely(fusion_weights: Any, factors: Sequence[Any]) -> bool:
-    """Tell whether a call, which may be invalid, is worth a closer look; 0.2 us where no operand has three dims."""
+    """Tell whether a call, which may be invalid, is worth a closer look; 0.3 us where no operand has three dims."""
     try:
         deepest = 0 if fusion_weights is None else fusion_weights.ndim
         for z in factors:
