@@ -15,7 +15,8 @@
 
 #define FORM_INLINE __device__ __forceinline__
 #define GPU_SHARED(type, name, count) __shared__ type name[count]
-#define GPU_LOOP _Pragma("unroll 1")
+#define GPU_PRAGMA(text) _Pragma(#text)
+#define GPU_UNROLL(count) GPU_PRAGMA(unroll(count))
 
 template <class Kernel, class Parameters>
 cudaError_t gpu_launch(Kernel* kernel, dim3 grid, dim3 block, cudaStream_t stream, const Parameters& parameters) {
@@ -28,10 +29,11 @@ cudaError_t gpu_launch(Kernel* kernel, dim3 grid, dim3 block, cudaStream_t strea
 #include "emulator.h"
 
 #define FORM_INLINE inline
-#define GPU_LOOP
+#define GPU_UNROLL(count)
 #endif
 
 #define FORM_FUSES
+#define GPU_LOOP GPU_UNROLL(1)
 
 namespace fusionsum {
 namespace cuda {

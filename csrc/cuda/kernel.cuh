@@ -285,7 +285,7 @@ struct Row {
         FORM_UNROLL(16)
         for (int k = 0; k < N; ++k) out[k] = Packet{};
       }
-      GPU_LOOP
+      GPU_UNROLL(W <= 4 ? W : 1)
       for (int i = 0; i < W; ++i) {
         const T c = rotate<W>(shared, shared[0]);
         one(0, i, [](Packet& from, int) { return from.take(); }, [](Packet& to, int, T value) { to.push(value); }, c);
