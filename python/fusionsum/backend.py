@@ -81,7 +81,8 @@ def backends() -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        ``"cuda"`` (asking for it initialises CUDA), ``"cpu"`` and ``"numpy"``, each with ``"usable"`` and its detail, or ``"not usable: <reason>"``.
+        ``"cuda"`` (asking for it initialises CUDA), ``"cpu"`` and ``"numpy"``, each with ``"usable"`` and its detail, or
+        ``"not usable: <reason>"``.
 
     Examples
     --------

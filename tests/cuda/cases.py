@@ -1,6 +1,6 @@
 """Calls that between them launch every CUDA kernel, and what can be asked of each: results, records, cases, replays.
 
-What lives elsewhere: forms, random operands and the float64 oracle (``conftest.py``), the emulated build (``emulation.py``),
+What lives elsewhere: forms, random operands, the float64 oracle (``conftest.py``), the emulated build (``emulation.py``),
 the interpreter of PTX (``ptx.py``).
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,20 +87,9 @@ def write(library: emulation.Library, folder: pathlib.Path, chosen: Iterable[tup
 
 
 @functools.cache
-def modules(architecture: int, sources: pathlib.Path = sass.ROOT / "csrc") -> tuple[ptx.Module, ...]:
-    """Compile the kernels to PTX and parse them; as long as half a build."""
-    folder = sass.ROOT / "build" / "cuda-ptx" / f"{sources.parent.name}-{architecture}"
-    folder.mkdir(parents=True, exist_ok=True)
-    kernels = sorted((sources / "cuda").glob("kernel_*.cu"))
-
-    def compiled(source: pathlib.Path) -> pathlib.Path:
-        to = folder / f"{source.stem}.ptx"
-        command = [sass.require_tool("nvcc"), *sass.FLAGS, f"-arch=compute_{architecture}", "--ptx", str(source)]
-        subprocess.run([*command, "-o", str(to)], check=True, capture_output=True)
-        return to
-
-    with ThreadPoolExecutor(2) as pool:
-        return tuple(ptx.parse(to.read_text()) for to in pool.map(compiled, kernels))
+def modules() -> tuple[ptx.Module, ...]:
+    """Take the PTX out of the library that was built, and parse it."""
+    return tuple(map(ptx.parse, sass.ptx_of(sass.require_library())))
 
 
 def replayed(
@@ -113,7 +100,7 @@ def replayed(
     Memory is what it was: outputs and workspace uninitialised, all else read-only.
     """
     segments: list[ptx.Segment] = []
-    for begin, end, role in _merged(run.spans):
+    for begin, end, role in merged(run.spans):
         data = np.frombuffer(ctypes.string_at(begin, end - begin), np.uint8).copy()
         written = role in ("grad", "workspace")
         if written:
@@ -132,7 +119,7 @@ def replayed(
     return reports, different
 
 
-def _merged(spans: Iterable[emulation.Span]) -> list[tuple[int, int, str]]:
+def merged(spans: Iterable[emulation.Span]) -> list[tuple[int, int, str]]:
     """Join spans that overlap, as those of one array given twice do."""
     joined: list[tuple[int, int, str]] = []
     for begin, end, role in sorted((s.begin, s.begin + s.bytes, s.role) for s in spans if s.bytes):

@@ -68,6 +68,25 @@ def find_library() -> Path | None:
     return next((path for folder in folders if (path := Path(folder, "libfusionsum_cuda.so")).exists()), None)
 
 
+def require_library() -> Path:
+    """Return the CUDA library's path; without it skip the test, or fail where FUSIONSUM_REQUIRE_CUDA=1."""
+    require_tool("cuobjdump")
+    path = find_library()
+    if path is None:
+        what = "libfusionsum_cuda.so: build with -DFUSIONSUM_CUDA=ON, or name it in FUSIONSUM_CUDA_LIBRARY"
+        if os.environ.get("FUSIONSUM_REQUIRE_CUDA") == "1":
+            pytest.fail(f"{what} is missing and FUSIONSUM_REQUIRE_CUDA=1")
+        pytest.skip(f"needs {what}")
+    return path
+
+
+def ptx_of(library: Path) -> list[str]:
+    """Take the PTX out of a library: one text per source file, of the newest architecture, for which it is embedded."""
+    command = [require_tool("cuobjdump"), "-ptx", str(library)]
+    dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return re.findall(r"^\.version.*?(?=^Fatbin|\Z)", dump, re.S | re.M)
+
+
 @dataclass
 class Kernel:
     """One compiled kernel; sizes in bytes, global accesses counted by their width: `loads` and `stores` inside loops."""

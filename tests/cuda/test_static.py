@@ -9,7 +9,6 @@ unnoticed, and ``python -m tests.cuda.sass --budgets`` writes them anew. What li
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 from collections import Counter
@@ -21,13 +20,7 @@ from tests.cuda import sass
 
 @pytest.fixture(scope="module")
 def kernels():
-    sass.require_tool("cuobjdump")
-    library = sass.find_library()
-    if library is None:
-        if os.environ.get("FUSIONSUM_REQUIRE_CUDA") == "1":
-            pytest.fail("libfusionsum_cuda.so is missing and FUSIONSUM_REQUIRE_CUDA=1")
-        pytest.skip("needs libfusionsum_cuda.so: build with -DFUSIONSUM_CUDA=ON, or name it in FUSIONSUM_CUDA_LIBRARY")
-    return sass.read(library)
+    return sass.read(sass.require_library())
 
 
 def judge(kernels, wrong):

@@ -102,8 +102,8 @@ def predicted(traffic: Traffic) -> float:
 
 def main() -> None:
     """Print the table."""
-    parsed = cases.modules(80)
-    print(f"PTX for compute_80, batch {BATCH}; bytes for each entry of the product.\n")
+    parsed = cases.modules()
+    print(f"Batch {BATCH}; bytes for each entry of the product.\n")
     print("| row | phase | DRAM | bound | L2 | instructions of a thread | predicted on an H100, full batch |")
     print("|---|---|---|---|---|---|---|")
     with cases.emulated(emulation.build("plain")) as library:

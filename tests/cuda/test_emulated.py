@@ -1,0 +1,124 @@
+"""The CUDA kernels without a GPU: compiled by g++ and emulated, replayed under sanitizers, and as PTX in the interpreter.
+
+What lives elsewhere: the calls (``cases.py``), the tests of the emulator, of the interpreter and of the tests themselves
+(``test_emulator.py``, ``test_ptx.py``, ``test_planted.py``), what ptxas made of the kernels (``test_static.py``), tests on
+a GPU (``test_on_gpu.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import conftest
+from tests.cuda import cases, emulation, sass, traffic
+
+CALLS = dict([*cases.cases(), *cases.large_cases()])
+FEW = {name: case for i, (name, case) in enumerate(CALLS.items()) if i % 5 == 0 or i >= len(CALLS) - 7}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return emulation.build("plain")
+
+
+@pytest.mark.parametrize("file", ["kernel", "form", "layouts"])
+def test_what_the_kernels_of_the_cpu_are_tested_for(file, plain):
+    """Those test files again, in a process whose arrays go to the emulated library."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    left_out = "not beyond and not 1000000 and not instruction"  # minutes each, or about the CPU
+    done = subprocess.run(
+        [*command, "-k", left_out, str(conftest.TESTS / f"test_{file}.py")],
+        env=os.environ | {"FUSIONSUM_TEST_DEVICE": "emulated", "FUSIONSUM_EMULATED": str(plain)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_tensors_take_the_same_road(plain):
+    """What the tests on a GPU go through, with tensors of the CPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "test_exact", str(conftest.TESTS / "test_kernel.py")],
+        env=os.environ | {"FUSIONSUM_TEST_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_every_kernel_is_right_to_the_bit_under_every_schedule(plain):
+    """All kernels there are, against the oracle; schedules of threads and blocks must not tell in the bits."""
+    launched, first = set(), {}
+    with cases.emulated(plain) as library:
+        for schedule in (*emulation.SCHEDULES, "random:2"):
+            library.schedule(schedule)
+            for name, case in CALLS.items():
+                with library.recording() as runs:
+                    conftest.check_both(case, np.random.default_rng(2))
+                    results = cases.both(case)
+                launched |= {launch.kernel for run in runs for launch in run.launches}
+                expected = first.setdefault(name, results)
+                assert all(map(conftest.same_bits, results, expected)), f"{name}, {schedule}"
+        library.schedule("forward")
+        assert library.reports() == []
+    symbols = subprocess.run(["nm", "-D", "--defined-only", plain], check=True, capture_output=True, text=True).stdout
+    kernels = {word for word in symbols.split() if word.startswith("_ZN9fusionsum4cuda") and "Pass" in word}
+    assert len(kernels) == 4 * 32 + 4  # four dtypes; 1, 2, 3, 4 operands, with and without; and those for any
+    assert kernels <= launched
+
+
+@pytest.mark.parametrize("variant", ["address", "thread"])
+def test_sanitizers_have_nothing_to_say(variant, plain, tmp_path):
+    """Every operand a heap block of its own, of its exact size."""
+    chosen = CALLS if variant == "address" else FEW
+    with cases.emulated(plain) as library:
+        files = cases.write(library, tmp_path, chosen.items())
+    assert len(files) >= 2 * len(chosen)
+    driver = emulation.build(variant)
+    done = emulation.replay(driver, files, emulation.SCHEDULES if variant == "address" else ("forward", "random:1"))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "adversarial"])
+def test_the_ptx_that_nvcc_emitted(schedule, plain):
+    """Once through every kernel, and sums that blocks share: no finding, and the emulation's bits."""
+    parsed, executed = cases.modules(), set()
+    chosen = CALLS if schedule == "lockstep" else FEW
+    with cases.emulated(plain) as library:
+        for name, case in chosen.items():
+            with library.recording() as runs:
+                alive = cases.both(case)
+            for run in runs:
+                kernels = {launch.kernel for launch in run.launches}
+                blocks = sum(launch.grid[0] for launch in run.launches)
+                if kernels <= executed or blocks > 64:
+                    continue
+                reports, different = cases.replayed(run, parsed, schedule)
+                assert not different, f"{name}: {different}"
+                findings = [str(finding) for report in reports for finding in report.findings]
+                assert not findings, f"{name}: {findings}"
+                executed |= kernels
+            del alive
+    if schedule == "lockstep":
+        assert executed >= {kernel for module in parsed for kernel in module.entries}
+
+
+@pytest.mark.parametrize("row", traffic.rows(), ids=lambda row: row.name)
+def test_bytes_for_each_entry_are_the_bound(row, plain):
+    """What DRAM must deliver and take: the operands once, the results once, and nothing else but sums blocks share."""
+    sass.require_library()
+    with cases.emulated(plain) as library:
+        for moved, reports in traffic.count(row, library, cases.modules(), batch=16):
+            assert not [finding for report in reports for finding in report.findings]
+            spans = 8  # each may begin and end within a sector
+            assert moved.must <= moved.distinct - moved.workspace + 64 * spans
+            assert moved.distinct - moved.workspace <= moved.must + 64 * spans
