@@ -91,8 +91,6 @@ struct Array {
   py::handle object;
 };
 
-constexpr int64_t item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 bool numpy_dtype(const py::dtype& dtype, Array& to) {
   if (dtype.byteorder() != '=' && dtype.byteorder() != '|') return false;
   const char kind = dtype.kind();

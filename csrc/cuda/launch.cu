@@ -1,4 +1,5 @@
 // The library's interface (cuda.h): plan, allocate once, launch on the caller's stream.
+#include <atomic>
 #include <cstdio>
 
 #include "cuda.h"
@@ -12,7 +13,7 @@ __global__ void combine(const __grid_constant__ Combine c);  // kernel_any.cu
 
 namespace {
 
-thread_local char message[256];
+thread_local char message[512];
 
 const char* failed(const char* what, cudaError_t error) {
   std::snprintf(message, sizeof message, "%s: %s, %s", what, cudaGetErrorName(error), cudaGetErrorString(error));
@@ -50,10 +51,16 @@ class OnDevice {
   bool changed = false;
 };
 
-// A device whose compute capability has no kernels says so here, not at the launch.
+// A device whose compute capability has no kernels says so here, once, not at the launch.
 const char* check_device(int device) {
+  static std::atomic<uint64_t> checked{0};
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (checked.load(std::memory_order_relaxed) & bit) return nullptr;
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&combine)) == cudaSuccess) return nullptr;
+  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&combine)) == cudaSuccess) {
+    checked.fetch_or(bit, std::memory_order_relaxed);
+    return nullptr;
+  }
   cudaGetLastError();
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);

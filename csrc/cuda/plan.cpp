@@ -126,8 +126,6 @@ PassOperand operand_of(const Operand& o, int vector) {
   return to;
 }
 
-int64_t item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 bool aligned(const void* data, DType dtype, const int64_t* stride, int dims, int64_t col) {
   const int64_t width = 16 / item_size(dtype);
   bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && (!data || col == 1);
