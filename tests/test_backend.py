@@ -196,3 +196,46 @@ fs.set_num_threads(3)
 assert torch.get_num_threads() == fs.get_num_threads() == 3
 """
     run_python(code)
+
+
+# CUDA, on machines without it
+
+
+def test_why_cuda_is_off_is_said():
+    require_native()
+    reason = backend.load_cuda()
+    assert reason == "" or "FUSIONSUM_CUDA=ON" in reason or reason.startswith("CUDA finds no")
+    assert fs.backends()["cuda"] == (f"not usable: {reason}" if reason else "usable")
+
+
+def test_a_cuda_library_that_cannot_be_loaded_is_no_error_until_it_is_needed(tmp_path):
+    code = """
+import ctypes, sys
+class Broken(ctypes.CDLL):
+    def __init__(self, name, *rest, **options):
+        if "fusionsum_cuda" in str(name):
+            raise OSError("it is broken")
+        super().__init__(name, *rest, **options)
+ctypes.CDLL = Broken
+import os
+exists = os.path.exists
+os.path.exists = lambda path: "fusionsum_cuda" in str(path) or exists(path)
+import fusionsum as fs
+print(fs.backends()["cuda"])
+"""
+    assert run_python(code + SUM, **DEFAULTS).strip() == "not usable: it is broken"
+
+
+@pytest.mark.parametrize(("device", "said"), [("cuda:0", "move them to the CPU"), ("mps", "expected cpu or cuda")])
+def test_a_tensor_where_there_are_no_kernels_is_an_error_that_says_what_to_do(device, said):
+    torch = pytest.importorskip("torch")
+    from fusionsum import torch_op
+
+    place = torch.device(device)
+
+    class Far(torch.Tensor):
+        device = place
+
+    with pytest.raises(ValueError, match=said) as error:
+        torch_op._array(torch.ones(3).as_subclass(Far))
+    assert device in str(error.value)
