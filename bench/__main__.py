@@ -22,8 +22,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rows", default="", metavar="P1,P5", help="only these rows (default: all)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as torch uses")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the current GPU")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results, or results/cuda, beside the code")
     options = parser.parse_args(argv)
+    results = Path(__file__).parent / "results"
+    options.out = options.out or (results if options.device == "cpu" else results / "cuda")
     options.pairs = QUICK_PAIRS if options.quick else PAIRS
     if options.threads < 0:
         parser.error(f"--threads: expected at least 1, got {options.threads}")
@@ -36,26 +39,29 @@ def run(options: argparse.Namespace) -> Path:
     import torch
     from tqdm import tqdm
 
-    from . import machine, measure, report, rows
+    from . import gpu, machine, measure, report, rows
 
-    chosen = rows.select(options.rows)
+    where = machine.Cpu() if options.device == "cpu" else gpu.Gpu()
+    chosen = rows.select(options.rows, where.rows)
     threads = options.threads or torch.get_num_threads()
     measure.set_threads(threads)
     settings = {
         "quick": options.quick,
         "pairs": options.pairs,
+        "limit": where.limit,
+        "memory": where.memory,
         "threads": threads,
         "environment": {name: os.environ.get(name) for name in KEEP_MEMORY},
     }
     result: dict[str, Any] = {
-        "machine": machine.describe(),
+        "machine": where.describe(),
         "settings": settings,
-        "limits": machine.limits(threads),
+        "limits": where.limits(),
         "rows": [],
     }
     with tqdm(total=sum(len(row.phases) for row in chosen), unit="phase", mininterval=1.0) as bar:
         for row in chosen:
-            result["rows"].append(measure.measure(row, options.pairs, threads, not options.quick, bar))
+            result["rows"].append(measure.measure(row, where, options.pairs, threads, not options.quick, bar))
     result["machine"]["load_after"] = os.getloadavg()
     return report.write(result, options.out)
 

@@ -26,8 +26,7 @@ import torch
 
 import fusionsum as fs
 
-from .rows import BACKWARD, BOTH, FORWARD, ROWS
-
+from .rows import BACKWARD, BOTH, FORWARD, ROWS, Row
 
 Call = Callable[[], Any]
 
@@ -80,6 +79,10 @@ class Cpu:
         for _ in repeat(None, calls):
             call()
         return (time.perf_counter() - start) / calls
+
+    def prepared(self, row: Row, make: Callable[[], Call]) -> Call:
+        """Make the call that is timed for a row."""
+        return make()
 
     def fastest(self, ways: list[Call]) -> tuple[float, Call]:
         """Return the seconds of the fastest way, by the best of 5 after a warm-up, and the way."""

@@ -1,22 +1,20 @@
-"""One row, measured: its contenders, their agreement, the interleaved timer, errors and memory.
+"""One row, measured: its contenders, their agreement, the interleaved timing, errors and memory.
 
 A timed pair is one batch of ours and at once one batch of the contender's; what is reported is the median of the pairs'
 ratios, with quartiles. The machine's limit is one of the contenders: it reads, copies or does both, with the row's own
-arrays, so that a working set which fits a cache is held to that cache's bandwidth.
+arrays, so that a working set which fits a cache is held to that cache's bandwidth. What lives elsewhere: the clock and
+the limits (``machine.py``, ``gpu.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import resource
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -24,12 +22,10 @@ import torch
 
 import fusionsum as fs
 
-from . import machine
+from .machine import Call, Cpu
 from .rows import BACKWARD, BOTH, FORWARD, Row
 
 BATCH_SECONDS = 0.01  # a timed batch lasts at least about this long: a clock tick or an interrupt is then below 1%
-
-Call = Callable[[], Any]
 
 
 def set_threads(threads: int) -> None:
@@ -66,6 +62,12 @@ class Contender:
         output.backward(self.grad_output)
         return output
 
+    def prepared(self, phase: str) -> Call:
+        """Return the call of a phase; the backward pass alone goes again and again from one forward pass."""
+        if phase != BACKWARD:
+            return self.forward if phase == FORWARD else self.both
+        return partial(torch.autograd.grad, self.forward(), self.operands, self.grad_output, retain_graph=True)
+
     def results(self) -> list[torch.Tensor]:
         """Output and gradients; of NumPy's the output."""
         if self.grad_output is None:
@@ -73,9 +75,9 @@ class Contender:
         return [self.both().detach(), *(x.grad for x in self.operands)]
 
 
-def contenders(row: Row, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+def contenders(row: Row, machine: Cpu, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
     """Ours and the others, and the reasons of those left out."""
-    (naive, einsum), (operands, masks) = row.code, row.build()
+    (naive, einsum), (operands, masks) = row.code, row.build(machine.device)
     keywords: dict[str, Any] = {}
     if row.activations:
         keywords["activations"] = row.activations
@@ -98,11 +100,10 @@ def contenders(row: Row, compiled: bool) -> tuple[dict[str, Contender], dict[str
         for contender in entered.values():
             contender.output_bytes = contender.forward().nbytes
         return entered, skipped
-    compiler = os.environ.get("CXX", "g++")
     if not compiled:
         skipped["torch.compile"] = "--quick"
-    elif not shutil.which(compiler):
-        skipped["torch.compile"] = f"no C++ compiler ({compiler})"
+    elif not shutil.which(machine.compiler):
+        skipped["torch.compile"] = f"no compiler ({machine.compiler})"
     else:
         torch.compiler.reset()  # else a row whose code was compiled for another shape gets dynamic shapes
         entered["torch.compile"] = Contender(partial(torch.compile(naive), *given, *masks), given)
@@ -116,13 +117,13 @@ def contenders(row: Row, compiled: bool) -> tuple[dict[str, Contender], dict[str
     grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     for contender in entered.values():
         output = contender.forward()
-        contender.output_bytes, contender.grad_output = output.nbytes, grad_output.to(output.dtype)
+        contender.output_bytes, contender.grad_output = output.nbytes, grad_output.to(output)
         for x in contender.operands:
             x.requires_grad_()
     return entered, skipped
 
 
-def errors(row: Row, entered: dict[str, Contender]) -> dict[str, dict[str, float]]:
+def errors(row: Row, machine: Cpu, entered: dict[str, Contender]) -> dict[str, dict[str, float]]:
     """Return each contender's greatest error against the naive form in float64, relative to the greatest value.
 
     Raises
@@ -130,7 +131,7 @@ def errors(row: Row, entered: dict[str, Contender]) -> dict[str, dict[str, float
     AssertionError
         If one differs from ours by more than 4 roundings of the row's dtype and 64 of float32, in which all sums are.
     """
-    operands, masks = row.build()
+    operands, masks = row.build(machine.device)
     wide: list[Any] = [x.double() for x in operands]
     reference = Contender(partial(row.code[0], *wide, *masks), wide, grad_output=entered["ours"].grad_output)
     if reference.grad_output is None:
@@ -162,36 +163,31 @@ def errors(row: Row, entered: dict[str, Contender]) -> dict[str, dict[str, float
     return found
 
 
-def _batch(call: Call, calls: int) -> float:
-    """Seconds per call."""
-    start = time.perf_counter()
-    for _ in repeat(None, calls):
-        call()
-    return (time.perf_counter() - start) / calls
-
-
-def _calls(call: Call, least: int) -> int:
+def _calls(machine: Cpu, call: Call, least: int) -> int:
     """Warm up, and say how many calls make a batch."""
     calls = least
-    while _batch(call, calls) * calls < BATCH_SECONDS:
+    while machine.seconds(call, calls) * calls < BATCH_SECONDS:
         calls *= 2
     return calls
 
 
-def compare(ours: Call, others: dict[str, Call], pairs: int, least: int = 1) -> dict[str, Any]:
+def compare(machine: Cpu, ours: Call, others: dict[str, Call], pairs: int, least: int = 1) -> dict[str, Any]:
     """Time ours against each other call, in adjacent batches."""
-    our_calls = _calls(ours, least)
+    our_calls = _calls(machine, ours, least)
     our_seconds, against = [], {}
     gc.collect()
     gc.disable()
     try:
         for name, call in others.items():
-            calls = _calls(call, least)
-            _batch(ours, our_calls), _batch(call, calls)  # malloc has now seen this sequence and faults no more
+            calls = _calls(machine, call, least)
+            (
+                machine.seconds(ours, our_calls),
+                machine.seconds(call, calls),
+            )  # malloc has now seen this sequence and faults no more
             seconds, faults = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(pairs):
-                our_seconds.append(_batch(ours, our_calls))
-                seconds.append(_batch(call, calls))
+                our_seconds.append(machine.seconds(ours, our_calls))
+                seconds.append(machine.seconds(call, calls))
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
             ratios = np.array(seconds) / our_seconds[-pairs:]
             against[name] = {
@@ -204,26 +200,25 @@ def compare(ours: Call, others: dict[str, Call], pairs: int, least: int = 1) -> 
     return {"seconds": float(np.median(our_seconds)), "contenders": against}
 
 
-def measure(row: Row, pairs: int, threads: int, compiled: bool, bar: Any) -> dict[str, Any]:
+def measure(row: Row, machine: Cpu, pairs: int, threads: int, compiled: bool, bar: Any) -> dict[str, Any]:
     """Measure one row in all its phases; the result is JSON."""
     threads = row.threads or threads
     with _threads(threads):
         bar.set_description(f"{row.name} agreement")
-        entered, skipped = contenders(row, compiled)
+        entered, skipped = contenders(row, machine, compiled)
         torch.tanh(torch.ones(1))  # torch's first tanh, if on two threads, was off by 1e-3 in 1 of 20 processes
-        error = errors(row, entered)
+        error = errors(row, machine, entered)
         factors = [torch.as_tensor(x) for x in entered["ours"].operands[1:]]
         transfer: dict[str, Call] = {}
         if row.limited:
-            read, copy = machine.reader(factors)[1], machine.copier(factors, threads)[1]
-            transfer = {FORWARD: read, BACKWARD: copy, BOTH: lambda: (read(), copy())}
+            transfer = machine.transfers(factors)
         else:
             skipped["limit"] = "it is overhead, not bandwidth"
 
         phases = {}
         for phase in row.phases:
             bar.set_description(f"{row.name} {phase}")
-            phases[phase] = _phase(row, phase, entered, transfer, pairs)
+            phases[phase] = _phase(row, phase, machine, entered, transfer, pairs)
             phases[phase]["error"] = {name: found[phase] for name, found in error.items() if phase in found}
             bar.update()
     result = {"name": row.name, "work": row.work, "threads": threads, "skipped": skipped, "phases": phases}
@@ -237,28 +232,29 @@ def measure(row: Row, pairs: int, threads: int, compiled: bool, bar: Any) -> dic
 
 
 def _phase(
-    row: Row, phase: str, entered: dict[str, Contender], transfer: dict[str, Call], pairs: int
+    row: Row, phase: str, machine: Cpu, entered: dict[str, Contender], transfer: dict[str, Call], pairs: int
 ) -> dict[str, Any]:
-    ours = entered["ours"]
-    calls: dict[str, Call]
-    if phase == BACKWARD:  # ours against the limit only: how others split forward and backward is their own affair
-        output = ours.forward()
-        calls = {"ours": partial(torch.autograd.grad, output, ours.operands, ours.grad_output, retain_graph=True)}
-    else:
-        calls = {name: c.forward if phase == FORWARD else c.both for name, c in entered.items()}
     with torch.no_grad() if phase == FORWARD else contextlib.nullcontext():
+        calls = {
+            name: machine.prepared(row, partial(contender.prepared, phase))
+            for name, contender in entered.items()
+            if not (
+                phase == BACKWARD and name == "torch.compile"
+            )  # it reuses the memory of what it saved, so goes once
+        }
         others = {name: call for name, call in calls.items() if name != "ours"}
         if phase in transfer:
             others["limit"] = transfer[phase]
-        result = compare(calls["ours"], others, pairs, row.calls)
+        result = compare(machine, calls["ours"], others, pairs, row.calls)
         result["extra_bytes"] = {
-            name: _extra(phase, calls[name], entered[name]) for name in ("ours", "naive") if name in calls
+            name: None if row.graphed else _extra(phase, machine, calls[name], entered[name])
+            for name in ("ours", "naive")
         }
     result |= {"bytes": row.bytes[phase], "flop": row.flop[phase]}
     return result
 
 
-def _extra(phase: str, call: Call, contender: Contender) -> int | None:
+def _extra(phase: str, machine: Cpu, call: Call, contender: Contender) -> int | None:
     """Peak memory beyond the output and the gradients, which are allocated by the call."""
     given_back = 0 if phase == BACKWARD else contender.output_bytes
     if phase != FORWARD:

@@ -35,28 +35,32 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the machine, how it was measured, the table and what was left out."""
     machine, limits, settings = result["machine"], result["limits"], result["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    rates = f"read {limits['read_gb_per_s']:.1f} GB/s, {limits['gflop_per_s']:.0f} GFLOP/s (`torch.mm`)"
+    if "exp_per_s" in limits:
+        rates += f", {limits['exp_per_s'] / 1e9:.2f} G exp/s (`torch.exp`)"
     caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
     floors = [floor for row in result["rows"] for floor in row["floors"]]
     lines = [
         "# fusionsum: benchmark",
         "",
+        *([_gpu(machine["gpu"]), ""] if "gpu" in machine else []),
         f"{machine['cpu']}, {machine['cores']} cores ({caches}); native module {machine['backend']}; torch uses "
         f"{machine['torch_isa']}. {versions}. Load {machine['load_before'][0]:.2f} before, "
         f"{machine['load_after'][0]:.2f} after.",
         "",
-        f"{settings['threads']} threads (P4: one). Limits measured in this run: read {limits['read_gb_per_s']:.1f} "
-        f"GB/s, copy {limits['copy_gb_per_s']:.1f} GB/s (read + written, 256 MiB), {limits['gflop_per_s']:.0f} GFLOP/s "
-        f"(`torch.mm`), {limits['exp_per_s'] / 1e9:.2f} G exp/s (`torch.exp`).",
+        f"{settings['threads']} threads (P4: one). Limits measured in this run: {rates}; copy, counting what is read and "
+        "what is written, is the table's first row.",
         "",
         f"Ratios are the contender's time by ours: the median of {settings['pairs']} interleaved pairs (quartiles), "
-        "then the floor. *Of the limit*: the time in which torch or NumPy reads (forward), copies (backward) or does "
-        "both with the same bytes, by ours. GB/s count compulsory traffic only. Malloc keeps its memory in this "
-        f"process ({', '.join(settings['environment'])} set high), since page faults would flatter us. Extra "
-        "memory is beyond inputs, output and gradients, by the peak of the resident set. Errors are against float64, "
-        "of the greatest value. ✓ and ✗ mark floors; that of memory is 1 MiB here.",
+        f"then the floor. *Of the limit*: the time in which {settings['limit']}, by ours. GB/s count compulsory traffic "
+        f"only. Malloc keeps its memory in this process ({', '.join(settings['environment'])} set high), since page "
+        "faults would flatter us. Extra memory is beyond inputs, output and gradients, by the peak of "
+        f"{settings['memory']}. Errors are against float64, of the greatest value. ✓ and ✗ mark floors; that of memory is "
+        "1 MiB here.",
         "",
         HEADER,
         "|" + "---|" * (HEADER.count("|") - 1),
+        _copy_line(limits),
     ]
     for row in result["rows"]:
         for phase in row["phases"]:
@@ -65,6 +69,19 @@ def markdown(result: dict[str, Any]) -> str:
     reasons = [(row["name"], what, why) for row in result["rows"] for what, why in row["skipped"].items()]
     lines += ["", *(f"* {name}: no {what}: {why}." for name, what, why in reasons)]
     return "\n".join(lines) + "\n"
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    return (
+        f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['multiprocessors']} multiprocessors, "
+        f"{gpu['bytes'] / 2**30:.0f} GiB; driver {gpu['driver']}, torch's CUDA {gpu['cuda']}. The host:"
+    )
+
+
+def _copy_line(limits: dict[str, float]) -> str:
+    rate, size = limits["copy_gb_per_s"], limits["bytes"]
+    work, time = f"{size / 2**20:.0f} MiB, copied once", _seconds(2 * size / rate / 1e9)
+    return "| " + " | ".join(["copy", work, "–", time, *"–––––", f"{rate:.1f}", "–", "–"]) + " |"
 
 
 def _line(row: dict[str, Any], phase: str) -> str:
@@ -123,7 +140,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), width_ratios=(3, 2), layout="constrained")
     _draw_roofline(left, result)
     _draw_ratios(right, result)
-    figure.suptitle(f"fusion_sum on {result['machine']['cpu']}, {result['settings']['threads']} threads")
+    machine, threads = result["machine"], result["settings"]["threads"]
+    name = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {threads} threads"
+    figure.suptitle(f"fusion_sum on {name}")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

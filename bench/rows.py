@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ class Row:
     arrays: str = "torch"
     threads: int = 0  # 0: as many as asked for
     calls: int = 1  # per timed batch, at least
+    graphed: bool = False  # replayed from a CUDA graph
 
     @property
     def limited(self) -> bool:
@@ -58,10 +59,8 @@ class Row:
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """NumPy has no backward; backward alone is compared with the limit only."""
-        if self.arrays == "numpy":
-            return (FORWARD,)
-        return PHASES if self.limited else (FORWARD, BOTH)
+        """NumPy has no backward."""
+        return (FORWARD,) if self.arrays == "numpy" else PHASES
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -76,13 +75,13 @@ class Row:
         forward, backward = terms * (count + 1), terms * (6 if count == 2 else 4 * count)
         return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
 
-    def build(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Make the operands (weights first) and one mask per factor, 30% absent, or no masks; seeded."""
+    def build(self, device: str = "cpu") -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Make the operands (weights first) and one mask per factor, 30% absent, or no masks; the same on any device."""
         generator = torch.Generator().manual_seed(0)
         operands = [torch.randn(self.weights, generator=generator)]
         operands += [torch.randn(shape, generator=generator).to(self.dtype) for shape in self.shapes]
         masks = [torch.rand(shape[0], generator=generator) >= 0.3 for shape in self.shapes if self.masked]
-        return operands, masks
+        return [x.to(device) for x in operands], [mask.to(device) for mask in masks]
 
 
 def _paired(w, f, g):
@@ -147,7 +146,7 @@ _P10 = (Floor(FORWARD, "naive", 4), Floor(FORWARD, "einsum", 4))
 
 # The floors are goals, not promises. P10's contenders are loops and element-wise operations: none calls BLAS, so that
 # the choice of OpenBLAS kernel does not matter to it.
-ROWS = (
+ROWS: tuple[Row, ...] = (
     Row("P1", "M=2, B=65536, n=512", _BIG, (512,), PAIRED, _P1),
     Row("P2", "M=2, B=8192, n=512", _MIDDLE, (512,), PAIRED, _floors(4, 3.8, 2.8)),
     Row("P3", "M=2, B=1024, n=256", ((1024, 256),) * 2, (256,), PAIRED, _floors(2.5, 2.5, 2.5)),
@@ -161,12 +160,22 @@ ROWS = (
     Row("P10", "NumPy, B=8192, n=512", _MIDDLE, (512,), NUMPY, _P10, arrays="numpy"),
 )
 
+# On a GPU the floor is its copy bandwidth, where nothing but the bytes should count.
+_COPY, _COPIES = tuple(Floor(phase, "limit", 0.85) for phase in (FORWARD, BACKWARD)), ("P1", "P5 bf16", "P5 f16", "P6")
+_ON_GPU = [
+    replace(row, floors=_COPY if row.name in _COPIES else ()) for row in ROWS if row.name not in ("P2", "P3", "P10")
+]
+_GRAPHED = [
+    replace(row, name="P4 graph", work="P4 in a CUDA graph", graphed=True) for row in _ON_GPU if row.name == "P4"
+]
+CUDA_ROWS = (*_ON_GPU, *_GRAPHED)
 
-def select(names: str) -> list[Row]:
+
+def select(names: str, among: tuple[Row, ...] = ROWS) -> list[Row]:
     """Return the rows of a comma-separated list, all of them if it is empty; P5 means both its dtypes."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    known = list(dict.fromkeys(row.name.split()[0] for row in ROWS))
+    known = list(dict.fromkeys(row.name.split()[0] for row in among))
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise SystemExit(f"--rows: expected some of {', '.join(known)}, got {', '.join(unknown)}")
-    return [row for row in ROWS if not wanted or row.name.split()[0] in wanted]
+    return [row for row in among if not wanted or row.name.split()[0] in wanted]

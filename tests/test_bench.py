@@ -1,10 +1,18 @@
-"""The benchmark runs and reports. No test here looks at a time; what is measured is the bench's own business."""
+"""The benchmark runs and reports. No test here looks at a time; what is measured is the bench's own business.
+
+What needs a GPU runs here on a stand-in for ``torch.cuda`` with tensors of the CPU; ``cuda/on_gpu.sh`` runs it for real.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import pathlib
+import subprocess
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +37,10 @@ def test_rows_are_those_of_the_floors():
     assert [row.name for row in rows.select("P10, P5")] == ["P5 bf16", "P5 f16", "P10"]
     with pytest.raises(SystemExit, match="P11"):
         rows.select("P11")
-    for row in rows.ROWS:
+    on_gpu = rows.select("", rows.CUDA_ROWS)
+    assert [row.name for row in on_gpu] == ["P1", "P4", "P5 bf16", "P5 f16", *"P6 P7 P8 P9".split(), "P4 graph"]
+    assert [row.name for row in on_gpu if row.floors] == ["P1", "P5 bf16", "P5 f16", "P6"]
+    for row in (*rows.ROWS, *on_gpu):
         assert {floor.phase for floor in row.floors} <= set(row.phases)
         assert math.prod(np.broadcast_shapes(row.weights, *row.shapes)) == math.prod(np.broadcast_shapes(*row.shapes))
 
@@ -44,33 +55,153 @@ def test_traffic_and_work_are_those_of_the_formulas():
     assert three.flop[rows.BACKWARD] == 4 * 3 * 16384 * 512
 
 
-def test_a_run_reports(tmp_path, monkeypatch):
-    from bench import __main__, measure
+PHASES = ["forward", "backward", "forward + backward"]
 
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run the bench in short; return its result and its table."""
+    from bench import __main__, machine, measure
+
+    def short(*arguments):
+        options = __main__.parse(["--quick", "--threads", "1", "--out", str(tmp_path), *arguments])
+        options.pairs = 1
+        threads = torch.get_num_threads()
+        try:
+            path = __main__.run(options)
+        finally:
+            measure.set_threads(threads)
+        return json.loads((tmp_path / "bench.json").read_text()), path.read_text()
+
+    rates = machine.Cpu.rates
+    monkeypatch.setattr(machine.Cpu, "rates", lambda self, count, side: rates(self, 2**12, 2**5))
     monkeypatch.setattr(measure, "BATCH_SECONDS", 1e-5)
-    options = __main__.parse(["--quick", "--rows", "P4", "--threads", "1", "--out", str(tmp_path)])
-    options.pairs = 1
-    threads = torch.get_num_threads()
-    try:
-        path = __main__.run(options)
-    finally:
-        measure.set_threads(threads)
-    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert set(row["phases"]) == {"forward", "forward + backward"}
+    return short
+
+
+def test_a_run_reports(run, tmp_path):
+    result, table = run("--rows", "P4")
+    (row,) = result["rows"]
+    assert list(row["phases"]) == PHASES
     assert set(row["skipped"]) == {"torch.compile", "limit"}
-    assert all(phase["error"]["ours"] < 1e-5 for phase in row["phases"].values())
-    table = path.read_text()
-    assert table.count("| P4 |") == 2 and "≥ 1.80" in table
+    assert all(set(phase["contenders"]) == {"naive", "einsum"} for phase in row["phases"].values())
+    assert all(row["phases"][phase]["error"]["ours"] < 1e-5 for phase in ("forward", "forward + backward"))
+    assert table.count("\n| P4 |") == 3 and table.count("\n| copy |") == 1 and "≥ 1.80" in table
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_contender_that_disagrees_is_not_timed():
-    from bench import measure, rows
+class _Clock:
+    """Stands for an event."""
 
-    (row,) = rows.select("P4")
-    entered, _ = measure.contenders(row, compiled=False)
-    measure.errors(row, entered)
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.time - self.time)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Let the CPU stand for a GPU; return the graphs that were made, each with the number of its replays."""
+    from bench import gpu
+
+    graphs = []
+
+    class Graph:
+        def __init__(self):
+            self.replays = 0
+            graphs.append(self)
+
+        def replay(self):
+            self.replays += 1
+
+    properties = {"name": "Stand-in", "major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 2**34}
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        get_device_properties=lambda: SimpleNamespace(**properties),
+        Event=_Clock,
+        Stream=lambda: stream,
+        current_stream=lambda: stream,
+        stream=nullcontext,
+        CUDAGraph=Graph,
+        graph=lambda graph, stream: nullcontext(),
+        memory_allocated=lambda: 1000,
+        max_memory_allocated=lambda: 2**30,
+        reset_peak_memory_stats=lambda: None,
+    )
+    monkeypatch.setattr(gpu, "cuda", cuda)
+    monkeypatch.setattr(gpu.Gpu, "device", "cpu")
+    monkeypatch.setattr(gpu.fs, "backends", lambda: {"cuda": "usable", "cpu": "usable"})
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, "580.1\n580.1\n"))
+    return graphs
+
+
+def test_a_run_on_a_gpu_reports(run, stand_in, monkeypatch):
+    from bench import gpu, rows
+
+    paired, graph = (next(row for row in rows.CUDA_ROWS if row.name == name) for name in ("P5 bf16", "P4 graph"))
+    monkeypatch.setattr(gpu.Gpu, "rows", (replace(paired, shapes=((1024, 512),) * 2), graph))
+    result, table = run("--device", "cuda")
+    eager, graphed = result["rows"]
+    assert list(eager["phases"]) == list(graphed["phases"]) == PHASES
+    assert all("limit" in phase["contenders"] for phase in eager["phases"].values())
+    assert [(floor["phase"], floor["against"]) for floor in eager["floors"]] == [(p, "limit") for p in PHASES[:2]]
+    assert len(stand_in) == 3 * len(PHASES)  # ours, naive, einsum
+    assert all(graph.replays > 200 for graph in stand_in)
+    assert all(phase["extra_bytes"]["ours"] is None for phase in graphed["phases"].values())
+    assert 0 < eager["phases"]["forward"]["extra_bytes"]["ours"] < 2**30 - 1000
+    assert "Stand-in, compute capability 9.0, 132 multiprocessors, 16 GiB; driver 580.1" in table
+    assert table.count("\n| P5 bf16 |") == table.count("\n| P4 graph |") == 3
+
+
+def test_the_limit_of_a_gpu_moves_as_many_bytes_as_a_row(stand_in, monkeypatch):
+    from bench import gpu
+
+    moved = []
+
+    def copier(self, arrays):
+        size = 2 * sum(x.nbytes for x in arrays)  # read and written
+        return 0.0, lambda: moved.append(size)
+
+    monkeypatch.setattr(gpu.Gpu, "copier", copier)
+    factors = [torch.randn(64, 1, 16), torch.randn(64, 32, 16)]
+    size = sum(x.nbytes for x in factors)
+    limits = gpu.Gpu().transfers(factors)
+    for phase, times in zip(PHASES, (1, 2, 3), strict=True):
+        moved.clear()
+        limits[phase]()
+        assert sum(moved) == times * size
+
+
+def test_without_a_gpu_it_says_why(monkeypatch, tmp_path):
+    from bench import __main__, gpu
+
+    monkeypatch.setattr(gpu.fs, "backends", lambda: {"cuda": "not usable: there is none"})
+    with pytest.raises(SystemExit, match="--device cuda: not usable: there is none"):
+        __main__.run(__main__.parse(["--device", "cuda", "--out", str(tmp_path)]))
+
+
+def test_results_of_a_gpu_have_a_folder_of_their_own():
+    from bench import __main__
+
+    assert [__main__.parse(["--device", device]).out.name for device in ("cpu", "cuda")] == ["results", "cuda"]
+
+
+def test_a_contender_that_disagrees_is_not_timed():
+    from bench import machine, measure, rows
+
+    (row,), here = rows.select("P4"), machine.Cpu()
+    entered, _ = measure.contenders(row, here, compiled=False)
+    measure.errors(row, here, entered)
     right = entered["einsum"].forward
     entered["einsum"].forward = lambda: right() * 1.001
     with pytest.raises(AssertionError, match="einsum and fusion_sum differ"):
-        measure.errors(row, entered)
+        measure.errors(row, here, entered)

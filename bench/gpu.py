@@ -1,0 +1,101 @@
+"""The current GPU, where the benchmark runs with ``--device cuda``: its clock, limits and memory, and CUDA graphs.
+
+What lives elsewhere: all that a GPU and a processor do alike (``machine.py``), the rows of either (``rows.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import cuda
+
+import fusionsum as fs
+
+from .machine import Call, Cpu
+from .rows import BACKWARD, BOTH, CUDA_ROWS, FORWARD, Row
+
+
+def captured(make: Callable[[], Call], stream: cuda.Stream) -> Call:
+    """Capture a call in a CUDA graph; return what replays it.
+
+    `make` returns the call; like the warm-up and the capture it runs on `stream`, for a gradient computed within a capture
+    has to come from a forward pass on the same stream. So must all whose tensors share a leaf.
+    """
+    stream.wait_stream(cuda.current_stream())
+    with cuda.stream(stream):
+        call = make()
+        for _ in range(3):  # compilers, libraries and allocators do on the first calls what no capture allows
+            call()
+    graph = cuda.CUDAGraph()
+    with cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
+
+
+class Gpu(Cpu):
+    """The GPU, timed by its own events; raises SystemExit where the kernels cannot use one."""
+
+    device = "cuda"
+    rows = CUDA_ROWS
+    compiler = os.environ.get("CC", "gcc")  # what triton needs
+    limit = "one `copy_` on the GPU moves as many bytes, half of them read,"
+    memory = "torch's allocator"
+
+    def __init__(self) -> None:
+        state = fs.backends()["cuda"]
+        if state != "usable" or not cuda.is_available():
+            raise SystemExit(f"--device cuda: {state}" if state != "usable" else "--device cuda: torch finds no GPU")
+        self._stream = cuda.Stream()
+
+    def describe(self) -> dict[str, Any]:
+        """Add the GPU, its driver and the CUDA of torch."""
+        properties = cuda.get_device_properties()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+        gpu = {
+            "name": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "bytes": properties.total_memory,
+            "driver": driver,
+            "cuda": torch.version.cuda,
+        }
+        return super().describe() | {"gpu": gpu}
+
+    def seconds(self, call: Call, calls: int = 1) -> float:
+        """Time so many calls in a row between two events on the current stream."""
+        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        start.record()
+        for _ in repeat(None, calls):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+
+    def limits(self) -> dict[str, float]:
+        """Read and copy bandwidth over 1 GiB, and the rate of multiply-adds."""
+        return self.rates(2**28, 4096)
+
+    def transfers(self, factors: list[torch.Tensor]) -> dict[str, Call]:
+        """Return copies of one block each, for a second launch takes as long as megabytes."""
+        flat = torch.cat([x.detach().reshape(-1) for x in factors])
+        half, whole = self.copier([flat[: flat.numel() // 2]])[1], self.copier([flat])[1]
+        return {FORWARD: half, BACKWARD: whole, BOTH: lambda: (half(), whole())}
+
+    def peak_extra(self, call: Call, given_back: int) -> int:
+        """Return the bytes that torch's allocator gives a call at its peak beyond what the call gives back."""
+        before = cuda.memory_allocated()
+        cuda.reset_peak_memory_stats()
+        kept = call()
+        peak = cuda.max_memory_allocated()
+        del kept
+        return max(0, peak - before - given_back)
+
+    def prepared(self, row: Row, make: Callable[[], Call]) -> Call:
+        """Make the call that is timed for a row, the replay of a CUDA graph if the row says so."""
+        return captured(make, self._stream) if row.graphed else make()
