@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..api import fusion_sum
 from ..reference import ACTIVATIONS, MAX_FACTORS
@@ -51,6 +52,23 @@ def product(
     """Multiply (..., n) factors element by element, with activations and masks: a sum of one term."""
     factors = [z.unsqueeze(-2) for z in factors]
     return fusion_sum(weights, *factors, activations=activations, present=present, absent=absent, dim=-2)
+
+
+def mapped_twice(x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+    """Map (..., in) by one linear map and another, or by their product where that takes fewer operations."""
+    if not (_is_plain(first) and _is_plain(second)):
+        return second(first(x))
+    rows, size, hidden, width = x.shape[:-1].numel(), first.in_features, first.out_features, second.out_features
+    if width * size * (hidden + rows) >= rows * hidden * (size + width):
+        return second(first(x))
+    bias = torch.addmv(second.bias, second.weight, first.bias)
+    return nn.functional.linear(x, second.weight @ first.weight, bias)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Tell a linear map that is not parametrized, replaced or hooked; under a compiler sizes are symbols, and none is."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is nn.Linear and linear.bias is not None and not hooked and not is_compiling()
 
 
 class ReferenceState(nn.Module):

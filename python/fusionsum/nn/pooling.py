@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from ..api import fusion_sum
-from .layer import FusionLayer, activated, check_activation, check_sizes, product
+from .layer import FusionLayer, activated, check_activation, check_sizes, mapped_twice, product
 
 
 class Like(TypedDict):
@@ -430,7 +430,11 @@ class MUTAN(Pooling):
         self.merge_linears = linears_of([mm_dim] * len(self.input_dims), rank * mm_dim, shared, like)
 
     def _pool(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> Tensor:
-        factors = self._factors(self.merge_linears, self._mapped(inputs))
+        if self.training and self.dropout_input > 0:
+            factors = self._factors(self.merge_linears, self._mapped(inputs))
+        else:
+            maps = zip(inputs, self.linears, self.merge_linears, strict=True)
+            factors = [mapped_twice(*each).unflatten(-1, (self.rank, self.mm_dim)) for each in maps]
         return self._finished(fusion_sum(None, *factors, present=present, dim=-2))
 
     def _reference_names(self) -> dict[str, str]:
