@@ -244,5 +244,5 @@ LAYERS = (
     *_pooling_rows("MLB", {"mm_dim": 500}, {"mm_dim": 1200} | _VQA),
     *_pooling_rows("MUTAN", {"mm_dim": 700, "rank": 10}, {"mm_dim": 700, "rank": 10, "dropout_input": 0.1}),
     *_pooling_rows("MFB", {"mm_dim": 700, "factor": 5, "normalize": True}, {"mm_dim": 1000, "factor": 5} | _VQA),
-    *(_bilinear_row(rank, 512, 512, 128, 256) for rank in (16, 128)),
+    *(_bilinear_row(rank, 512, 512, 128, 128) for rank in (16, 128)),
 )

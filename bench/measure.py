@@ -163,7 +163,7 @@ def layer_errors(row: LayerRow) -> dict[str, dict[str, float]]:
             **{k: partial(c, parameters, False) for k, c in row.codes.items()},
         }.items():
             output = code(*inputs)
-            results[name, dtype] = [output, *torch.autograd.grad(output.sum(), leaves)]
+            results[name, dtype] = [output.detach(), *torch.autograd.grad(output.sum(), leaves)]
     exact = results["naive", torch.float64]
 
     def distances(some: list[torch.Tensor]) -> list[float]:

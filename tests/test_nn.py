@@ -22,8 +22,11 @@ try:
 except ModuleNotFoundError:
     missing("torch")
 
+from torch.utils.flop_counter import FlopCounterMode
+
 import fusionsum.nn as fnn
 from fusionsum.nn import BLOCK, GMF, MFB, MLB, MUTAN, ConcatMLP, CPBilinear, DistMult, LowRankFusion, TensorFusion
+from fusionsum.nn.layer import mapped_twice
 from published import DIMS, F64, FEATURES, ONE_EACH, OUTPUTS, ROWS, TABLE, Parameters, moved, parity
 
 each = pytest.mark.parametrize("name", TABLE)
@@ -224,6 +227,7 @@ def test_ddp(tmp_path):
     """Two fresh interpreters, each with half the rows of every layer's batch, against one with all rows."""
     code = """
 import copy, os, torch, torch.distributed as dist
+from fusionsum.nn.layer import mapped_twice
 from published import ONE_EACH, TABLE
 
 torch.set_num_threads(1)
@@ -254,6 +258,34 @@ def test_repr_names_the_arguments(name):
     shown = repr(entry.make())
     for argument, value in (entry.options if entry.indices else entry.options | {"input_dims": entry.dims}).items():
         assert f"{argument}={value!r}" in shown or entry.layer is CPBilinear
+
+
+def counted(function, *arguments):
+    """Return the result, and the multiply-adds of the matrix products that led to it."""
+    with FlopCounterMode(display=False) as counter:
+        result = function(*arguments)
+    return result, counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("rows, size, hidden, width", [(50, 4, 20, 60), (3, 40, 20, 60), (3, 4, 20, 60)])
+def test_two_maps_are_one_where_that_is_cheaper(rows, size, hidden, width):
+    first, second = torch.nn.Linear(size, hidden, dtype=F64), torch.nn.Linear(hidden, width, dtype=F64)
+    x = torch.randn(rows, size, dtype=F64, requires_grad=True)
+    wanted, apart = counted(lambda: second(first(x)))
+    got, work = counted(mapped_twice, x, first, second)
+    torch.testing.assert_close(got, wanted)
+    assert work <= apart
+    assert (work < apart) == (rows == 50)
+    leaves, grad = [x, *first.parameters(), *second.parameters()], torch.randn_like(wanted)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(wanted, leaves, grad))
+
+
+def test_a_map_that_is_hooked_is_called():
+    first, second = torch.nn.Linear(4, 20), torch.nn.Linear(20, 60)
+    called = []
+    second.register_forward_hook(lambda *arguments: called.append(1))
+    mapped_twice(torch.randn(50, 4), first, second)
+    assert called == [1]
 
 
 # ---- initialisation and dropout --------------------------------------------------------------------------------------

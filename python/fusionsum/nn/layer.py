@@ -49,7 +49,11 @@ def product(
     present: Masks = None,
     absent: str = "one",
 ) -> Tensor:
-    """Multiply (..., n) factors element by element, with activations and masks: a sum of one term."""
+    """Multiply (..., n) factors element by element, with activations and masks: a sum of one term.
+
+    A linear map may follow, and product and map would be one sum, the mixing form. That one does not store the product,
+    but forms it again in backward: a step took 1.1 to 1.25 times as long (B = 512 to 8192, n = 500 to 1200).
+    """
     factors = [z.unsqueeze(-2) for z in factors]
     return fusion_sum(weights, *factors, activations=activations, present=present, absent=absent, dim=-2)
 
