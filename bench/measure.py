@@ -132,11 +132,8 @@ def layer_contenders(row: LayerRow, compiled: bool) -> tuple[dict[str, Contender
         torch.compiler.reset()
         codes["torch.compile"] = torch.compile(codes["naive"])
     for name, code in codes.items():
-        used = [
-            p
-            for key, p in parameters.items()
-            if name == "einsum" or "dense" not in parameters or key in ("dense", "bias")
-        ]
+        dense = "dense" in parameters and name in ("naive", "torch.compile")  # torch.nn.Bilinear's, of L3
+        used = [parameters[key] for key in (("dense", "bias") if dense else row.parameters)]
         entered[name] = Contender(partial(code, parameters, True, *inputs), [*used, *inputs])
     output = entered["ours"].forward()
     for contender in entered.values():
@@ -285,6 +282,7 @@ def measure(row: Row | LayerRow, pairs: int, threads: int, compiled: bool, bar: 
             phases[phase]["error"] = {name: found[phase] for name, found in error.items() if phase in found}
             bar.update()
     result = {"name": row.name, "work": row.work, "threads": threads, "skipped": skipped, "phases": phases}
+    result["memory_floor"] = not isinstance(row, LayerRow)  # a layer keeps its projections for backward
     result["floors"] = [
         {"phase": floor.phase, "against": floor.against, "ratio": floor.ratio, "at_most": floor.at_most}
         | {"passed": floor.passed(reached["ratio"]["median"])}
