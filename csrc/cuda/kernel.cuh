@@ -203,11 +203,12 @@ struct Row {
   FORM_INLINE static int count(const Pass& p) { return N < kAnyCount ? N : p.varying; }
 
   // `base` is where the unit is. Many operands' bases would not fit the registers: they are found again for each row.
+  static constexpr bool kBased = N < 4;
   FORM_INLINE void locate(const Pass& p, const Place (&base)[N], int64_t unit, int64_t row, bool is_here) {
     here = is_here;
     FORM_UNROLL(16)
-    for (int k = 0; k < N; ++k) at[k] = N < kAnyCount ? base[k] : Place{0, 0, 0};
-    if (N == kAnyCount && here) cuda::locate<N>(p, count(p), 0, 0, p.unit_dims, unit, at);
+    for (int k = 0; k < N; ++k) at[k] = kBased ? base[k] : Place{0, 0, 0};
+    if (!kBased && here) cuda::locate<N>(p, count(p), 0, 0, p.unit_dims, unit, at);
     if (here) cuda::locate<N>(p, count(p), 0, p.unit_dims, p.run_dims, row, at);
     FORM_UNROLL(16)
     for (int k = 0; k < N; ++k) {
@@ -367,7 +368,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __gri
     const int64_t unit = unit0 + t.slot;
     const bool unit_here = unit < p.units;
     Place base[N] = {};
-    if (N < kAnyCount && unit_here) locate<N>(p, R::count(p), 0, 0, p.unit_dims, unit, base);
+    if (R::kBased && unit_here) locate<N>(p, R::count(p), 0, 0, p.unit_dims, unit, base);
     for (int64_t row0 = t.begin; row0 < t.end; row0 += U * t.groups) {
       R row[U];
       T scale[U];
@@ -462,7 +463,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
     for (int i = 0; i < W; ++i) own[i * kThreads] = 0;
     if (here) {
       Place base[N] = {};
-      if (N < kAnyCount) locate<N>(p, R::count(p), 0, 0, p.unit_dims, unit, base);
+      if (R::kBased) locate<N>(p, R::count(p), 0, 0, p.unit_dims, unit, base);
       T shared[W] = {}, level[W] = {};
       if (kGrad) shared_product<T, W, kExtra>(p, unit, col, -1, shared);
       int terms = 0;

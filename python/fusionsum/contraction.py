@@ -25,16 +25,16 @@ from torch import Tensor
 
 from . import api, reference
 
-LEAST_WORK = 2**21  # multiply-adds: below, the kernels take less time than the preparations here
-LEAST_EXTENT = 8  # of either side and of the terms: below, forming P costs as much as multiplying it
+LEAST_WORK = 2**22  # multiply-adds: below, the kernels take less time than the preparations here, some 0.2 ms
 TILE_BYTES = 2**25  # of a product, and of a block of U or F: a call takes a few of these; at half the size, C1 loses 7%
 LEAST_ROWS = 512  # in a tile where there are several: below, BLAS is bound by memory, and too much is formed again
 
-# MKL may cut a product of matrices among its threads along the terms, too, and the bits follow. It was never seen to in a
-# batch of two or more, unless the right matrix is transposed and deeper than 768 (float64: 192) terms. So that is what it
-# is given: 4 rows of tiles, which cost no time with 2 threads. tests/test_contraction.py watches the bits.
-BATCH = 4
-DEPTH = {torch.float32: 512, torch.float64: 128}
+# MKL cuts a product of matrices as the number of threads suggests, along the terms too, and the bits follow. In a batch it
+# gives each item to one thread if there are at least as many items as threads. So products go to it as batches of 8 items,
+# of two rows or more (of one, it takes other ways): the same bits for up to 8 threads, in random products with its AVX-512
+# and its AVX2 code. Beyond 8 threads they may differ. With 2 threads it costs 0 to 12%, where 4 items cost 0 to 6%.
+BATCH = 8
+LEAST_EXTENT = 2 * BATCH  # of either side; and of the terms, since with few, forming P costs as much as multiplying it
 
 Tile = tuple[slice, ...]
 
@@ -303,18 +303,15 @@ def _multiply(a: Tensor, b: Tensor, to: Tensor, add: bool = False) -> None:
         to.addmm_(a, b, beta=int(add))
         return
     a, b = (x if _for_blas(x) else x.contiguous() for x in (a, b))
-    depth = len(b) if b.stride(1) == 1 else DEPTH[a.dtype]
     rows = len(a) // BATCH
-    whole = BATCH * rows
-    for k in range(0, len(b), depth):
-        left, right = a[:, k : k + depth], b[k : k + depth].expand(BATCH, -1, -1)
-        if rows:
-            to[:whole].view(BATCH, rows, -1).baddbmm_(
-                left[:whole].unflatten(0, (BATCH, rows)), right, beta=int(add or k > 0)
-            )
-        if whole < len(a):  # in a batch as well, so as to have the same bits: the last rows, BATCH times
-            last = torch.bmm(left[whole:].expand(BATCH, -1, -1), right)[0]
-            to[whole:] = last if not add and k == 0 else to[whole:] + last
+    whole, beta = BATCH * rows, int(add)
+    if rows:
+        items = a[:whole].unflatten(0, (BATCH, rows))
+        to[:whole].view(BATCH, rows, -1).baddbmm_(items, b.expand(BATCH, -1, -1), beta=beta)
+    if whole < len(a):  # the last rows, and one more: as a batch of copies
+        start = max(0, whole - 1)
+        last = torch.bmm(a[start:].expand(BATCH, -1, -1), b.expand(BATCH, -1, -1))[0, whole - start :]
+        to[whole:] = to[whole:] + last if add else last
 
 
 def _for_blas(x: Tensor) -> bool:

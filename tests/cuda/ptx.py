@@ -29,7 +29,6 @@ from tests.cuda.ptx_parse import Kernel, Module, PtxError, parse
 __all__ = ["Access", "Counters", "Finding", "Module", "PtxError", "Report", "Segment", "launch", "parse"]
 
 _GROUP = 4096  # threads that run together; more cost memory, fewer cost calls of NumPy
-_MOST_STEPS = 10**7
 _BITS = np.uint64(1) << np.arange(WARP, dtype=np.uint64)
 _READY, _AT_BARRIER, _AT_WARP_SYNC, _ENDED = range(4)
 
@@ -83,6 +82,7 @@ def launch(
     segments: Sequence[Segment],
     schedule: Literal["lockstep", "adversarial"] = "lockstep",
     seed: int = 0,
+    most_steps: int = 10**7,
 ) -> Report:
     """Run one kernel over a grid.
 
@@ -101,12 +101,14 @@ def launch(
     schedule : {"lockstep", "adversarial"}
     seed : int
         Of the adversarial schedule.
+    most_steps : int
+        Instructions, each run for however many threads stand at it, after which a launch is given up as endless.
 
     Returns
     -------
     Report
         Findings are of these kinds: "out of bounds", "misaligned", "uninitialised", "read-only", "nc" (a non-coherent
-        load of what the launch writes), "race" (within a block), "block race", "sync mask", "barrier", "deadlock",
+        load of what the launch writes), "race" (within a block), "block race", "sync mask", "barrier",
         "division by zero", "endless".
 
     Raises
@@ -131,7 +133,8 @@ def launch(
     kernel = module.kernel(name)
     if len(parameters) != kernel.parameters.size:
         raise PtxError(f"{name} takes {kernel.parameters.size} bytes of parameters, got {len(parameters)}")
-    run = Launch(kernel, _three(grid), _three(block), parameters, segments, schedule == "adversarial", seed)
+    random = np.random.default_rng(seed) if schedule == "adversarial" else None
+    run = Launch(kernel, _three(grid), _three(block), parameters, segments, random, most_steps)
     with np.errstate(all="ignore"):
         run.run()
     run.memory.write_back()
@@ -158,11 +161,11 @@ class Launch:
         block: tuple[int, int, int],
         parameters: bytes,
         segments: Sequence[Segment],
-        adversarial: bool,
-        seed: int,
+        random: np.random.Generator | None,
+        most_steps: int,
     ) -> None:
-        self.kernel, self.grid, self.block, self.adversarial = kernel, grid, block, adversarial
-        self.random = np.random.default_rng(seed)
+        self.kernel, self.grid, self.block = kernel, grid, block
+        self.random = random  # the adversarial schedule's; None: lockstep
         self.threads = int(np.prod(block))
         self.columns = -(-self.threads // WARP) * WARP  # per block
         self.clocks = Clocks(self.columns, int(np.prod(grid)))
@@ -171,12 +174,14 @@ class Launch:
         self.findings: dict[tuple[str, int], Finding] = {}
         self.accesses: dict[int, Access] = {}
         self.executed = np.zeros(len(kernel.code), np.int64)
-        self.steps = 0
-        self.code = [decode(kernel, pc, instruction) for pc, instruction in enumerate(kernel.code)]
+        self.steps, self.most_steps = 0, most_steps
+        if not kernel.compiled:
+            kernel.compiled = [decode(kernel, pc, instruction) for pc, instruction in enumerate(kernel.code)]
+        self.code = kernel.compiled
 
     def run(self) -> None:
         order = np.arange(self.clocks.blocks)
-        if self.adversarial:
+        if self.random:
             self.random.shuffle(order)
         per_group = max(1, _GROUP // self.columns)
         for first in range(0, order.size, per_group):
@@ -228,22 +233,21 @@ class Group:
         """Run all threads to their end; return False where they cannot reach it."""
         warp, foremost = -1, False
         while (ready := np.flatnonzero(self.state == _READY)).size:
-            if self.launch.adversarial:
+            if random := self.launch.random:
                 warps = np.unique(ready // WARP)
                 if warp not in warps:
-                    warp, foremost = self.launch.random.choice(warps), self.launch.random.random() < 0.5
+                    warp, foremost = random.choice(warps), random.random() < 0.5
                 ready = ready[ready // WARP == warp]
             standing = self.pc[ready]
             pc = standing.max() if foremost else standing.min()
             at, ahead = ready[standing == pc], standing[standing > pc]
             self._straight(int(pc), at, int(ahead.min(initial=len(self.launch.code))))
-            if self.launch.steps > _MOST_STEPS:
-                self.launch.report(int(pc), "endless", f"more than {_MOST_STEPS} steps")
+            if self.launch.steps > self.launch.most_steps:
+                self.launch.report(int(pc), "endless", f"more than {self.launch.most_steps} steps")
                 return False
-        stuck = np.flatnonzero(self.state != _ENDED)
-        for pc in np.unique(self.pc[stuck]).tolist():
-            count = int((self.pc[stuck] == pc).sum())
-            self.launch.report(pc, "deadlock", f"{count} threads wait for others that never come")
+        stuck = self.pc[self.state == _AT_WARP_SYNC]  # others may wait for these at a barrier
+        for pc, count in zip(*np.unique(stuck, return_counts=True), strict=True):
+            self.launch.report(int(pc), "sync mask", f"{count} threads wait for others, which never come")
         return not stuck.size
 
     def _straight(self, pc: int, at: Array, limit: int) -> None:

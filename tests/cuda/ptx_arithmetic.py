@@ -82,7 +82,9 @@ def _fma64(a: Array, b: Array, c: Array) -> Array:
     total, rest = _two_sum(high, sum_high)
     result = np.asarray(total + _odd(*_two_sum(rest, sum_low)))
     exact = (a == 0) | (b == 0) | ~(np.isfinite(a) & np.isfinite(b) & np.isfinite(c))
-    result = np.where(exact, a * b + c, result)
+    # A finite product that overflows does not meet an infinite c.
+    infinite = np.isinf(c) & np.isfinite(a) & np.isfinite(b)
+    result = np.where(exact, np.where(infinite, c, a * b + c), result)
     size = np.abs(high)
     safe = (np.abs(a) < 2.0**970) & (np.abs(b) < 2.0**970) & (np.abs(c) < 2.0**970) & (size > 2.0**-900)
     for i in np.flatnonzero(~exact & ~(safe & (size < 2.0**970))):
@@ -214,6 +216,13 @@ def _shift(x: Array, count: Array, left: bool) -> Array:
     return np.where((count >= bits) & (left or x.dtype.kind == "u"), x.dtype.type(0), shifted)
 
 
+def _insert(field: Array, into: Array, start: Array, length: Array) -> Array:
+    """``bfi``: put the lowest bits of a field into another register."""
+    ones = np.full_like(into, ~into.dtype.type(0))
+    mask = _shift(~_shift(ones, length & 255, left=True), start & 255, left=True)
+    return into & ~mask | _shift(field, start & 255, left=True) & mask
+
+
 def compare(name: str, x: Array, y: Array) -> Array:
     """``setp``'s comparisons; those that end in u hold for NaN too."""
     if name in ("nan", "num"):
@@ -263,6 +272,7 @@ OPERATIONS: dict[tuple[str, str], Callable[..., Array]] = {
     ("or", "b"): np.bitwise_or,
     ("xor", "b"): np.bitwise_xor,
     ("not", "b"): np.bitwise_not,
+    ("bfi", "b"): _insert,
     ("shl", "b"): lambda x, count: _shift(x, count, left=True),
     ("shr", "b"): lambda x, count: _shift(x, count, left=False),
     ("shr", "i"): lambda x, count: _shift(x, count, left=False),

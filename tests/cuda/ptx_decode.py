@@ -227,8 +227,8 @@ def _plain(kernel: Kernel, pc: int, instruction: Instruction) -> Run:
     if opcode[1] == "wide":
         result = f"{kind[0]}{16 * BYTES[kind]}"
         kinds[2:] = [result] * len(kinds[2:])
-    if name in ("shl", "shr"):
-        kinds[1] = "u32"
+    if name in ("shl", "shr", "bfi"):
+        kinds[2 if name == "bfi" else 1 :] = ["u32"] * (2 if name == "bfi" else 1)
     write = _write(kernel, operands[0], result)
     reads = [_read(kernel, operand, one) for operand, one in zip(operands[1:], kinds, strict=True)]
 

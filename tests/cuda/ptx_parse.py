@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import ChainMap
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 BYTES = {"pred": 1} | {f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)}
 BYTES |= {"f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4, "f32": 4, "f64": 8}
@@ -77,6 +77,7 @@ class Kernel:
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     targets: dict[str, tuple[str, ...]] = field(default_factory=dict)  # .branchtargets: the labels of a brx.idx
+    compiled: list[Any] = field(default_factory=list)  # what ptx_decode.py makes of the code, once for all launches
 
 
 @dataclass
