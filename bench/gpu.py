@@ -16,6 +16,7 @@ from torch import cuda
 
 import fusionsum as fs
 
+from .layers import LayerRow
 from .machine import Call, Cpu
 from .rows import BACKWARD, BOTH, CUDA_ROWS, FORWARD, Row
 
@@ -96,6 +97,6 @@ class Gpu(Cpu):
         del kept
         return max(0, peak - before - given_back)
 
-    def prepared(self, row: Row, make: Callable[[], Call]) -> Call:
+    def prepared(self, row: Row | LayerRow, make: Callable[[], Call]) -> Call:
         """Make the call that is timed for a row, the replay of a CUDA graph if the row says so."""
         return captured(make, self._stream) if row.graphed else make()

@@ -26,6 +26,7 @@ import torch
 
 import fusionsum as fs
 
+from .layers import LAYERS, LayerRow
 from .rows import BACKWARD, BOTH, FORWARD, ROWS, Row
 
 Call = Callable[[], Any]
@@ -44,7 +45,7 @@ class Cpu:
     """The processor, with as many threads as torch has."""
 
     device = "cpu"
-    rows = ROWS
+    rows = (*ROWS, *LAYERS)
     compiler = os.environ.get("CXX", "g++")  # what torch.compile needs
     limit = "torch or NumPy reads (forward), copies (backward) or does both with the same bytes"
     memory = "the resident set"
@@ -80,7 +81,7 @@ class Cpu:
             call()
         return (time.perf_counter() - start) / calls
 
-    def prepared(self, row: Row, make: Callable[[], Call]) -> Call:
+    def prepared(self, row: Row | LayerRow, make: Callable[[], Call]) -> Call:
         """Make the call that is timed for a row."""
         return make()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import torch
 
 import fusionsum as fs
 
+from .layers import LayerRow
 from .machine import Call, Cpu
 from .rows import BACKWARD, BOTH, FORWARD, Row
 
@@ -123,6 +125,57 @@ def contenders(row: Row, machine: Cpu, compiled: bool) -> tuple[dict[str, Conten
     return entered, skipped
 
 
+def layer_contenders(row: LayerRow, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Ours and the others, in training mode; each has its own gradients of all parameters and inputs to form."""
+    layer, parameters, inputs = row.build()
+    entered = {"ours": Contender(partial(layer, *inputs), [*layer.parameters(), *inputs])}
+    codes = dict(row.codes)
+    if compiled and shutil.which(os.environ.get("CXX", "g++")):
+        torch.compiler.reset()
+        codes["torch.compile"] = torch.compile(codes["naive"])
+    for name, code in codes.items():
+        dense = "dense" in parameters and name in ("naive", "torch.compile")  # torch.nn.Bilinear's, of L3
+        used = [parameters[key] for key in (("dense", "bias") if dense else row.parameters)]
+        entered[name] = Contender(partial(code, parameters, True, *inputs), [*used, *inputs])
+    output = entered["ours"].forward()
+    for contender in entered.values():
+        contender.operands = [x for x in contender.operands if x.requires_grad]
+        contender.output_bytes, contender.grad_output = output.nbytes, torch.ones_like(output)
+    return entered, {} if "torch.compile" in codes else {"torch.compile": "--quick, or no C++ compiler"}
+
+
+def layer_errors(row: LayerRow) -> dict[str, dict[str, float]]:
+    """Return ours' and naive's errors of the output and of the inputs' gradients, against naive in float64; no dropout.
+
+    Raises
+    ------
+    AssertionError
+        If ours and another differ by more than 1e-9 in float64: roundings make no such difference there, and in float32
+        the square roots of a normalisation would let them.
+    """
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        layer, parameters, inputs = row.build(dtype)
+        leaves = [x for x in inputs if x.requires_grad]
+        for name, code in {
+            "ours": layer.eval(),
+            **{k: partial(c, parameters, False) for k, c in row.codes.items()},
+        }.items():
+            output = code(*inputs)
+            results[name, dtype] = [output.detach(), *torch.autograd.grad(output.sum(), leaves)]
+    exact = results["naive", torch.float64]
+
+    def distances(some: list[torch.Tensor]) -> list[float]:
+        return [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(some, exact, strict=True)]
+
+    for name in ("ours", *row.codes):
+        for distance in distances(results[name, torch.float64]):
+            if not distance <= 1e-9:
+                raise AssertionError(f"{row.name}: {name} differs from naive by {distance:.1e}")
+    errors = {name: distances(results[name, torch.float32]) for name in ("ours", *row.codes)}
+    return {name: {FORWARD: found[0], BOTH: max(found)} for name, found in errors.items()}
+
+
 def errors(row: Row, machine: Cpu, entered: dict[str, Contender]) -> dict[str, dict[str, float]]:
     """Return each contender's greatest error against the naive form in float64, relative to the greatest value.
 
@@ -200,20 +253,22 @@ def compare(machine: Cpu, ours: Call, others: dict[str, Call], pairs: int, least
     return {"seconds": float(np.median(our_seconds)), "contenders": against}
 
 
-def measure(row: Row, machine: Cpu, pairs: int, threads: int, compiled: bool, bar: Any) -> dict[str, Any]:
+def measure(row: Row | LayerRow, machine: Cpu, pairs: int, threads: int, compiled: bool, bar: Any) -> dict[str, Any]:
     """Measure one row in all its phases; the result is JSON."""
     threads = row.threads or threads
     with _threads(threads):
         bar.set_description(f"{row.name} agreement")
-        entered, skipped = contenders(row, machine, compiled)
         torch.tanh(torch.ones(1))  # torch's first tanh, if on two threads, was off by 1e-3 in 1 of 20 processes
-        error = errors(row, machine, entered)
-        factors = [torch.as_tensor(x) for x in entered["ours"].operands[1:]]
+        if isinstance(row, LayerRow):
+            (entered, skipped), error = layer_contenders(row, compiled), layer_errors(row)
+        else:
+            entered, skipped = contenders(row, machine, compiled)
+            error = errors(row, machine, entered)
         transfer: dict[str, Call] = {}
         if row.limited:
-            transfer = machine.transfers(factors)
+            transfer = machine.transfers([torch.as_tensor(x) for x in entered["ours"].operands[1:]])
         else:
-            skipped["limit"] = "it is overhead, not bandwidth"
+            skipped["limit"] = row.unlimited
 
         phases = {}
         for phase in row.phases:
@@ -222,6 +277,7 @@ def measure(row: Row, machine: Cpu, pairs: int, threads: int, compiled: bool, ba
             phases[phase]["error"] = {name: found[phase] for name, found in error.items() if phase in found}
             bar.update()
     result = {"name": row.name, "work": row.work, "threads": threads, "skipped": skipped, "phases": phases}
+    result["memory_floor"] = not isinstance(row, LayerRow)  # a layer keeps its projections for backward
     result["floors"] = [
         {"phase": floor.phase, "against": floor.against, "ratio": floor.ratio, "at_most": floor.at_most}
         | {"passed": floor.passed(reached["ratio"]["median"])}
@@ -232,7 +288,7 @@ def measure(row: Row, machine: Cpu, pairs: int, threads: int, compiled: bool, ba
 
 
 def _phase(
-    row: Row, phase: str, machine: Cpu, entered: dict[str, Contender], transfer: dict[str, Call], pairs: int
+    row: Row | LayerRow, phase: str, machine: Cpu, entered: dict[str, Contender], transfer: dict[str, Call], pairs: int
 ) -> dict[str, Any]:
     with torch.no_grad() if phase == FORWARD else contextlib.nullcontext():
         calls = {

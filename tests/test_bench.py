@@ -5,6 +5,7 @@ What needs a GPU runs here on a stand-in for ``torch.cuda`` with tensors of the 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -89,6 +90,23 @@ def test_a_run_reports(run, tmp_path):
     assert table.count("\n| P4 |") == 3 and table.count("\n| copy |") == 1 and "≥ 1.80" in table
     assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_layer_is_measured_and_held_to_the_published_code(monkeypatch):
+    from tqdm import tqdm
+
+    from bench import layers, machine, measure, rows
+
+    row = rows.select("L1", layers.LAYERS)[0]
+    assert {name.split()[0] for name in (row.name for row in layers.LAYERS)} == {"L1", "L2", "L3"}
+    monkeypatch.setattr(measure, "BATCH_SECONDS", 1e-5)
+    with tqdm(disable=True) as bar:
+        found = measure.measure(row, machine.Cpu(), 1, torch.get_num_threads(), False, bar)
+    assert [floor["against"] for floor in found["floors"]] == ["naive"]
+    assert all(phase["error"]["ours"] < 1e-5 for phase in found["phases"].values())
+    wrong = dataclasses.replace(row, codes={"naive": lambda *given: row.codes["naive"](*given) * 1.001})
+    with pytest.raises(AssertionError, match="ours differs from naive"):
+        measure.layer_errors(wrong)
 
 
 class _Clock:
