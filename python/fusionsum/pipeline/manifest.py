@@ -212,8 +212,8 @@ def _split_problems(manifest: Manifest, known: Collection[str]) -> list[str]:
 def splits(manifest: Manifest, config: Config, seed: int) -> dict[str, np.ndarray]:
     """Return the rows of each split, in the manifest's order.
 
-    With ``data.split: by-seed`` whole groups are drawn at random for ``test`` and then ``validation`` until each has its
-    share of the rows; a row without a group is a group of its own.
+    With ``data.split: by-seed`` whole groups, in random order, go to ``test`` as long as they fit into its share of the
+    rows, then to ``validation``, then to ``train``; a row without a group is a group of its own.
 
     Returns
     -------
@@ -227,10 +227,13 @@ def splits(manifest: Manifest, config: Config, seed: int) -> dict[str, np.ndarra
     groups = [group or f"\0{i}" for i, group in enumerate(manifest.column("group"))]
     number = {group: k for k, group in enumerate(dict.fromkeys(groups))}
     of_row = np.array([number[group] for group in groups])
-    order = np.random.default_rng(seed).permutation(len(number))
-    counted = np.cumsum(np.bincount(of_row, minlength=len(number))[order])
-    test = counted <= config.data.test_share * len(manifest)
-    validation = ~test & (counted <= (config.data.test_share + config.data.validation_share) * len(manifest))
-    place = np.empty(len(number), dtype=np.int64)
-    place[order] = np.where(test, 2, np.where(validation, 1, 0))
+    sizes = np.bincount(of_row, minlength=len(number))
+    room = {2: config.data.test_share * len(manifest), 1: config.data.validation_share * len(manifest)}
+    place = np.zeros(len(number), dtype=np.int64)
+    for group in np.random.default_rng(seed).permutation(len(number)):
+        for part in room:
+            if sizes[group] <= room[part]:
+                room[part] -= sizes[group]
+                place[group] = part
+                break
     return {name: np.flatnonzero(place[of_row] == k) for k, name in enumerate(["train", "validation", "test"])}

@@ -12,14 +12,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from scipy.special import softmax
 from sklearn.metrics import confusion_matrix
 from torch import nn
@@ -27,12 +25,14 @@ from tqdm import tqdm
 
 from . import evaluate as step5
 from . import train as step4
-from .config import Config, ConfigError, from_mapping, load, to_mapping
+from .config import Config, ConfigError, from_mapping, load, to_mapping, to_yaml
+from .evaluate import Results
 from .features import encoder_class
 from .fuse import ALONE, FUSED, build, combined_models, input_modalities, layer, parameter_count, trained_models
 from .manifest import Manifest, check, read, splits
 from .preprocess import Cache, Items, Modality, Problem, Vector, column, fit, gather, without
 from .pretrained import EXTRACTORS, extractor
+from .report import write_report
 
 # What may change between the start of a run and its resumption.
 CIRCUMSTANCES = {"data": ("manifest", "workers", "cache"), "train": ("seeds", "threads")}
@@ -151,7 +151,8 @@ class MultimodalPredictor:
         _, numbers = np.unique(indices, axis=0, return_inverse=True)
         return np.where((indices < 0).all(axis=1), -1, numbers.reshape(-1))
 
-    def _rows(self, gathered: Gathered, state: Mapping[str, Any]) -> step4.Rows:
+    def rows(self, gathered: Gathered, state: Mapping[str, Any]) -> step4.Rows:
+        """Make the tensors of gathered rows, as what training learned of its own items has it."""
         columns = {
             name: column(modality, gathered.items[name], state["fitted"][name])
             for name, modality in self.modalities.items()
@@ -197,7 +198,7 @@ class MultimodalPredictor:
         identity = self._identity(path)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
+            (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         epochs = self.config.train.epochs
         settings = self.config.train
         steps = sum(epochs * -(-len(chosen["train"]) // settings.batch_size) for _, chosen in plans)
@@ -209,11 +210,11 @@ class MultimodalPredictor:
                 tqdm(total=len(self.models) * steps, unit="step", disable=not progress) as bar,
             ):
                 for seed, (state, chosen) in enumerate(plans):
-                    rows = self._rows(gathered, state)
+                    rows = self.rows(gathered, state)
                     for name in self.models:
                         bar.set_description(f"seed {seed}, {name}")
                         torch.manual_seed(seed)
-                        model = self._model(name, state)
+                        model = self.model(name, state)
                         place = None if folder is None else _checkpoint(folder, name, seed)
                         query = [m for m in input_modalities(self.config) if m in _towers(model)]
                         self.histories[name, seed] = step4.train(
@@ -260,7 +261,8 @@ class MultimodalPredictor:
         }
         return {"task": task, "fitted": fitted}, {name: torch.from_numpy(part) for name, part in parts.items()}
 
-    def _model(self, name: str, state: Mapping[str, Any]) -> nn.Module:
+    def model(self, name: str, state: Mapping[str, Any]) -> Any:
+        """Make a model, with the weights of `state` if it has any."""
         kind = self.config.task.kind
         outputs = {"classification": len(state["task"].get("classes", ())), "regression": 1}
         dim = outputs.get(kind, self.config.task.dim)
@@ -307,14 +309,12 @@ class MultimodalPredictor:
             if manifest is None:
                 every = splits(gathered.manifest, self.config, seed)
                 parts = {split: every[split] for split in self.config.data.test}
-            rows = self._rows(gathered, self.states[FUSED, seed])
-            models = {name: self._model(name, self.states[name, seed]) for name in self.models}
+            rows = self.rows(gathered, self.states[FUSED, seed])
+            models = {name: self.model(name, self.states[name, seed]) for name in self.models}
             for split, part in parts.items():
                 self._measure(split, torch.from_numpy(part), rows, models, seed, results)
         self.details["parameters"] = {name: parameter_count(model) for name, model in models.items()}
         if out is not None:
-            from .report import write_report
-
             write_report(Path(out), self, gathered, results)
         return results
 
@@ -411,14 +411,14 @@ class MultimodalPredictor:
         self._must_be_fitted()
         state = self.states[FUSED, 0]
         gathered = self.gather(Path(manifest), labelled=False, progress=progress)
-        rows = self._rows(gathered, state)
+        rows = self.rows(gathered, state)
         everything = torch.arange(len(gathered.manifest))
         ids = gathered.manifest.column("id")
         gallery = None
         if self.config.task.kind == "retrieval":
             numbers, first = np.unique(rows.labels.numpy(), return_index=True)
             gallery = torch.from_numpy(first[numbers >= 0])
-        output = step5.outputs(self._model(FUSED, state), rows, everything, gallery)
+        output = step5.outputs(self.model(FUSED, state), rows, everything, gallery)
         predictions: list[dict[str, Any]] = [{"id": name} for name in ids]
         if self.config.task.kind == "classification":
             classes = state["task"]["classes"]
@@ -446,7 +446,7 @@ class MultimodalPredictor:
         self._must_be_fitted()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
+        (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         for (name, seed), state in self.states.items():
             done = {"model": state["model"], "history": self.histories[name, seed], "done": True}
             step4.write(_checkpoint(folder, name, seed), done)
@@ -477,31 +477,6 @@ class MultimodalPredictor:
     def _must_be_fitted(self) -> None:
         if not self.states:
             raise RuntimeError("the predictor is not trained: call fit or load first")
-
-
-Results = dict[str, dict[str, dict[str, dict[str, list[float]]]]]
-
-
-def dump(config: Config) -> str:
-    """Return a configuration as YAML."""
-    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
-
-
-def metrics_json(results: Results) -> str:
-    """Return the results as JSON, means and intervals beside the values."""
-
-    def summary(values: list[float]) -> dict[str, Any]:
-        found = step5.interval(values)
-        return {"mean": found.mean, "interval": found.half, "seeds": values}
-
-    nested = {
-        split: {
-            model: {condition: {k: summary(v) for k, v in metrics.items()} for condition, metrics in conditions.items()}
-            for model, conditions in models.items()
-        }
-        for split, models in results.items()
-    }
-    return json.dumps(nested, indent=1)
 
 
 def _checkpoint(folder: Path, name: str, seed: int) -> Path:
