@@ -19,9 +19,9 @@ from ..nn import LowRankFusion
 from . import train as step4
 from .config import load
 from .datasets import digits_sum
-from .evaluate import interval
+from .evaluate import Results, interval
 from .fuse import FUSED, FusionModel
-from .predictor import MultimodalPredictor, Results
+from .predictor import MultimodalPredictor, threads
 from .report import label, verdicts, write_report
 
 CONSTRUCTED = (
@@ -119,13 +119,8 @@ def run(out: Path, seeds: int = 3, steps: int = 800, timed_pairs: int = 60) -> R
     (config,) = digits_sum(data, data, pairs=64 * steps)
     predictor = MultimodalPredictor(load(data / config, [f"train.seeds={seeds}"])).fit()
     results = predictor.evaluate()
-    threads = torch.get_num_threads()
-    # A second thread saves nothing on batches this small, and costs tenfold where another process wants its core.
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         times = step_times(predictor, timed_pairs)
-    finally:
-        torch.set_num_threads(threads)
     backend = "NumPy reference" if native is None else f"native, {native.isa()}"
     timings = "; ".join(f"{name}: {t.ours:.3f} and {t.naive:.3f} ms, ratio {t.ratio:.2f}" for name, t in times.items())
     notes = [

@@ -37,16 +37,28 @@ class Outputs:
     cosines: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class Condition:
+    """What is done to the rows: nothing, or one modality is withheld, by ``present`` or as features of 0."""
+
+    withheld: str | None = None
+    zero_fill: bool = False
+
+    def __str__(self) -> str:
+        if self.withheld is None:
+            return "all"
+        return f"without {self.withheld}{', zero-filled' if self.zero_fill else ''}"
+
+
 @torch.no_grad()
 def outputs(
     model: nn.Module,
     rows: Rows,
     chosen: Tensor,
     gallery: Tensor | None = None,
-    withheld: str | None = None,
-    zero_fill: bool = False,
-) -> Outputs:
-    """Run a model on some rows.
+    conditions: Sequence[Condition] = (Condition(),),
+) -> dict[Condition, Outputs]:
+    """Run a model on some rows, its encoders once.
 
     Parameters
     ----------
@@ -55,34 +67,36 @@ def outputs(
         The data, and the numbers of the rows.
     gallery : Tensor, optional
         Retrieval: the numbers of the rows whose targets are to be scored.
-    withheld : str, optional
-        A modality that is treated as missing everywhere.
-    zero_fill : bool, optional
-        Whether what is missing is features of 0 instead of masked by ``present``.
+    conditions : sequence of Condition, optional
+        Those of a modality that the model does not look at change nothing.
 
     Returns
     -------
-    Outputs
+    dict of Condition to Outputs
     """
     model.eval()
     tower = model.query if isinstance(model, TwoTowers) else model
     assert isinstance(tower, FusionModel)
-    made, known = [], []
-    for part in chosen.split(EVALUATED):
-        inputs, _ = rows.batch(part)
-        if withheld is not None:
-            items, present = inputs[withheld]
-            inputs[withheld] = items, torch.zeros_like(present)
-        made.append(tower(inputs, zero_fill))
-        known.append(torch.stack([inputs[name][1] for name in tower.encoders]).any(dim=0))
-    values, there = torch.cat(made), torch.cat(known).numpy()
-    if not isinstance(model, TwoTowers):
-        return Outputs(values.numpy(), there)
-    assert gallery is not None
-    query = nn.functional.normalize(values, dim=-1)
-    target = torch.cat([model.target(rows.batch(part)[0]) for part in gallery.split(EVALUATED)])
-    target = nn.functional.normalize(target, dim=-1)
-    return Outputs(model.scores(query, target).numpy(), there, (query @ target.T).numpy())
+    encoded = [tower.encode(rows.batch(part)[0]) for part in chosen.split(EVALUATED)]
+    features, masks = ([torch.cat(parts) for parts in zip(*side, strict=True)] for side in zip(*encoded, strict=True))
+    target = None
+    if isinstance(model, TwoTowers):
+        assert gallery is not None
+        target = torch.cat([model.target(rows.batch(part)[0]) for part in gallery.split(EVALUATED)])
+        target = nn.functional.normalize(target, dim=-1)
+    found = {}
+    for condition in conditions:
+        there = [
+            torch.zeros_like(mask) if name == condition.withheld else mask
+            for name, mask in zip(tower.encoders, masks, strict=True)
+        ]
+        values, known = tower.fuse(features, there, condition.zero_fill), torch.stack(there).any(dim=0).numpy()
+        if target is None:
+            found[condition] = Outputs(values.numpy(), known)
+        else:
+            query = nn.functional.normalize(values, dim=-1)
+            found[condition] = Outputs(model.scores(query, target).numpy(), known, (query @ target.T).numpy())
+    return found
 
 
 def combine(name: str, kind: str, parts: Sequence[Outputs]) -> Outputs:

@@ -108,18 +108,23 @@ class FusionModel(nn.Module):
         self.head = head
         self.takes_present = "present" in inspect.signature(head.forward).parameters
 
-    def forward(self, inputs: Inputs, zero_fill: bool = False) -> Tensor:
+    def encode(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Return each modality's features (B, features) and whether it is there (B,)."""
+        pairs = [inputs[name] for name in self.encoders]
+        features = [encoder(items) for encoder, (items, _) in zip(self.encoders.values(), pairs, strict=True)]
+        return features, [present for _, present in pairs]
+
+    def fuse(self, features: Sequence[Tensor], masks: Sequence[Tensor], zero_fill: bool = False) -> Tensor:
         """Return (B, output_dim); with `zero_fill` no layer is told what is missing."""
-        features, masks = [], []
-        for name, encoder in self.encoders.items():
-            items, present = inputs[name]
-            features.append(encoder(items))
-            masks.append(present)
         if all(bool(mask.all()) for mask in masks):
             return self.head(*features)
         if self.takes_present and not zero_fill:
             return self.head(*features, present=masks)
         return self.head(*(x * mask[:, None] for x, mask in zip(features, masks, strict=True)))
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Return (B, output_dim)."""
+        return self.fuse(*self.encode(inputs))
 
 
 class TwoTowers(nn.Module):
@@ -131,9 +136,9 @@ class TwoTowers(nn.Module):
         self.target = target
         self.fusion_weights = nn.Parameter(torch.full((dim,), LOGIT_SCALE))
 
-    def forward(self, inputs: Inputs, zero_fill: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Return the queries (B, dim) and the targets (B, dim)."""
-        query, target = self.query(inputs, zero_fill), self.target(inputs, zero_fill)
+        query, target = self.query(inputs), self.target(inputs)
         return nn.functional.normalize(query, dim=-1), nn.functional.normalize(target, dim=-1)
 
     def scores(self, query: Tensor, target: Tensor) -> Tensor:

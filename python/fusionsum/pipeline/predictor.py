@@ -12,7 +12,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from . import evaluate as step5
 from . import train as step4
 from .config import Config, ConfigError, from_mapping, load, to_mapping, to_yaml
-from .evaluate import Results
+from .evaluate import Condition, Results
 from .features import encoder_class
 from .fuse import ALONE, FUSED, build, combined_models, input_modalities, layer, parameter_count, trained_models
 from .manifest import Manifest, check, read, splits
@@ -202,29 +203,25 @@ class MultimodalPredictor:
         epochs = self.config.train.epochs
         settings = self.config.train
         steps = sum(epochs * -(-len(chosen["train"]) // settings.batch_size) for _, chosen in plans)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(settings.threads)
-        try:
-            with (
-                torch.random.fork_rng(devices=[]),
-                tqdm(total=len(self.models) * steps, unit="step", disable=not progress) as bar,
-            ):
-                for seed, (state, chosen) in enumerate(plans):
-                    rows = self.rows(gathered, state)
-                    for name in self.models:
-                        bar.set_description(f"seed {seed}, {name}")
-                        torch.manual_seed(seed)
-                        model = self.model(name, state)
-                        place = None if folder is None else _checkpoint(folder, name, seed)
-                        query = [m for m in input_modalities(self.config) if m in _towers(model)]
-                        self.histories[name, seed] = step4.train(
-                            model, self.config.task.kind, rows, chosen, settings, identity, query, place, bar
-                        )
-                        self.states[name, seed] = state | {"model": model.state_dict()}
-                    if folder is not None:
-                        step4.write(folder / "checkpoints" / f"{seed}.fitted", state)
-        finally:
-            torch.set_num_threads(threads)
+        with (
+            threads(settings.threads),
+            torch.random.fork_rng(devices=[]),
+            tqdm(total=len(self.models) * steps, unit="step", disable=not progress) as bar,
+        ):
+            for seed, (state, chosen) in enumerate(plans):
+                rows = self.rows(gathered, state)
+                for name in self.models:
+                    bar.set_description(f"seed {seed}, {name}")
+                    torch.manual_seed(seed)
+                    model = self.model(name, state)
+                    place = None if folder is None else _checkpoint(folder, name, seed)
+                    query = [m for m in input_modalities(self.config) if m in _towers(model)]
+                    self.histories[name, seed] = step4.train(
+                        model, self.config.task.kind, rows, chosen, settings, identity, query, place, bar
+                    )
+                    self.states[name, seed] = state | {"model": model.state_dict()}
+                if folder is not None:
+                    step4.write(folder / "checkpoints" / f"{seed}.fitted", state)
         self.gathered = gathered
         if folder is not None:
             self._write_log(folder)
@@ -304,15 +301,16 @@ class MultimodalPredictor:
         assert gathered is not None
         results: Results = {}
         self.details = {"confusion": {}, "calibration": {}, "chance": {}, "rows": {}}
-        for seed in range(self.config.train.seeds):
-            parts = {"given": np.arange(len(gathered.manifest))}
-            if manifest is None:
-                every = splits(gathered.manifest, self.config, seed)
-                parts = {split: every[split] for split in self.config.data.test}
-            rows = self.rows(gathered, self.states[FUSED, seed])
-            models = {name: self.model(name, self.states[name, seed]) for name in self.models}
-            for split, part in parts.items():
-                self._measure(split, torch.from_numpy(part), rows, models, seed, results)
+        with threads(self.config.train.threads):
+            for seed in range(self.config.train.seeds):
+                parts = {"given": np.arange(len(gathered.manifest))}
+                if manifest is None:
+                    every = splits(gathered.manifest, self.config, seed)
+                    parts = {split: every[split] for split in self.config.data.test}
+                rows = self.rows(gathered, self.states[FUSED, seed])
+                models = {name: self.model(name, self.states[name, seed]) for name in self.models}
+                for split, part in parts.items():
+                    self._measure(split, torch.from_numpy(part), rows, models, results)
         self.details["parameters"] = {name: parameter_count(model) for name, model in models.items()}
         if out is not None:
             write_report(Path(out), self, gathered, results)
@@ -324,7 +322,6 @@ class MultimodalPredictor:
         chosen: torch.Tensor,
         rows: step4.Rows,
         models: Mapping[str, nn.Module],
-        seed: int,
         results: Results,
     ) -> None:
         """Measure all models of a seed on a split."""
@@ -337,29 +334,24 @@ class MultimodalPredictor:
             _, first = np.unique(labels, return_index=True)
             gallery = chosen[torch.from_numpy(first)]
         inputs = input_modalities(self.config)
-        conditions: list[tuple[str, str | None, bool]] = [("all", None, False)]
-        if len(inputs) > 1:
-            for name in inputs:
-                conditions += [(f"without {name}", name, False), (f"without {name}, zero-filled", name, True)]
-        for condition, withheld, zero_fill in conditions:
-            said: dict[str, step5.Outputs] = {}
-            for name, model in models.items():
-                skipped = name == f"{withheld}{ALONE}" or (withheld and zero_fill and name.endswith(ALONE))
-                if not skipped:
-                    looks = withheld if withheld in _towers(model) else None
-                    said[name] = step5.outputs(model, rows, chosen, gallery, looks, zero_fill)
-            alone = [output for name, output in said.items() if name.endswith(ALONE)]
-            if alone:
+        withheld = inputs if len(inputs) > 1 else []
+        conditions = [Condition(), *(Condition(name, zero_fill) for name in withheld for zero_fill in (False, True))]
+        every = {name: step5.outputs(model, rows, chosen, gallery, conditions) for name, model in models.items()}
+        for condition in conditions:
+            said = {name: found[condition] for name, found in every.items()}
+            # Of unimodal models only what they say of all is of interest; their combinations leave one out, not zero.
+            alone = [said[name] for name in said if name.endswith(ALONE) and name != f"{condition.withheld}{ALONE}"]
+            if alone and not condition.zero_fill:
                 said |= {name: step5.combine(name, kind, alone) for name in combined_models(self.config)}
             for name, output in said.items():
-                if withheld and name.endswith(ALONE):
+                if condition.withheld and name.endswith(ALONE):
                     continue
                 metrics = self._metrics(output, labels, rows.labels[gallery].numpy() if gallery is not None else None)
-                place = results.setdefault(split, {}).setdefault(name, {}).setdefault(condition, {})
+                place = results.setdefault(split, {}).setdefault(name, {}).setdefault(str(condition), {})
                 for metric, value in metrics.items():
                     place.setdefault(metric, []).append(value)
-            if condition == "all":
-                self._detail(split, said[FUSED], labels, seed)
+            if condition == Condition():
+                self._detail(split, said[FUSED], labels)
 
     def _metrics(self, output: step5.Outputs, labels: np.ndarray, gallery: np.ndarray | None) -> dict[str, float]:
         kind = self.config.task.kind
@@ -377,7 +369,7 @@ class MultimodalPredictor:
         """Return what retrieval's query and target are called."""
         return "+".join(input_modalities(self.config)), "+".join(self.config.task.target)
 
-    def _detail(self, split: str, fused: step5.Outputs, labels: np.ndarray, seed: int) -> None:
+    def _detail(self, split: str, fused: step5.Outputs, labels: np.ndarray) -> None:
         """Keep what the plots need of the fused model, summed over seeds."""
         self.details["rows"].setdefault(split, []).append(len(labels))
         if self.config.task.kind != "regression":
@@ -418,7 +410,7 @@ class MultimodalPredictor:
         if self.config.task.kind == "retrieval":
             numbers, first = np.unique(rows.labels.numpy(), return_index=True)
             gallery = torch.from_numpy(first[numbers >= 0])
-        output = step5.outputs(self.model(FUSED, state), rows, everything, gallery)
+        output = step5.outputs(self.model(FUSED, state), rows, everything, gallery)[Condition()]
         predictions: list[dict[str, Any]] = [{"id": name} for name in ids]
         if self.config.task.kind == "classification":
             classes = state["task"]["classes"]
@@ -477,6 +469,17 @@ class MultimodalPredictor:
     def _must_be_fitted(self) -> None:
         if not self.states:
             raise RuntimeError("the predictor is not trained: call fit or load first")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use this many threads: on small batches a second saves nothing, and costs tenfold on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _checkpoint(folder: Path, name: str, seed: int) -> Path:
