@@ -1,6 +1,7 @@
-"""The benchmark: ``python -m bench`` from the repository root runs rows P1 to P10 and writes table, JSON and plot.
+"""The benchmark: ``python -m bench`` from the repository root runs all rows and writes table, JSON and plot.
 
-``rows.py`` is the table of what is measured, ``machine.py`` what the machine is and can do, ``measure.py`` the timer
-and the checks of one row, ``report.py`` the Markdown, JSON and picture. That the kernels are right is for the tests to
-show; here a contender that disagrees with ours is an error, and a missed floor is only a mark in the table.
+``rows.py`` is the table of what is measured, ``layers.py`` that of whole layers, ``machine.py`` what the machine is and
+can do, ``measure.py`` the timer and the checks of one row, ``report.py`` the Markdown, JSON and picture. That the kernels
+are right is for the tests to show; here a contender that disagrees with ours is an error, and a missed floor is only a
+mark in the table.
 """

@@ -36,9 +36,9 @@ def run(options: argparse.Namespace) -> Path:
     import torch
     from tqdm import tqdm
 
-    from . import machine, measure, report, rows
+    from . import layers, machine, measure, report, rows
 
-    chosen = rows.select(options.rows)
+    chosen = rows.select(options.rows, [*rows.ROWS, *layers.LAYERS])
     threads = options.threads or torch.get_num_threads()
     measure.set_threads(threads)
     settings = {

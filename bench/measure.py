@@ -25,6 +25,7 @@ import torch
 import fusionsum as fs
 
 from . import machine
+from .layers import LayerRow
 from .rows import BACKWARD, BOTH, FORWARD, Row
 
 BATCH_SECONDS = 0.01  # a timed batch lasts at least about this long: a clock tick or an interrupt is then below 1%
@@ -122,6 +123,57 @@ def contenders(row: Row, compiled: bool) -> tuple[dict[str, Contender], dict[str
     return entered, skipped
 
 
+def layer_contenders(row: LayerRow, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Ours and the others, in training mode; each has its own gradients of all parameters and inputs to form."""
+    layer, parameters, inputs = row.build()
+    entered = {"ours": Contender(partial(layer, *inputs), [*layer.parameters(), *inputs])}
+    codes = dict(row.codes)
+    if compiled and shutil.which(os.environ.get("CXX", "g++")):
+        torch.compiler.reset()
+        codes["torch.compile"] = torch.compile(codes["naive"])
+    for name, code in codes.items():
+        dense = "dense" in parameters and name in ("naive", "torch.compile")  # torch.nn.Bilinear's, of L3
+        used = [parameters[key] for key in (("dense", "bias") if dense else row.parameters)]
+        entered[name] = Contender(partial(code, parameters, True, *inputs), [*used, *inputs])
+    output = entered["ours"].forward()
+    for contender in entered.values():
+        contender.operands = [x for x in contender.operands if x.requires_grad]
+        contender.output_bytes, contender.grad_output = output.nbytes, torch.ones_like(output)
+    return entered, {} if "torch.compile" in codes else {"torch.compile": "--quick, or no C++ compiler"}
+
+
+def layer_errors(row: LayerRow) -> dict[str, dict[str, float]]:
+    """Return ours' and naive's errors of the output and of the inputs' gradients, against naive in float64; no dropout.
+
+    Raises
+    ------
+    AssertionError
+        If ours and another differ by more than 1e-9 in float64: roundings make no such difference there, and in float32
+        the square roots of a normalisation would let them.
+    """
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        layer, parameters, inputs = row.build(dtype)
+        leaves = [x for x in inputs if x.requires_grad]
+        for name, code in {
+            "ours": layer.eval(),
+            **{k: partial(c, parameters, False) for k, c in row.codes.items()},
+        }.items():
+            output = code(*inputs)
+            results[name, dtype] = [output.detach(), *torch.autograd.grad(output.sum(), leaves)]
+    exact = results["naive", torch.float64]
+
+    def distances(some: list[torch.Tensor]) -> list[float]:
+        return [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(some, exact, strict=True)]
+
+    for name in ("ours", *row.codes):
+        for distance in distances(results[name, torch.float64]):
+            if not distance <= 1e-9:
+                raise AssertionError(f"{row.name}: {name} differs from naive by {distance:.1e}")
+    errors = {name: distances(results[name, torch.float32]) for name in ("ours", *row.codes)}
+    return {name: {FORWARD: found[0], BOTH: max(found)} for name, found in errors.items()}
+
+
 def errors(row: Row, entered: dict[str, Contender]) -> dict[str, dict[str, float]]:
     """Return each contender's greatest error against the naive form in float64, relative to the greatest value.
 
@@ -204,21 +256,24 @@ def compare(ours: Call, others: dict[str, Call], pairs: int, least: int = 1) -> 
     return {"seconds": float(np.median(our_seconds)), "contenders": against}
 
 
-def measure(row: Row, pairs: int, threads: int, compiled: bool, bar: Any) -> dict[str, Any]:
+def measure(row: Row | LayerRow, pairs: int, threads: int, compiled: bool, bar: Any) -> dict[str, Any]:
     """Measure one row in all its phases; the result is JSON."""
     threads = row.threads or threads
     with _threads(threads):
         bar.set_description(f"{row.name} agreement")
-        entered, skipped = contenders(row, compiled)
         torch.tanh(torch.ones(1))  # torch's first tanh, if on two threads, was off by 1e-3 in 1 of 20 processes
-        error = errors(row, entered)
-        factors = [torch.as_tensor(x) for x in entered["ours"].operands[1:]]
+        if isinstance(row, LayerRow):
+            (entered, skipped), error = layer_contenders(row, compiled), layer_errors(row)
+        else:
+            entered, skipped = contenders(row, compiled)
+            error = errors(row, entered)
         transfer: dict[str, Call] = {}
         if row.limited:
+            factors = [torch.as_tensor(x) for x in entered["ours"].operands[1:]]
             read, copy = machine.reader(factors)[1], machine.copier(factors, threads)[1]
             transfer = {FORWARD: read, BACKWARD: copy, BOTH: lambda: (read(), copy())}
         else:
-            skipped["limit"] = "it is overhead, not bandwidth"
+            skipped["limit"] = row.unlimited
 
         phases = {}
         for phase in row.phases:
@@ -227,6 +282,7 @@ def measure(row: Row, pairs: int, threads: int, compiled: bool, bar: Any) -> dic
             phases[phase]["error"] = {name: found[phase] for name, found in error.items() if phase in found}
             bar.update()
     result = {"name": row.name, "work": row.work, "threads": threads, "skipped": skipped, "phases": phases}
+    result["memory_floor"] = not isinstance(row, LayerRow)  # a layer keeps its projections for backward
     result["floors"] = [
         {"phase": floor.phase, "against": floor.against, "ratio": floor.ratio, "at_most": floor.at_most}
         | {"passed": floor.passed(reached["ratio"]["median"])}
@@ -237,7 +293,7 @@ def measure(row: Row, pairs: int, threads: int, compiled: bool, bar: Any) -> dic
 
 
 def _phase(
-    row: Row, phase: str, entered: dict[str, Contender], transfer: dict[str, Call], pairs: int
+    row: Row | LayerRow, phase: str, entered: dict[str, Contender], transfer: dict[str, Call], pairs: int
 ) -> dict[str, Any]:
     ours = entered["ours"]
     calls: dict[str, Call]

@@ -1,13 +1,13 @@
 """The rows: what is measured, how its user writes it without us, and the floor it has to reach.
 
 What lives here: shapes, dtypes, the contenders' code, the floors, the count of bytes and FLOPs. What lives elsewhere:
-how it is timed (``measure.py``). A new row is one entry of `ROWS`.
+whole layers (``layers.py``), how it is timed (``measure.py``). A new row is one entry of `ROWS`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,8 @@ class Row:
     arrays: str = "torch"
     threads: int = 0  # 0: as many as asked for
     calls: int = 1  # per timed batch, at least
+
+    unlimited = "it is overhead, not bandwidth"
 
     @property
     def limited(self) -> bool:
@@ -162,11 +164,11 @@ ROWS = (
 )
 
 
-def select(names: str) -> list[Row]:
+def select(names: str, rows: Sequence[Any] = ROWS) -> list[Any]:
     """Return the rows of a comma-separated list, all of them if it is empty; P5 means both its dtypes."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    known = list(dict.fromkeys(row.name.split()[0] for row in ROWS))
+    known = list(dict.fromkeys(row.name.split()[0] for row in rows))
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise SystemExit(f"--rows: expected some of {', '.join(known)}, got {', '.join(unknown)}")
-    return [row for row in ROWS if not wanted or row.name.split()[0] in wanted]
+    return [row for row in rows if not wanted or row.name.split()[0] in wanted]

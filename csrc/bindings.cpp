@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/cuda.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -24,9 +25,13 @@ namespace dlpack {
 struct Version {
   uint32_t major, minor;
 };
+struct Device {
+  int32_t type, id;
+  bool operator==(const Device& other) const { return type == other.type && id == other.id; }
+};
 struct Tensor {
   void* data;
-  int32_t device_type, device_id;
+  Device device;
   int32_t ndim;
   struct {
     uint8_t code, bits;
@@ -51,7 +56,7 @@ struct ExchangeApi {
   int (*from_object)(void* object, Tensor* out);
   int (*work_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2, kPinned = 3;  // pinned memory is the CPU's too
 constexpr uint8_t kFloat = 2, kBfloat = 4, kBool = 6;
 }  // namespace dlpack
 
@@ -65,12 +70,20 @@ struct Torch {
   PyObject *forward_ad = nullptr, *current_level = nullptr, *is_neg = nullptr;  // a module, and two names
 } torch;
 
+// The CUDA library, which backend.py loads when the first CUDA tensor arrives.
+struct Cuda {
+  const CudaLibrary* library = nullptr;
+  PyObject* load = nullptr;  // to be called once
+  bool emulated = false;     // for the tests: arrays of the CPU go to the library, which is an emulation
+} cuda;
+
 // ---- arrays ------------------------------------------------------------------------------------------------------------
 
 constexpr int kMaxArrayDims = 32;
 
 struct Array {
   void* data;
+  dlpack::Device device;
   DType dtype;
   bool boolean;
   int ndim;
@@ -104,6 +117,7 @@ bool read_numpy(py::handle object, Array& to) {
   to.ndim = static_cast<int>(array.ndim());
   if (to.ndim > kMaxArrayDims || !numpy_dtype(array.dtype(), to)) return false;
   to.data = const_cast<void*>(array.data());
+  to.device = {dlpack::kCpu, 0};
   const int64_t size = to.boolean ? 1 : item_size(to.dtype);
   if (reinterpret_cast<uintptr_t>(to.data) % size) return false;
   for (int d = 0; d < to.ndim; ++d) {
@@ -123,7 +137,11 @@ bool read_exchange(py::handle object, Array& to) {
     PyErr_Clear();  // sparse and the like: api.py words the error
     return false;
   }
-  if (t.device_type != dlpack::kCpu || t.dtype.lanes != 1 || t.ndim > kMaxArrayDims) return false;
+  to.device = t.device.type == dlpack::kCuda ? t.device : dlpack::Device{dlpack::kCpu, 0};
+  if ((t.device.type != dlpack::kCpu && t.device.type != dlpack::kCuda && t.device.type != dlpack::kPinned) || t.dtype.lanes != 1 ||
+      t.ndim > kMaxArrayDims) {
+    return false;
+  }
   to.boolean = t.dtype.code == dlpack::kBool;
   if (t.dtype.code == dlpack::kBfloat) {
     to.dtype = DType::bf16;
@@ -154,6 +172,7 @@ bool read_attributes(py::handle object, Array& to) {
     to.stride[d] = stride[d].cast<int64_t>();
   }
   to.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>());
+  to.device = {dlpack::kCpu, 0};
   return to.data || is_empty(to);
 }
 
@@ -180,11 +199,11 @@ bool read(py::handle object, Framework framework, Array& to) {
   return framework == Framework::numpy ? read_numpy(object, to) : torch.api ? read_exchange(object, to) : read_attributes(object, to);
 }
 
-py::object allocate_exchange(DType dtype, int ndim, const int64_t* shape, void** data) {
+py::object allocate_exchange(dlpack::Device device, DType dtype, int ndim, const int64_t* shape, void** data) {
   int64_t sizes[kMaxArrayDims];
   std::copy_n(shape, ndim, sizes);
   dlpack::Tensor prototype{};
-  prototype.device_type = dlpack::kCpu;
+  prototype.device = device;
   prototype.ndim = ndim;
   prototype.dtype.code = dtype == DType::bf16 ? dlpack::kBfloat : dlpack::kFloat;
   prototype.dtype.bits = static_cast<uint8_t>(item_size(dtype) * 8);
@@ -201,7 +220,7 @@ py::object allocate_exchange(DType dtype, int ndim, const int64_t* shape, void**
 
 // A new contiguous array. `like` has its dtype, where that is one NumPy does not know by itself.
 py::object allocate(Framework framework, DType dtype, int ndim, const int64_t* shape, const Array& like, void** data) {
-  if (framework == Framework::torch && torch.api) return allocate_exchange(dtype, ndim, shape, data);
+  if (framework == Framework::torch && torch.api) return allocate_exchange(like.device, dtype, ndim, shape, data);
   if (framework == Framework::torch) {
     py::tuple sizes(ndim);
     for (int d = 0; d < ndim; ++d) sizes[d] = shape[d];
@@ -262,6 +281,9 @@ struct Call {
   int kept[kMaxArrayDims];     // the broadcast dims that the problem has, those of size > 1
   bool empty = false;
   Problem problem;
+
+  dlpack::Device device() const { return given[1].device; }
+  bool on_cuda() const { return device().type == dlpack::kCuda; }
 };
 
 // The strides of one array, or of a new contiguous one of its shape, along the problem's dims. `skipped` is a broadcast dim
@@ -299,7 +321,7 @@ bool read_mask(Call& c, py::handle object, int k) {
   if (object.is_none()) return true;
   Array mask;
   const Array& factor = c.given[k];
-  if (!read(object, c.framework, mask) || !mask.boolean || mask.ndim > factor.ndim) return false;
+  if (!read(object, c.framework, mask) || !mask.boolean || !(mask.device == c.device()) || mask.ndim > factor.ndim) return false;
   for (int axis = mask.ndim; axis < factor.ndim; ++axis) {
     mask.shape[axis] = 1;
     mask.stride[axis] = 0;
@@ -314,6 +336,15 @@ bool read_mask(Call& c, py::handle object, int k) {
   return true;
 }
 
+bool has_cuda() {
+  if (!cuda.library && cuda.load) {
+    const auto load = py::reinterpret_steal<py::object>(cuda.load);
+    cuda.load = nullptr;  // once
+    load();
+  }
+  return cuda.library;
+}
+
 bool parse(Call& c, py::handle grad_output, py::handle weights, py::handle factors, py::handle activations, py::handle present,
            py::handle absent, py::handle dim, py::handle trusted) {
   if (!PyTuple_Check(factors.ptr())) return false;
@@ -321,11 +352,14 @@ bool parse(Call& c, py::handle grad_output, py::handle weights, py::handle facto
   if (count < 1 || count > kMaxFactors) return false;
   c.framework = framework_of(item(factors, 0));
   if (c.framework == Framework::none || (c.framework == Framework::torch && trusted.ptr() != Py_True && watched())) return false;
-  const auto read_floats = [&](py::handle object, Array& to) { return read(object, c.framework, to) && !to.boolean; };
+  const auto read_floats = [&](py::handle object, Array& to) {
+    return read(object, c.framework, to) && !to.boolean && (&to < c.given + 2 || to.device == c.device());
+  };
   if (!weights.is_none() && !read_floats(weights, c.given[c.operands++])) return false;
   c.factors_from = c.operands;
   for (size_t m = 0; m < count; ++m)
     if (!read_floats(item(factors, m), c.given[c.operands++])) return false;
+  if (c.on_cuda() && !has_cuda()) return false;
 
   // The broadcast shape and the dtypes. Operands of no dims have no say in the output's dtype unless all are such.
   for (int k = 1; k < c.operands; ++k) c.ndim = std::max(c.ndim, c.given[k].ndim);
@@ -385,7 +419,7 @@ bool parse(Call& c, py::handle grad_output, py::handle weights, py::handle facto
   if (p.sum_dim >= 0) u.dims &= ~(1u << p.sum_dim);
   if (!grad_output.is_none()) {
     Array& g = c.given[0];
-    if (!read_floats(grad_output, g) || g.ndim != c.output_ndim || !std::equal(g.shape, g.shape + g.ndim, c.output_shape)) return false;
+    if (!read_floats(grad_output, g) || !(g.device == c.device()) || g.ndim != c.output_ndim || !std::equal(g.shape, g.shape + g.ndim, c.output_shape)) return false;
     u.data = g.data;
     u.dtype = g.dtype;
     p.wide = p.wide || g.dtype == DType::f64;
@@ -422,7 +456,32 @@ bool ctrl_c() {
   return PyErr_CheckSignals() != 0;
 }
 
+// Queued on torch's current stream. The workspace goes back to torch's allocator at once: it gives the memory out again to what
+// comes later on the same stream.
+void carry_out_cuda(const Call& c) {
+  struct Workspace {
+    dlpack::Device device;
+    py::object tensor;
+    std::vector<double> emulated;
+  } workspace{c.device(), py::none(), {}};
+  const auto allocate = [](void* context, int64_t bytes) -> void* {
+    Workspace& workspace = *static_cast<Workspace*>(context);
+    const int64_t entries = (bytes + 7) / 8;
+    if (workspace.device.type != dlpack::kCuda) {
+      workspace.emulated.resize(static_cast<size_t>(entries));
+      return workspace.emulated.data();
+    }
+    void* data;
+    workspace.tensor = allocate_exchange(workspace.device, DType::f64, 1, &entries, &data);
+    return data;
+  };
+  void* stream = nullptr;
+  if (c.on_cuda() && torch.api->work_stream(c.device().type, c.device().id, &stream)) throw py::error_already_set();
+  if (const char* error = cuda.library->run(&c.problem, c.device().id, stream, allocate, &workspace)) throw std::runtime_error(error);
+}
+
 void carry_out(const Call& c) {
+  if (c.on_cuda() || cuda.emulated) return carry_out_cuda(c);
   int64_t entries = 1;
   for (int i = 0; i < c.problem.ndim; ++i) entries *= c.problem.size[i];
   bool done;
@@ -433,6 +492,15 @@ void carry_out(const Call& c) {
     done = run(c.problem, active_isa(), ctrl_c);
   }
   if (!done) throw py::error_already_set();
+}
+
+// A sum of nothing.
+void clear(const Call& c, const py::object& array, void* data, int64_t bytes) {
+  if (c.on_cuda()) {
+    array.attr("zero_")();
+  } else {
+    std::memset(data, 0, static_cast<size_t>(bytes));
+  }
 }
 
 py::object declined() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
@@ -449,7 +517,7 @@ py::object fusion_sum(py::handle weights, py::handle factors, py::handle activat
   int64_t entries = 1, stride[kMaxArrayDims];
   for (int d = 0; d < c.output_ndim; ++d) entries *= c.output_shape[d];
   if (c.empty) {
-    std::memset(u.grad, 0, static_cast<size_t>(entries * item_size(c.output_dtype)));
+    clear(c, output, u.grad, entries * item_size(c.output_dtype));
   } else {
     contiguous(c.output_ndim, c.output_shape, stride);
     align(c, c.output_ndim, c.output_shape, stride, c.sum_dim, u.grad_stride);
@@ -477,7 +545,7 @@ py::object fusion_sum_grad(py::handle grad_output, py::handle weights, py::handl
     int64_t entries = 1, stride[kMaxArrayDims];
     for (int d = 0; d < a.ndim; ++d) entries *= a.shape[d];
     if (c.empty) {
-      std::memset(o.grad, 0, static_cast<size_t>(entries * item_size(a.dtype)));
+      clear(c, grads[i], o.grad, entries * item_size(a.dtype));
     } else {
       contiguous(a.ndim, a.shape, stride);
       align(c, a.ndim, a.shape, stride, -1, o.grad_stride);
@@ -489,7 +557,7 @@ py::object fusion_sum_grad(py::handle grad_output, py::handle weights, py::handl
 
 // ---- what torch_op.py hands over -----------------------------------------------------------------------------------------
 
-void use_torch(py::object module, py::object parallel_for, py::object num_threads) {
+void use_torch(py::object module, py::object parallel_for, py::object num_threads, py::object load_cuda) {
   const auto keep = [](py::object object) { return object.release().ptr(); };  // as long as the process
   torch.tensor = keep(module.attr("Tensor"));
   torch.parameter = keep(module.attr("nn").attr("Parameter"));
@@ -512,8 +580,20 @@ void use_torch(py::object module, py::object parallel_for, py::object num_thread
   torch.forward_ad = keep(module.attr("autograd").attr("forward_ad"));
   torch.is_neg = keep(py::str("is_neg"));
   torch.current_level = keep(py::str("_current_level"));
+  cuda.load = keep(std::move(load_cuda));
   if (!parallel_for.is_none())
     use_torch_pool(reinterpret_cast<void*>(parallel_for.cast<uintptr_t>()), reinterpret_cast<void*>(num_threads.cast<uintptr_t>()));
+}
+
+// Takes the address of fusionsum_cuda (cuda/cuda.h). Returns why it cannot be used, or None. With `emulated`, for the tests, it
+// takes the CPU's arrays; an address of 0 ends that.
+py::object use_cuda(uintptr_t address, bool emulated) {
+  cuda.library = address ? reinterpret_cast<decltype(&fusionsum_cuda)>(address)() : nullptr;
+  cuda.emulated = emulated && cuda.library;
+  const char* const reason = cuda.library ? cuda.library->unavailable() : nullptr;
+  if (!reason) return py::none();
+  cuda.library = nullptr;
+  return py::str(reason);
 }
 
 // For the tests: the road that torch < 2.10 takes.
@@ -536,5 +616,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("set_num_threads", &set_num_threads);
   m.def("get_num_threads", &get_num_threads);
   m.def("use_torch", &use_torch);
+  m.def("use_cuda", &use_cuda);
   m.def("forget_exchange_api", &forget_exchange_api);
 }

@@ -10,21 +10,36 @@ struct F16 {
   uint16_t bits;
 };
 
-static inline uint32_t bits_of(float x) {
+// Calls f(pointer of the right type) for a dtype.
+template <class F>
+FORM_INLINE void with_dtype(DType dtype, const void* p, F f) {
+  switch (dtype) {
+#define CASE(name, type)            \
+  case DType::name:                 \
+    f(static_cast<const type*>(p)); \
+    break;
+    FUSIONSUM_DTYPES(CASE)
+#undef CASE
+    default:
+      __builtin_unreachable();
+  }
+}
+
+FORM_INLINE uint32_t bits_of(float x) {
   uint32_t u;
   __builtin_memcpy(&u, &x, 4);
   return u;
 }
-static inline float float_of(uint32_t u) {
+FORM_INLINE float float_of(uint32_t u) {
   float x;
   __builtin_memcpy(&x, &u, 4);
   return x;
 }
 
-static inline double widen(double x) { return x; }
-static inline float widen(float x) { return x; }
-static inline float widen(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-static inline float widen(F16 x) {
+FORM_INLINE double widen(double x) { return x; }
+FORM_INLINE float widen(float x) { return x; }
+FORM_INLINE float widen(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+FORM_INLINE float widen(F16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
   if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | (rest & 0x3ffu) << 13 | ((rest & 0x3ffu) ? 0x400000u : 0u));
   // A subnormal half times 2^-24 is exact in float, and so is the shift of exponents for the others.
@@ -33,13 +48,13 @@ static inline float widen(F16 x) {
 }
 
 // Round to nearest, ties to even, as the hardware does; NaN stays a quiet NaN.
-static inline void narrow(double x, double* to) { *to = x; }
-static inline void narrow(double x, float* to) { *to = static_cast<float>(x); }
-static inline void narrow(float x, Bf16* to) {
+FORM_INLINE void narrow(double x, double* to) { *to = x; }
+FORM_INLINE void narrow(double x, float* to) { *to = static_cast<float>(x); }
+FORM_INLINE void narrow(float x, Bf16* to) {
   const uint32_t u = bits_of(x);
   to->bits = static_cast<uint16_t>(x != x ? (u >> 16) | 0x40u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
-static inline void narrow(float x, F16* to) {
+FORM_INLINE void narrow(float x, F16* to) {
   const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, rest = u & 0x7fffffffu;
   uint32_t half;
   if (rest > 0x7f800000u) {
@@ -54,12 +69,12 @@ static inline void narrow(float x, F16* to) {
   to->bits = static_cast<uint16_t>(sign | half);
 }
 // From a float64 the 16-bit types round once: to odd in float32 first, which leaves the second rounding its ties.
-static inline float round_to_odd(double x) {
+FORM_INLINE float round_to_odd(double x) {
   const float f = static_cast<float>(x);
   if (static_cast<double>(f) == x || x != x || (bits_of(f) & 0x7fffffffu) == 0x7f800000u) return f;
   const bool away = (static_cast<double>(f) > x) == (x > 0);
   const uint32_t truncated = bits_of(f) - (away ? 1u : 0u);
   return float_of(truncated | 1u);
 }
-static inline void narrow(double x, Bf16* to) { narrow(round_to_odd(x), to); }
-static inline void narrow(double x, F16* to) { narrow(round_to_odd(x), to); }
+FORM_INLINE void narrow(double x, Bf16* to) { narrow(round_to_odd(x), to); }
+FORM_INLINE void narrow(double x, F16* to) { narrow(round_to_odd(x), to); }

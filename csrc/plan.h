@@ -7,7 +7,7 @@
 // What lives here: the plan and the function that makes and runs it (plan.cpp). What lives elsewhere: the loops that carry it
 // out (cpu/kernel.inl).
 #pragma once
-#include "fusion.h"
+#include "space.h"
 
 namespace fusionsum {
 
@@ -50,7 +50,6 @@ struct Plan {
 
 constexpr int64_t kGroup = 64;    // rows at a time
 constexpr int64_t kBlock = 1024;  // columns at a time: a block of every operand stays in the first-level cache
-constexpr int64_t kSummed = 16;   // rows summed in the working precision, before sums are added in float64: 64 cost 6 ulp
 
 // One instruction set: its name and its loops, for float32 [0] and float64 [1] accumulation.
 struct Isa {

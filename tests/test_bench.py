@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -62,6 +63,23 @@ def test_a_run_reports(tmp_path, monkeypatch):
     table = path.read_text()
     assert table.count("| P4 |") == 2 and "≥ 1.80" in table
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_layer_is_measured_and_held_to_the_published_code(monkeypatch):
+    from tqdm import tqdm
+
+    from bench import layers, measure, rows
+
+    row = rows.select("L1", layers.LAYERS)[0]
+    assert {name.split()[0] for name in (row.name for row in layers.LAYERS)} == {"L1", "L2", "L3"}
+    monkeypatch.setattr(measure, "BATCH_SECONDS", 1e-5)
+    with tqdm(disable=True) as bar:
+        found = measure.measure(row, 1, torch.get_num_threads(), False, bar)
+    assert [floor["against"] for floor in found["floors"]] == ["naive"]
+    assert all(phase["error"]["ours"] < 1e-5 for phase in found["phases"].values())
+    wrong = dataclasses.replace(row, codes={"naive": lambda *given: row.codes["naive"](*given) * 1.001})
+    with pytest.raises(AssertionError, match="ours differs from naive"):
+        measure.layer_errors(wrong)
 
 
 def test_a_contender_that_disagrees_is_not_timed():

@@ -1,28 +1,37 @@
-"""`fusionsum.nn`: the layers against the formulas of their papers.
+"""`fusionsum.nn`: the layers against the formulas of their papers, and what every torch module has to bear.
 
-What lives elsewhere: the sum inside them (``test_kernel.py``), autograd (``test_torch_op.py``).
+What lives elsewhere: the formulas and the table of layers (``published.py``), the sum inside them (``test_kernel.py``),
+autograd (``test_torch_op.py``).
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 import pickle
-import string
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from conftest import ACTIVATIONS, missing
+from conftest import missing, run_python
 
 try:
     import torch
 except ModuleNotFoundError:
     missing("torch")
 
-from fusionsum.nn import LowRankFusion
+from torch.utils.flop_counter import FlopCounterMode
 
-DIMS, OUTPUTS, RANK, ROWS = (5, 3, 4), 6, 7, 9
+import fusionsum.nn as fnn
+from fusionsum.nn import BLOCK, GMF, MFB, MLB, MUTAN, ConcatMLP, CPBilinear, DistMult, LowRankFusion, TensorFusion
+from fusionsum.nn.layer import mapped_twice
+from published import DIMS, F64, FEATURES, ONE_EACH, OUTPUTS, ROWS, TABLE, Parameters, moved, parity
+
+each = pytest.mark.parametrize("name", TABLE)
+each_of_features = pytest.mark.parametrize("name", FEATURES)
+each_layer = pytest.mark.parametrize("name", ONE_EACH)
 
 
 @pytest.fixture(autouse=True)
@@ -32,91 +41,257 @@ def seeded():
         yield
 
 
-def layer(dims=DIMS, **options):
-    fusion = LowRankFusion(dims, OUTPUTS, RANK, dtype=torch.float64, **options)
-    with torch.no_grad():
-        for parameter in fusion.parameters():
-            parameter.normal_()
-    return fusion
+@each
+def test_equals_the_published_formula(name):
+    forward, gradient = parity(TABLE[name])
+    assert forward <= 1e-12
+    assert gradient <= 1e-11
 
 
-def batch(dims=DIMS):
-    return [torch.randn(ROWS, d, dtype=torch.float64, requires_grad=True) for d in dims]
+@each_of_features
+def test_equals_the_formula_where_modalities_are_missing(name):
+    entry = TABLE[name]
+    masks = [(torch.arange(ROWS) + m) % 3 != 0 for m in range(len(entry.dims))]
+    forward, gradient = parity(entry, masks)
+    assert forward <= 1e-12
+    assert gradient <= 1e-11
 
 
-def dense(fusion, inputs):
-    """Liu et al. (2018), eq. 2-5: the weight tensor, from its factors, times the outer product of all [x, 1]."""
-    letters = string.ascii_lowercase[: len(inputs)]
-    factors = [
-        torch.cat([linear.weight, linear.bias[:, None]], dim=1).view(RANK, OUTPUTS, -1) for linear in fusion.factors
-    ]
-    modes = ",".join(f"RO{letter}" for letter in letters)
-    weight = torch.einsum(f"R,{modes}->O{letters}", fusion.fusion_weights[:, 0], *factors)
-    ones = torch.ones(ROWS, 1, dtype=torch.float64)
-    modes = ",".join(f"B{letter}" for letter in letters)
-    outer = torch.einsum(f"{modes}->B{letters}", *(torch.cat([x, ones], dim=1) for x in inputs))
-    return torch.einsum(f"O{letters},B{letters}->BO", weight, outer) + fusion.fusion_bias
+@each
+def test_a_training_step_moves_every_parameter(name):
+    entry = TABLE[name]
+    registered, those = moved(entry)
+    assert those == registered
+    parameters = Parameters()
+    entry.formula(parameters, entry.inputs(), entry.all_present(), entry.arguments())
+    published = sum(p.numel() for name, p in parameters.items() if name not in ("gamma", "embedding_range"))
+    assert sum(p.numel() for p in entry.make().parameters()) == published
 
 
-@pytest.mark.parametrize("modalities", range(1, len(DIMS) + 1))
-def test_equals_the_dense_tensor_of_the_paper(modalities):
-    fusion, inputs = layer(DIMS[:modalities]), batch(DIMS[:modalities])
-    wanted = dense(fusion, inputs)
-    got = fusion(*inputs)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
-    leaves = [*inputs, *fusion.parameters()]
-    grad = torch.randn_like(got)
-    wanted_grads = torch.autograd.grad(wanted, leaves, grad)
-    torch.testing.assert_close(torch.autograd.grad(got, leaves, grad), wanted_grads, rtol=1e-11, atol=1e-11)
+def test_the_table_has_every_layer():
+    assert {entry.layer.__name__ for entry in TABLE.values()} == set(fnn.__all__)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_apply_to_the_projections(activation):
-    fusion, inputs = layer(activations=[activation, None, activation]), batch()
-    phi = getattr(torch.nn.functional, activation) if activation else lambda z: z
-    factors = [linear(x).unflatten(-1, (RANK, OUTPUTS)) for linear, x in zip(fusion.factors, inputs, strict=True)]
-    wanted = (fusion.fusion_weights * phi(factors[0]) * factors[1] * phi(factors[2])).sum(1) + fusion.fusion_bias
-    torch.testing.assert_close(fusion(*inputs), wanted, rtol=1e-12, atol=1e-12)
+# ---- missing modalities and shapes -----------------------------------------------------------------------------------
 
 
-def test_a_missing_modality_leaves_the_lower_order_terms():
-    """Each row has the value of the layer of the modalities present, whatever the missing one's features are."""
-    fusion, inputs = layer(), batch()
+@each_of_features
+def test_what_is_missing_is_never_used(name):
+    entry = TABLE[name]
+    layer, inputs = entry.make(dtype=F64), entry.inputs()
     heard = torch.arange(ROWS) % 2 == 0
+    present = [None] * (len(inputs) - 1) + [heard]
+    wanted = layer(*inputs, present=present)
     with torch.no_grad():
-        inputs[1][~heard] = math.nan
-    got = fusion(*inputs, present=[None, heard, None])
-    without = layer((DIMS[0], DIMS[2]))
-    state = {name: p for name, p in fusion.state_dict().items() if "factors.1" not in name}
-    without.load_state_dict({name.replace("factors.2", "factors.1"): p for name, p in state.items()})
-    torch.testing.assert_close(got[~heard], without(inputs[0], inputs[2])[~heard])
-    torch.testing.assert_close(got[heard], fusion(*inputs)[heard])
-
-    leaves = [*inputs, *fusion.parameters()]
-    grads = torch.autograd.grad(got.sum(), leaves)
+        inputs[-1][~heard] = math.nan
+    got = layer(*inputs, present=present)
+    assert torch.equal(got, wanted)
+    grads = torch.autograd.grad(got.sum(), [*inputs, *layer.parameters()])
     assert all(grad.isfinite().all() for grad in grads)
-    assert (grads[1][~heard] == 0).all()
-    assert (grads[1][heard] != 0).any()
+    assert (grads[len(inputs) - 1][~heard] == 0).all()
+    assert (grads[len(inputs) - 1][heard] != 0).any()
+    torch.testing.assert_close(layer(*inputs)[heard], got[heard])
 
 
-def test_leading_dims_broadcast():
-    fusion = layer(DIMS[:2])
-    x, y = torch.randn(4, 1, DIMS[0], dtype=torch.float64), torch.randn(3, DIMS[1], dtype=torch.float64)
-    pairs = fusion(x, y)
-    assert pairs.shape == (4, 3, OUTPUTS)
-    torch.testing.assert_close(pairs[2, 1], fusion(x[2, 0], y[1]))
+@each_of_features
+def test_leading_dims_broadcast(name):
+    entry = TABLE[name]
+    layer, (first, *others) = entry.make(dtype=F64), entry.inputs()
+    wide = first.view(3, 3, -1)
+    got = layer(wide, *(x[:3] for x in others))
+    assert got.shape == (3, 3, OUTPUTS)
+    torch.testing.assert_close(got[2, 1], layer(wide[2, 1], *(x[1] for x in others)))
 
 
-def test_no_bias():
-    fusion, inputs = layer(bias=False), batch()
-    assert fusion.fusion_bias is None
-    assert "fusion_bias" not in fusion.state_dict()
-    biased = layer()
-    biased.load_state_dict(fusion.state_dict() | {"fusion_bias": torch.ones(OUTPUTS)})
-    torch.testing.assert_close(fusion(*inputs) + 1, biased(*inputs))
+@each_of_features
+def test_takes_a_list_as_the_originals_do(name):
+    entry = TABLE[name]
+    if entry.layer is CPBilinear:
+        return
+    layer, inputs = entry.make(dtype=F64), entry.inputs()
+    assert torch.equal(layer(inputs), layer(*inputs))
 
 
-def test_initialisation_is_the_papers():
+# ---- what every torch module has to bear -----------------------------------------------------------------------------
+
+
+def saved_and_loaded(layer, entry):
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    fresh = entry.make(dtype=F64)
+    fresh.load_state_dict(torch.load(file))
+    return fresh
+
+
+@each
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda layer, entry: copy.deepcopy(layer),
+        lambda layer, entry: pickle.loads(pickle.dumps(layer)),
+        saved_and_loaded,
+    ],
+    ids=["deepcopy", "pickle", "state_dict"],
+)
+def test_copies_compute_the_same_and_are_independent(name, copied):
+    entry = TABLE[name]
+    layer, inputs = entry.make(dtype=F64), entry.inputs()
+    wanted = layer(*inputs)
+    twin = copied(layer, entry)
+    assert torch.equal(twin(*inputs), wanted)
+    assert len(list(twin.parameters())) == len(list(layer.parameters()))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    assert not torch.equal(twin(*inputs), wanted)
+    assert torch.equal(layer(*inputs), wanted)
+
+
+class Doubled(torch.nn.Module):
+    """A parametrization."""
+
+    def forward(self, parameter):
+        """Return what is used in the place of the parameter."""
+        return 2 * parameter
+
+
+@each
+def test_parameters_can_be_parametrized(name):
+    entry = TABLE[name]
+    layer, inputs = entry.make(dtype=F64), entry.inputs()
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(2)
+    for module in list(layer.modules()):
+        for parameter, value in list(module._parameters.items()):
+            if value is not None:
+                torch.nn.utils.parametrize.register_parametrization(module, parameter, Doubled())
+    torch.testing.assert_close(layer(*inputs), twin(*inputs))
+
+
+@each
+def test_made_on_meta_and_drawn_later(name):
+    entry = TABLE[name]
+    layer, fresh = entry.make(device="meta"), entry.make()
+    assert all(p.is_meta for p in layer.parameters())
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(math.nan)
+    layer.reset_parameters()
+    for ours, theirs in zip(layer.parameters(), fresh.parameters(), strict=True):
+        assert ours.isfinite().all()
+        assert (ours == 0).all() == (theirs == 0).all()
+        assert ours.numel() < 30 or 0.5 <= ours.std() / theirs.std() <= 2
+    assert layer(*entry.inputs(torch.float32)).isfinite().all()
+
+
+@each_layer
+def test_compiles_without_a_graph_break(name):
+    entry = TABLE[name]
+    layer, inputs = entry.make(dtype=F64), entry.inputs()
+    options = {} if entry.indices else {"present": [torch.arange(ROWS) % 2 == 0] + [None] * (len(inputs) - 1)}
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    got, wanted = compiled(*inputs, **options), layer(*inputs, **options)
+    torch.testing.assert_close(got, wanted)
+    leaves = list(layer.parameters())
+    grad = torch.randn_like(wanted)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(wanted, leaves, grad))
+
+
+@each_layer
+def test_under_autocast(name):
+    entry = TABLE[name]
+    layer, inputs = entry.make(), entry.inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = layer(*inputs)
+    torch.testing.assert_close(fused.float(), layer(*inputs), rtol=0.05, atol=0.05)
+    fused.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@each_layer
+def test_follows_device_and_dtype(name):
+    entry = TABLE[name]
+    inputs = [x if x is None or not x.is_floating_point() else x.detach().bfloat16() for x in entry.inputs()]
+    half = entry.make().bfloat16()(*inputs)
+    assert half.dtype == torch.bfloat16
+    meta = entry.make(device="meta")(*(x if x is None else x.to("meta") for x in inputs)) if entry.indices else None
+    assert meta is None or meta.shape == half.shape
+
+
+def test_ddp(tmp_path):
+    """Two fresh interpreters, each with half the rows of every layer's batch, against one with all rows."""
+    code = """
+import copy, os, torch, torch.distributed as dist
+from fusionsum.nn.layer import mapped_twice
+from published import ONE_EACH, TABLE
+
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=2)
+for name in ONE_EACH:
+    torch.manual_seed(0)
+    entry = TABLE[name]
+    layer = entry.make(dtype=torch.float64)
+    inputs = [x if x is None else x.detach()[:8] for x in entry.inputs()]
+    parallel = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(layer))
+    parallel(*(x if x is None else x[4 * rank : 4 * rank + 4] for x in inputs)).square().mean().backward()
+    layer(*inputs).square().mean().backward()
+    found, wanted = ([p.grad for p in module.parameters()] for module in (parallel, layer))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-12)
+dist.destroy_process_group()
+print("equal")
+"""
+    environment = {"STORE": str(tmp_path / "store"), "GLOO_SOCKET_IFNAME": "lo"}
+    with ThreadPoolExecutor(2) as ranks:
+        printed = ranks.map(lambda rank: run_python(code, RANK=str(rank), **environment), range(2))
+        assert [text.strip() for text in printed] == ["equal", "equal"]
+
+
+@each
+def test_repr_names_the_arguments(name):
+    entry = TABLE[name]
+    shown = repr(entry.make())
+    for argument, value in (entry.options if entry.indices else entry.options | {"input_dims": entry.dims}).items():
+        assert f"{argument}={value!r}" in shown or entry.layer is CPBilinear
+
+
+def counted(function, *arguments):
+    """Return the result, and the multiply-adds of the matrix products that led to it."""
+    with FlopCounterMode(display=False) as counter:
+        result = function(*arguments)
+    return result, counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("rows, size, hidden, width", [(50, 4, 20, 60), (3, 40, 20, 60), (3, 4, 20, 60)])
+def test_two_maps_are_one_where_that_is_cheaper(rows, size, hidden, width):
+    first, second = torch.nn.Linear(size, hidden, dtype=F64), torch.nn.Linear(hidden, width, dtype=F64)
+    x = torch.randn(rows, size, dtype=F64, requires_grad=True)
+    wanted, apart = counted(lambda: second(first(x)))
+    got, work = counted(mapped_twice, x, first, second)
+    torch.testing.assert_close(got, wanted)
+    assert work <= apart
+    assert (work < apart) == (rows == 50)
+    leaves, grad = [x, *first.parameters(), *second.parameters()], torch.randn_like(wanted)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(wanted, leaves, grad))
+
+
+def test_a_map_that_is_hooked_is_called():
+    first, second = torch.nn.Linear(4, 20), torch.nn.Linear(20, 60)
+    called = []
+    second.register_forward_hook(lambda *arguments: called.append(1))
+    mapped_twice(torch.randn(50, 4), first, second)
+    assert called == [1]
+
+
+# ---- initialisation and dropout --------------------------------------------------------------------------------------
+
+
+def test_low_rank_initialisation_is_the_papers():
     """Deviations as `xavier_normal_` gives them for the paper's (rank, d + 1, output_dim) and (1, rank) tensors."""
     fusion = LowRankFusion((255, 127), 32, 64)
     for linear in fusion.factors:
@@ -129,70 +304,125 @@ def test_initialisation_is_the_papers():
     assert 0.6 < fusion.fusion_weights.std() / math.sqrt(2 / 65) < 1.4
 
 
-def test_every_parameter_moves_and_the_loss_falls():
-    fusion = LowRankFusion(DIMS, OUTPUTS, RANK)
-    inputs = [x.detach().float() for x in batch()]
-    labels = torch.arange(ROWS) % OUTPUTS
-    before = copy.deepcopy(fusion.state_dict())
-    optim = torch.optim.AdamW(fusion.parameters(), lr=0.02)
-    losses = []
-    for _ in range(60):
-        optim.zero_grad()
-        loss = torch.nn.functional.cross_entropy(fusion(*inputs), labels)
-        loss.backward()
-        optim.step()
-        if not losses:
-            assert all((p != before[name]).all() for name, p in fusion.named_parameters())
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+def test_cp_bilinear_starts_with_the_variance_of_bilinear():
+    inputs = torch.randn(512, 40), torch.randn(512, 90)
+    ours, theirs = (layer(*inputs).std() for layer in (CPBilinear(40, 90, 64, 200), torch.nn.Bilinear(40, 90, 64)))
+    torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0)
 
 
-def saved_and_loaded(fusion):
-    file = io.BytesIO()
-    torch.save(fusion.state_dict(), file)
-    file.seek(0)
-    fresh = LowRankFusion(DIMS, OUTPUTS, RANK, dtype=torch.float64)
-    fresh.load_state_dict(torch.load(file))
-    return fresh
+def test_the_other_initialisations_are_the_originals():
+    for made, bound in (
+        (DistMult(100, 50, 64, gamma=6.0).entities.weight, 8 / 64),
+        (fnn.ComplEx(100, 50, 64).relations.weight, 14 / 64),
+        (GMF(10, 10, 300).fusion_weights, 0.1),
+        (fnn.TuckerFusion((3, 3), 2, 25).core.weight, 0.2),
+        (fnn.TuckerFusion((3, 3), 2, 400).core_bias, 0.05),
+        (TensorFusion((9, 4), 50).core.weight, 50**-0.5),
+    ):
+        assert 0.95 * bound < made.abs().max() <= bound
+        torch.testing.assert_close(made.std(), torch.tensor(bound / 3**0.5), rtol=0.1, atol=0)
+    torch.testing.assert_close(GMF(500, 10).users.weight.std(), torch.tensor(0.01), rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded])
-def test_copies_compute_the_same_and_are_independent(copied):
-    fusion, inputs = layer(), batch()
-    wanted = fusion(*inputs)
-    twin = copied(fusion)
-    assert torch.equal(twin(*inputs), wanted)
-    with torch.no_grad():
-        twin.fusion_bias.add_(1)
-    assert torch.equal(fusion(*inputs), wanted)
+DROPOUTS = [
+    (name, option)
+    for name in ONE_EACH
+    for option in inspect.signature(TABLE[name].layer).parameters
+    if option.startswith("dropout")
+]
 
 
-def test_follows_device_and_dtype():
-    fusion = LowRankFusion(DIMS, OUTPUTS, RANK, device="meta")
-    assert fusion(*(torch.empty(ROWS, d, device="meta") for d in DIMS)).shape == (ROWS, OUTPUTS)
-    half = LowRankFusion(DIMS, OUTPUTS, RANK).bfloat16()
-    assert half(*(x.bfloat16() for x in batch())).dtype == torch.bfloat16
-
-
-def test_repr_names_the_sizes():
-    sizes = "input_dims=(5, 3, 4), output_dim=6, rank=7, bias=True, activations='tanh'"
-    assert sizes in repr(layer(activations="tanh"))
+@pytest.mark.parametrize("name, option", DROPOUTS)
+def test_dropout_drops_in_training_only(name, option):
+    entry = TABLE[name]
+    layer = entry.make(**{option: 0.5}, dtype=F64)
+    plain = entry.make(dtype=F64)
+    plain.load_state_dict(layer.state_dict())
+    inputs = entry.inputs()
+    wanted = plain(*inputs)
+    assert not torch.equal(layer(*inputs), wanted)
+    assert torch.equal(layer.eval()(*inputs), wanted)
 
 
 @pytest.mark.parametrize(
-    "sizes, error, message",
+    "layer, rates, rate",
     [
-        (((), 6, 7), ValueError, "input_dims: expected 1 to 8 modalities, got 0"),
-        (((2,) * 9, 6, 7), ValueError, "input_dims: expected 1 to 8 modalities, got 9"),
-        (((5, 0), 6, 7), ValueError, r"input_dims\[1\]: expected at least 1, got 0"),
-        (((5, 3.0), 6, 7), TypeError, r"input_dims\[1\]: expected an integer, got float"),
-        (((5, 3), -1, 7), ValueError, "output_dim: expected at least 1, got -1"),
-        (((5, 3), 6, True), TypeError, "rank: expected an integer, got bool"),
+        (MLB, {"dropout_input": 0.5}, 0.75),
+        (MFB, {"dropout_input": 0.2, "dropout_pre_norm": 0.5}, 0.68),
+        (fnn.MFH, {"dropout_input": 0.2, "dropout_pre_lin": 0.5}, 0.68),
     ],
 )
-def test_wrong_sizes(sizes, error, message):
+def test_terms_are_dropped_as_by_dropout_of_each_factor(layer, rates, rate):
+    """Of independent dropouts one after the other a term survives all or is dropped; those that stay grow by 1 / keep."""
+    fusion = layer((3, 3), 4000, 4000, **{} if layer is MLB else {"factor": 1}, activ_output=None, dtype=F64, **rates)
+    with torch.no_grad():
+        for name, parameter in fusion.named_parameters():
+            parameter.fill_(1 if name.endswith("bias") else 0)
+        eye = torch.eye(4000, dtype=F64)
+        fusion.linear_out.weight.copy_(torch.cat([eye, 0 * eye], 1) if layer is fnn.MFH else eye)
+        fusion.linear_out.bias.zero_()
+    terms = fusion(torch.zeros(1, 3, dtype=F64), torch.zeros(1, 3, dtype=F64))
+    kept = terms[terms != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - rate)))
+    assert abs((terms == 0).double().mean() - rate) < 0.04
+
+
+def test_high_order_stages_drop_independently_of_what_they_share():
+    """The second stage's terms are those the first kept, thinned once more."""
+    fusion = fnn.MFH((3, 3), 4000, 2000, 1, activ_output=None, dropout_pre_lin=0.5, dtype=F64)
+    with torch.no_grad():
+        for name, parameter in fusion.named_parameters():
+            parameter.fill_(1 if name.endswith("bias") else 0)
+        fusion.linear_out.weight.copy_(torch.eye(4000, dtype=F64))
+        fusion.linear_out.bias.zero_()
+    first, second = fusion(torch.zeros(1, 3, dtype=F64), torch.zeros(1, 3, dtype=F64)).chunk(2, 1)
+    assert set(first.unique().tolist()) == {0.0, 2.0}
+    assert set(second.unique().tolist()) == {0.0, 4.0}
+    assert (first[second != 0] != 0).all()
+    assert 0.4 < (second[first != 0] == 0).double().mean() < 0.6
+
+
+def test_rows_of_equal_signed_roots_have_finite_gradients_at_zero():
+    fusion = MLB((3, 3), 4, 5, normalize=True)
+    inputs = torch.zeros(2, 3), torch.zeros(2, 3)
+    fusion.linears.requires_grad_(True)
+    with torch.no_grad():
+        for linear in fusion.linears:
+            linear.bias.zero_()
+    fusion(*inputs).sum().backward()
+    assert all(p.grad.isfinite().all() for p in fusion.parameters())
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: LowRankFusion((), 6, 7), ValueError, "input_dims: expected 1 to 8 modalities, got 0"),
+        (lambda: MLB((2,) * 9, 6, 7), ValueError, "input_dims: expected 1 to 8 modalities, got 9"),
+        (lambda: LowRankFusion((5, 0), 6, 7), ValueError, r"input_dims\[1\]: expected at least 1, got 0"),
+        (lambda: MUTAN((5, 3.0), 6, 7), TypeError, r"input_dims\[1\]: expected an integer, got float"),
+        (lambda: LowRankFusion((5, 3), -1, 7), ValueError, "output_dim: expected at least 1, got -1"),
+        (lambda: LowRankFusion((5, 3), 6, True), TypeError, "rank: expected an integer, got bool"),
+        (lambda: CPBilinear(5, 3, 6, 0), ValueError, "rank: expected at least 1, got 0"),
+        (lambda: MFB((5, 3), 6, 7, factor=0), ValueError, "factor: expected at least 1, got 0"),
+        (lambda: MLB((5, 3), 6, 7, activ_input="selu"), ValueError, "activ_input: expected one of None, .*got 'selu'"),
+        (lambda: MLB((5, 3), 6, 7, activ_output="selu"), ValueError, "activ_output: expected one of None, .*'selu'"),
+        (lambda: ConcatMLP((5, 3), 6, (4, 0)), ValueError, r"dimensions\[1\]: expected at least 1, got 0"),
+        (
+            lambda: MUTAN((5, 3), 6, 7, shared=True),
+            ValueError,
+            r"shared: expected input_dims of one size, got \(5, 3\)",
+        ),
+        (lambda: BLOCK((5, 3), 6, 7, chunks=8), ValueError, "chunks: expected at most mm_dim, 7, got 8"),
+        (lambda: BLOCK((5, 3), 6, 7, 2, pos_norm="mid"), ValueError, "pos_norm: expected 'before_cat' or 'after_cat'"),
+        (lambda: GMF(0, 5), ValueError, "num_users: expected at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments(make, error, message):
     with pytest.raises(error, match=message):
-        LowRankFusion(*sizes)
+        make()
 
 
 @pytest.mark.parametrize(
@@ -202,11 +432,7 @@ def test_wrong_sizes(sizes, error, message):
         (lambda x: ([x[0], x[2], x[1]], None), ValueError, r"inputs\[1\]: expected shape \(..., 3\), got \(9, 4\)"),
         (lambda x: ([x[0], x[1], x[2][0, 0]], None), ValueError, r"inputs\[2\]: expected shape \(..., 4\), got \(\)"),
         (lambda x: (x, [None]), ValueError, "present: expected 3, one per modality, got 1"),
-        (
-            lambda x: (x, [None, torch.ones(9), None]),
-            TypeError,
-            r"present\[1\]: expected a boolean tensor, got torch",
-        ),
+        (lambda x: (x, [None, torch.ones(9), None]), TypeError, r"present\[1\]: expected a boolean tensor, got torch"),
         (lambda x: (x, [[True] * 9, None, None]), TypeError, r"present\[0\]: expected a boolean tensor, got list"),
         (
             lambda x: (x, [None, None, torch.ones(9, 1, dtype=torch.bool)]),
@@ -215,27 +441,58 @@ def test_wrong_sizes(sizes, error, message):
         ),
     ],
 )
-def test_wrong_inputs(change, error, message):
-    inputs, present = change(batch())
+@pytest.mark.parametrize("name", [name for name in FEATURES if TABLE[name].dims == DIMS])
+def test_wrong_inputs(name, change, error, message):
+    inputs, present = change(TABLE[name].inputs())
     with pytest.raises(error, match=message):
-        layer()(*inputs, present=present)
+        TABLE[name].make(dtype=F64)(*inputs, present=present)
 
 
-def test_compiles_without_a_graph_break():
-    fusion, inputs = layer(), [x.detach() for x in batch()]
-    heard = torch.arange(ROWS) % 2 == 0
-    wanted = fusion(*inputs, present=[None, heard, None])
-    compiled = torch.compile(fusion, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs, present=[None, heard, None]), wanted)
-    compiled(*inputs).sum().backward()
-    assert all(p.grad is not None for p in fusion.parameters())
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda m: m(None, torch.tensor([1])), ValueError, "heads, tails: expected at most one to be None"),
+        (
+            lambda m: m(torch.tensor([1.0]), torch.tensor([1])),
+            TypeError,
+            "heads: expected a tensor of integers, got torch",
+        ),
+        (lambda m: m(torch.tensor([1]), [1]), TypeError, "relations: expected a tensor of integers, got list"),
+    ],
+)
+def test_wrong_indices(call, error, message):
+    with pytest.raises(error, match=message):
+        call(DistMult(5, 3, 4))
 
 
-def test_under_autocast():
-    fusion = LowRankFusion(DIMS, OUTPUTS, RANK)
-    inputs = [x.detach().float() for x in batch()]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        fused = fusion(*inputs)
-    torch.testing.assert_close(fused.float(), fusion(*inputs), rtol=0.05, atol=0.05)
-    fused.sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in fusion.parameters())
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("linear1.bias"), "missing: linear1.bias; unexpected: none"),
+        (
+            lambda s: s.update({"fusion.linear0.bias": s["linear0.bias"]}),
+            "missing: none; unexpected: fusion.linear0.bias",
+        ),
+        (
+            lambda s: s.update({"linear0.bias": torch.ones(3)}),
+            r"state\['linear0.bias'\]: expected shape \(8,\), got \(3,\)",
+        ),
+    ],
+)
+def test_wrong_reference_states(change, message):
+    layer = MLB((5, 3), 6, 8)
+    before = copy.deepcopy(layer.state_dict())
+    names = ["linear0", "linear1", "linear_out"]
+    modules = zip(names, [*layer.linears, layer.linear_out], strict=True)
+    state = {f"{name}.{key}": value + 1 for name, linear in modules for key, value in linear.state_dict().items()}
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        layer.load_reference_state_dict(state)
+    assert all(torch.equal(p, before[name]) for name, p in layer.state_dict().items())
+
+
+def test_layers_without_an_original_say_so():
+    with pytest.raises(NotImplementedError, match="LateFusion has no original implementation with a state dict"):
+        fnn.LateFusion((5, 3), 6).load_reference_state_dict({})
+    with pytest.raises(ValueError, match="the original fuses 3 modalities, this layer 2"):
+        LowRankFusion((5, 3), 6, 7).load_reference_state_dict({})

@@ -16,20 +16,6 @@ template <class S>
 inline S* unconst(const S* p) {
   return const_cast<S*>(p);
 }
-// Calls f(pointer of the right type) for a dtype.
-template <class F>
-inline void with_dtype(DType dtype, const void* p, F f) {
-  switch (dtype) {
-#define CASE(name, type)            \
-  case DType::name:                 \
-    f(static_cast<const type*>(p)); \
-    break;
-    FUSIONSUM_DTYPES(CASE)
-#undef CASE
-    default:
-      __builtin_unreachable();
-  }
-}
 
 template <class T, class S>
 inline void load_row(T* to, const S* from, int64_t stride, int64_t cols, int64_t = 0) {

@@ -7,6 +7,7 @@ choice of instruction set (``csrc/dispatch.cpp``), the routing of a call (``api.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import os
 import sys
@@ -24,9 +25,6 @@ except ImportError as error:
     missing = f"the native module is missing ({error}); it is built at install time and needs a C++17 compiler"
 
 _override = os.environ.get("FUSIONSUM_BACKEND", "")
-_NO_CUDA = "this version has no CUDA kernels; move the tensors to the CPU"
-if _override == "cuda":
-    raise ImportError(f"FUSIONSUM_BACKEND=cuda: {_NO_CUDA}")
 if _override not in ("", *_BACKENDS):
     raise ValueError(f"FUSIONSUM_BACKEND={_override!r}: expected one of {', '.join(_BACKENDS)}")
 if _core is None:
@@ -41,6 +39,28 @@ if _core is None:
 native: Any = None if _override == "numpy" else _core
 
 
+@functools.cache
+def load_cuda() -> str:
+    """Load the CUDA library into the native module; return why it cannot be used, or nothing."""
+    if native is None:
+        return missing or "FUSIONSUM_BACKEND=numpy is set"
+    path = os.path.join(os.path.dirname(_core.__file__), "libfusionsum_cuda.so")
+    if not os.path.exists(path):
+        return (
+            "the CUDA kernels are not in this build; with nvcc on the PATH, "
+            "pip install . -C cmake.define.FUSIONSUM_CUDA=ON builds them"
+        )
+    try:
+        address = ctypes.cast(ctypes.CDLL(path).fusionsum_cuda, ctypes.c_void_p).value
+    except OSError as error:
+        return str(error)
+    return native.use_cuda(address, False) or ""
+
+
+if _override == "cuda" and load_cuda():
+    raise ImportError(f"FUSIONSUM_BACKEND=cuda asks for CUDA kernels, but {load_cuda()}")
+
+
 def adopt_torch(torch: Any) -> None:
     """Let the native module read tensors, and work on torch's threads where libtorch exports its pool (since 2.10)."""
     if native is None:
@@ -52,7 +72,7 @@ def adopt_torch(torch: Any) -> None:
         for i, name in enumerate(("torch_parallel_for", "torch_get_num_threads")):
             if hasattr(symbols, name):
                 pool[i] = ctypes.cast(getattr(symbols, name), ctypes.c_void_p).value
-    native.use_torch(torch, *(pool if all(pool) else (None, None)))
+    native.use_torch(torch, *(pool if all(pool) else (None, None)), load_cuda)
 
 
 def backends() -> dict[str, str]:
@@ -61,7 +81,7 @@ def backends() -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        ``"cuda"``, ``"cpu"`` and ``"numpy"``, each with ``"usable"`` and its detail, or ``"not usable: <reason>"``.
+        ``"cuda"`` (asking for it initialises CUDA), ``"cpu"`` and ``"numpy"``, each with ``"usable"`` and its detail, or ``"not usable: <reason>"``.
 
     Examples
     --------
@@ -73,7 +93,8 @@ def backends() -> dict[str, str]:
         cpu = f"usable: {native.isa()}"
     else:
         cpu = f"not usable: {missing or 'FUSIONSUM_BACKEND=numpy is set'}"
-    return {"cuda": f"not usable: {_NO_CUDA}", "cpu": cpu, "numpy": "usable"}
+    reason = load_cuda()
+    return {"cuda": f"not usable: {reason}" if reason else "usable", "cpu": cpu, "numpy": "usable"}
 
 
 def set_num_threads(count: int) -> None:

@@ -35,11 +35,12 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.utils import _pytree
 
-from . import api, reference
-from .backend import adopt_torch, native
+from . import api, contraction, reference
+from .backend import adopt_torch, load_cuda, native
 
 adopt_torch(torch)
 
+_BEYOND_CUDA = "the CUDA kernels take at most 11 dims of a size above 1, and torch 2.10 or newer"
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _jit_traces = torch._C._is_tracing
@@ -59,7 +60,7 @@ def fusion_sum(
         if torch.is_grad_enabled() and _any_requires_grad(fusion_weights, *factors):
             if not (_functorch_active() or forward_ad._current_level >= 0 or _dispatch_modes() or _jit_traces()):
                 return _record((activations, present, absent, dim), fusion_weights, *factors)
-        else:
+        elif not contraction.likely(fusion_weights, factors):
             output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim, False)
             if output is not NotImplemented:  # it declines where anything watches
                 return output
@@ -81,6 +82,7 @@ def fusion_sum_grad(
         native is not None
         and not is_dynamo_compiling()
         and not (torch.is_grad_enabled() and _any_requires_grad(grad_output, fusion_weights, *factors))
+        and not contraction.likely(fusion_weights, factors)
     ):
         given = (grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
         grads = native.fusion_sum_grad(*given, False)
@@ -98,7 +100,9 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: tuple[Any, ...], *operands: Any) -> Tensor:
         activations, present, absent, dim = options
-        output = native.fusion_sum(operands[0], operands[1:], activations, present, absent, dim, True)
+        output = NotImplemented
+        if not contraction.likely(operands[0], operands[1:]):
+            output = native.fusion_sum(operands[0], operands[1:], activations, present, absent, dim, True)
         if output is NotImplemented:
             output = _sum(_checked(operands[0], operands[1:], activations, present, absent, dim))
         ctx.save_for_backward(*operands, *(present or ()))
@@ -390,26 +394,44 @@ def _for_api(weights: Any, factors: Any, present: Any, names: Any, absent: str, 
 
 def _sum_kernel(*arguments: Any) -> Tensor:
     given = _for_api(*arguments)
+    if contraction.likely(*given[:2]):
+        output = contraction.fusion_sum(_direct_sum, _result_dtype(given[:1] + given[1]), *given)
+        if output is not NotImplemented:
+            return output
+    return _direct_sum(*given)
+
+
+def _direct_sum(*given: Any) -> Tensor:
     output = NotImplemented if native is None else native.fusion_sum(*given, True)
     if output is not NotImplemented:
         return output
     names, masks, dim = api.check(*given)
-    weights, *factors = operands = _call(*arguments).operands
+    weights, factors, *_ = given
     arrays = (_array(weights), [_array(z) for z in factors], names, [_array(mask) for mask in masks])
-    return _tensor(reference.fusion_sum(*arrays, given[4], dim), _result_dtype(operands))
+    return _tensor(reference.fusion_sum(*arrays, given[4], dim), _result_dtype([weights, *factors]))
 
 
 def _grad_kernel(grad: Tensor, *rest: Any) -> list[Tensor]:
     *arguments, needs = rest
-    given = _for_api(*arguments)
-    found = NotImplemented if native is None else native.fusion_sum_grad(grad, *given, needs, True)
+    given: Any = (grad, *_for_api(*arguments), needs)
+    found: Any = NotImplemented
+    if contraction.likely(*given[1:3]):
+        found = contraction.fusion_sum_grad(_direct_sum, _direct_grad, *given)
+    if found is NotImplemented:
+        found = _direct_grad(*given)
+    return [d for d in found if d is not None]
+
+
+def _direct_grad(grad: Tensor, *rest: Any) -> Sequence[Tensor | None]:
+    *given, needs = rest
+    found: Any = NotImplemented if native is None else native.fusion_sum_grad(grad, *rest, True)
     if found is not NotImplemented:
-        return [d for d in found if d is not None]
+        return found
     names, masks, dim = api.check(*[*given, grad])
-    weights, *factors = operands = _call(*arguments).operands
+    weights, factors, *_ = given
     arrays = (_array(grad), _array(weights), [_array(z) for z in factors], names, [_array(mask) for mask in masks])
     found = reference.fusion_sum_grad(*arrays, given[4], dim, needs)
-    return [_tensor(d, x.dtype) for d, x in zip(found, operands, strict=True) if d is not None]
+    return [d if d is None else _tensor(d, x.dtype) for d, x in zip(found, [weights, *factors], strict=True)]
 
 
 def _array(x: Tensor | None) -> np.ndarray | None:
@@ -418,8 +440,10 @@ def _array(x: Tensor | None) -> np.ndarray | None:
         return None
     if x.layout is not torch.strided:
         raise TypeError(f"factors, fusion_weights, present: expected dense tensors, got one of layout {x.layout}")
+    if x.device.type == "cuda":
+        raise ValueError(f"factors: are on {x.device}, but {load_cuda() or _BEYOND_CUDA}; or move them to the CPU")
     if x.device.type != "cpu":
-        raise ValueError(f"factors: are on {x.device}, expected cpu, the only device with kernels in this version")
+        raise ValueError(f"factors: are on {x.device}, expected cpu or cuda, the devices with kernels")
     x = x.detach()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 

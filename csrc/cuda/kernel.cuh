@@ -1,0 +1,560 @@
+// The kernel bodies: `rows`, `columns` and `combine` (pass.h says what they compute). kernel_<dtype>.cu instantiates them.
+//
+// Shape letters: N varying operands, W columns in a packet, U rows at a time. kGrad: varying operands want their derivatives.
+// kExtra: some operand has an activation, a mask or no data; kernels without are a third of the size and of the registers.
+#pragma once
+#include "packet.cuh"
+
+namespace fusionsum {
+namespace cuda {
+
+constexpr int kAnyCount = kPassOperands;  // N read from the pass; operands that are not there count as 1
+constexpr int kMaxTerms = 32;             // summed in the working precision, before sums are added in float64
+
+// ---- where things are ----------------------------------------------------------------------------------------------------
+
+struct Place {
+  int64_t data, mask, grad;
+};
+
+// index / size, for what is not negative and below 2^52, given 1 / size: the estimate is off by one at most. An integer division
+// is a call, for which registers are spilled.
+FORM_INLINE int64_t quotient(int64_t index, int64_t size, double inverse) {
+  const int64_t estimate = static_cast<int64_t>(static_cast<double>(index) * inverse), rest = index - estimate * size;
+  return estimate + (rest >= size) - (rest < 0);
+}
+
+// Adds the offsets of N operands, from `first_operand` on, at an index into the row dims [first, first + count), flattened.
+template <int N>
+FORM_INLINE void locate(const Pass& p, int operands, int first_operand, int first, int count, int64_t index, Place (&at)[N]) {
+  GPU_LOOP
+  for (int d = first + count - 1; d >= first; --d) {
+    int64_t digit = index;
+    if (d > first) {
+      index = quotient(index, p.size[d], p.inverse_size[d]);
+      digit -= index * p.size[d];
+    }
+    FORM_UNROLL(16)
+    for (int k = 0; k < N; ++k) {
+      if (k >= operands) break;
+      const PassOperand& o = p.operand[first_operand + k];
+      at[k].data += digit * o.row[d];
+      at[k].mask += digit * o.mask_row[d];
+      at[k].grad += digit * o.grad_row[d];
+    }
+  }
+}
+FORM_INLINE Place in_unit(const Pass& p, int k, int64_t unit) {
+  Place at[1] = {{0, 0, 0}};
+  locate<1>(p, 1, k, 0, p.unit_dims, unit, at);
+  return at[0];
+}
+FORM_INLINE Place in_row(const Pass& p, int k, int64_t unit, int64_t row) {
+  Place at[1] = {in_unit(p, k, unit)};
+  locate<1>(p, 1, k, p.unit_dims, p.run_dims, row, at);
+  return at[0];
+}
+
+// A thread of a block of slots x groups x lanes, and the block's share of the rows.
+struct Thread {
+  int lane, group, slot, lanes, groups, slots;
+  int part, tile, split;
+  int64_t begin, end, first_unit, unit_step;  // of the run; and units, in steps of all blocks' slots
+
+  FORM_INLINE explicit Thread(const Pass& p) {
+    const int index = static_cast<int>(threadIdx.x), per_slot = p.lanes_log2 + p.groups_log2;
+    lanes = 1 << p.lanes_log2;
+    groups = 1 << p.groups_log2;
+    slots = kThreads >> per_slot;
+    lane = index & (lanes - 1);
+    group = (index >> p.lanes_log2) & (groups - 1);
+    slot = index >> per_slot;
+    tile = static_cast<int>(blockIdx.x) / p.parts;
+    part = static_cast<int>(blockIdx.x) - tile * p.parts;
+    split = part % p.splits;
+    begin = split * p.rows_per_split;
+    end = begin + p.rows_per_split < p.run ? begin + p.rows_per_split : p.run;
+    first_unit = static_cast<int64_t>(part / p.splits) * slots;
+    unit_step = static_cast<int64_t>(p.parts / p.splits) * slots;
+  }
+};
+
+// ---- values --------------------------------------------------------------------------------------------------------------
+
+// Takes the first of W values, moves the others down and puts one last: an array in registers has no run-time index.
+template <int W, class T>
+FORM_INLINE T rotate(T (&x)[W], T last) {
+  const T first = x[0];
+  FORM_UNROLL(8)
+  for (int i = 0; i + 1 < W; ++i) x[i] = x[i + 1];
+  x[W - 1] = last;
+  return first;
+}
+
+template <class T>
+FORM_INLINE Value<T> activated(Activation activation, T x) {
+  switch (activation) {
+#define CASE(name)       \
+  case Activation::name: \
+    return name##_value(x);
+    FUSIONSUM_ACTIVATIONS(CASE)
+#undef CASE
+    default:
+      return {x, T(1)};
+  }
+}
+
+// What an operand counts as, its derivative, and whether it is present: where it is not its data is not read.
+template <class T>
+struct Entry {
+  T y, dy;
+  bool present;
+
+  FORM_INLINE double derivative(double partial) const { return present ? partial * dy : 0.0; }
+};
+template <class T, bool kExtra>
+FORM_INLINE Entry<T> entry(const PassOperand& o, int64_t at, int64_t mask_at) {
+  if (kExtra && o.mask && !o.mask[mask_at]) return {o.absent_is_one ? T(1) : T(0), T(0), false};
+  if (!o.data) return {T(1), T(1), true};
+  const T x = Storage<Any<T>>::load(o, at).value;
+  const Value<T> value = kExtra ? activated(o.activation, x) : Value<T>{x, T(1)};
+  return {value.y, value.dy, true};
+}
+
+template <class T, bool kExtra>
+FORM_INLINE Entry<T> splat_entry(const Pass& p, int k, int64_t unit, int64_t row) {
+  const Place at = in_row(p, k, unit, row);
+  return entry<T, kExtra>(p.operand[k], at.data, at.mask);
+}
+
+// The product of the splat operands at a row, without operand `skip`.
+template <class T, bool kExtra>
+FORM_INLINE T splat_product(const Pass& p, int64_t unit, int64_t row, int skip) {
+  T product = T(1);
+  GPU_LOOP
+  for (int k = p.varying + p.shared; k < p.operands; ++k)
+    if (k != skip && (p.operand[k].data || p.operand[k].mask)) product = product * splat_entry<T, kExtra>(p, k, unit, row).y;
+  return product;
+}
+
+// The same, without skipping, for U rows in steps, those before `end`.
+template <int U, bool kExtra, class T>
+FORM_INLINE void scale_rows(const Pass& p, int64_t unit, int64_t row, int step, int64_t end, T (&scale)[U]) {
+  GPU_LOOP
+  for (int u = 0; u < U; ++u, row += step) rotate<U>(scale, row < end ? splat_product<T, kExtra>(p, unit, row, -1) : T(1));
+}
+
+// x[i] = x[i] * o's value at col + i: plain values, by the widest accesses there are.
+template <class T, int W>
+FORM_INLINE void multiply_by(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
+  with_dtype(o.dtype, o.data, [&](const auto* p) {
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
+    constexpr int kWidth = Storage<S>::width;
+    if constexpr (W % kWidth == 0) {
+      if (o.packed) {
+        FORM_UNROLL(8)
+        for (int i = 0; i < W; i += kWidth) {
+          const auto packet = Storage<S>::load(o, at.data + col + i);
+          FORM_UNROLL(8)
+          for (int j = 0; j < kWidth; ++j) x[i + j] = x[i + j] * static_cast<T>(packet.get(j));
+        }
+        return;
+      }
+    }
+    FORM_UNROLL(8)
+    for (int i = 0; i < W; ++i) x[i] = x[i] * static_cast<T>(wide(fetch(p + at.data + (col + i) * o.col)));
+  });
+}
+
+// The same for any values.
+template <class T, int W, bool kExtra>
+FORM_INLINE void times(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
+  if constexpr (kExtra) {
+    GPU_LOOP
+    for (int i = 0; i < W; ++i) rotate<W>(x, x[0] * entry<T, kExtra>(o, at.data + (col + i) * o.col, at.mask + (col + i) * o.mask_col).y);
+  } else {
+    multiply_by<T, W>(o, at, col, x);
+  }
+}
+// The product of the shared operands at W columns of a unit, without operand `skip`.
+template <class T, int W, bool kExtra>
+FORM_INLINE void shared_product(const Pass& p, int64_t unit, int64_t col, int skip, T (&x)[W]) {
+  FORM_UNROLL(8)
+  for (int i = 0; i < W; ++i) x[i] = T(1);
+  GPU_LOOP
+  for (int k = p.varying; k < p.varying + p.shared; ++k)
+    if (k != skip && p.operand[k].data) times<T, W, kExtra>(p.operand[k], in_unit(p, k, unit), col, x);
+}
+
+// ---- one row of the varying operands ---------------------------------------------------------------------------------------
+
+template <class S, int N, bool kGrad, bool kExtra>
+struct Row {
+  using Store = Storage<S>;
+  using T = typename Store::T;
+  using Packet = typename Store::Packet;
+  static constexpr int W = Store::width;
+
+  Place at[N];
+  bool present[N];  // of the whole row; a mask that varies along the columns, only where N is any, is read with each entry
+  bool here;        // is there such a row?
+  Packet packet[N];
+
+  FORM_INLINE static int count(const Pass& p) { return N < kAnyCount ? N : p.varying; }
+
+  // `base` is where the unit is. Many operands' bases would not fit the registers: they are found again for each row.
+  static constexpr bool kBased = N < 4;
+  FORM_INLINE void locate(const Pass& p, const Place (&base)[N], int64_t unit, int64_t row, bool is_here) {
+    here = is_here;
+    FORM_UNROLL(16)
+    for (int k = 0; k < N; ++k) at[k] = kBased ? base[k] : Place{0, 0, 0};
+    if (!kBased && here) cuda::locate<N>(p, count(p), 0, 0, p.unit_dims, unit, at);
+    if (here) cuda::locate<N>(p, count(p), 0, p.unit_dims, p.run_dims, row, at);
+    FORM_UNROLL(16)
+    for (int k = 0; k < N; ++k) {
+      const PassOperand& o = p.operand[k];
+      present[k] = here && k < count(p);
+      if (kExtra && present[k] && o.mask && o.mask_col == 0) present[k] = o.mask[at[k].mask];
+    }
+  }
+
+  FORM_INLINE void load(const Pass& p, int64_t col) {
+    FORM_UNROLL(16)
+    for (int k = 0; k < N; ++k) {
+      const PassOperand& o = p.operand[k];
+      if (present[k] && (!kExtra || o.data)) {
+        packet[k] = Store::load(o, at[k].data + col * (W > 1 ? 1 : o.col));
+      } else {
+        packet[k] = Packet{};
+      }
+    }
+  }
+
+  // The product of the row's values at `column`, from x; where asked for, partial[k] = c * the others * the own slope.
+  FORM_INLINE T multiply(const Pass& p, int64_t column, T c, T (&x)[N], T (&partial)[N]) const {
+    T slope[N];
+    bool is_present[N];
+    FORM_UNROLL(16)
+    for (int k = 0; k < N; ++k) {
+      const PassOperand& o = p.operand[k];
+      is_present[k] = present[k];
+      if (k >= count(p)) {
+        x[k] = T(1);
+      } else if (kExtra) {
+        if (N == kAnyCount && present[k] && o.mask && o.mask_col) is_present[k] = o.mask[at[k].mask + column * o.mask_col];
+        const Value<T> value = activated(o.activation, x[k]);
+        x[k] = !is_present[k] ? (o.absent_is_one ? T(1) : T(0)) : o.data ? value.y : T(1);
+        slope[k] = value.dy;
+      }
+    }
+    if constexpr (kGrad) {
+      const T product = partial_products<N>(c, x, partial, N);
+      if (kExtra) {
+        FORM_UNROLL(16)
+        for (int k = 0; k < N; ++k) partial[k] = is_present[k] ? partial[k] * slope[k] : T(0);
+      }
+      return product;
+    } else {
+      T product = x[0];
+      FORM_UNROLL(16)
+      for (int k = 1; k < N; ++k) product = product * x[k];
+      return product;
+    }
+  }
+
+  // Calls use(i, product, shared[i]) for the W columns from `col` and stores the derivatives, which are multiplied by `shared`
+  // and `scale`. In kernels with activations i is 0, and `use` has to rotate what it indexes.
+  template <class Use>
+  FORM_INLINE void differentiate(const Pass& p, int64_t col, T (&shared)[W], T scale, Use use) {
+    Packet out[N];
+    const auto one = [&](int i, int step, auto take, auto put, T c) {
+      T x[N], partial[N];
+      FORM_UNROLL(16)
+      for (int k = 0; k < N; ++k) x[k] = take(packet[k], i);
+      const T product = multiply(p, col + step, kGrad ? c * scale : T(1), x, partial);
+      if (kGrad) {
+        FORM_UNROLL(16)
+        for (int k = 0; k < N; ++k) put(out[k], i, partial[k]);
+      }
+      use(i, product, c);
+    };
+    if (kExtra) {
+      if (kGrad) {
+        FORM_UNROLL(16)
+        for (int k = 0; k < N; ++k) out[k] = Packet{};
+      }
+      GPU_LOOP
+      for (int i = 0; i < W; ++i) {
+        const T c = rotate<W>(shared, shared[0]);
+        one(0, i, [](Packet& from, int) { return from.take(); }, [](Packet& to, int, T value) { to.push(value); }, c);
+      }
+    } else {
+      FORM_UNROLL(8)
+      for (int i = 0; i < W; ++i)
+        one(i, i, [](Packet& from, int j) { return from.get(j); }, [](Packet& to, int j, T value) { to.set(j, value); }, shared[i]);
+    }
+    if constexpr (kGrad) {
+      FORM_UNROLL(16)
+      for (int k = 0; k < N; ++k) {
+        const PassOperand& o = p.operand[k];
+        if (k < count(p) && o.target == Target::each) Store::store(o, at[k].grad + col * (W > 1 ? 1 : o.grad_col), out[k], p.stream);
+      }
+    }
+  }
+};
+
+// ---- sums over threads, in a fixed order -------------------------------------------------------------------------------------
+
+// Over each aligned segment of 2^log2 threads; the first of the segment has the sum. Every thread of the block must call it.
+FORM_INLINE double segment_sum(double x, int log2, double* buffer) {
+  const int width = 1 << log2, index = static_cast<int>(threadIdx.x);
+  GPU_LOOP
+  for (int step = width < 32 ? width / 2 : 16; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  if (width > 32) {
+    if (index % 32 == 0) buffer[index / 32] = x;
+    __syncthreads();
+    if (index % width == 0) {
+      GPU_LOOP
+      for (int warp = 1; warp < width / 32; ++warp) x += buffer[index / 32 + warp];
+    }
+    __syncthreads();
+  }
+  return x;
+}
+
+// x[i * kThreads + thread], i < W: sums over the threads with the same index modulo `lanes`, of each aligned segment of
+// lanes * count. `which` is the thread's place among the count; those with 0 have the sums.
+template <int W>
+FORM_INLINE void strided_sum(double* x, int lanes, int count, int which) {
+  double* const own = x + threadIdx.x;
+  GPU_LOOP
+  for (int half = count / 2; half; half /= 2) {
+    __syncthreads();
+    if (which < half) {
+      FORM_UNROLL(8)
+      for (int i = 0; i < W; ++i) own[i * kThreads] += own[i * kThreads + half * lanes];
+    }
+  }
+  if (count > 1) __syncthreads();
+}
+
+template <int N, bool kExtra>
+constexpr int kBlocks = N + kExtra > 4 ? 1 : 2;  // per multiprocessor, at least: 255 or 128 registers
+
+// ---- sums over the columns ---------------------------------------------------------------------------------------------------
+
+// Loads of so many rows are in flight together: up to eight of 16 bytes a thread, within 128 registers.
+template <int N, bool kGrad, bool kExtra>
+constexpr int kRowsAtOnce = N > 4 || (kGrad && kExtra) ? 1 : kGrad || kExtra ? (N <= 2 ? 2 : 1) : (N <= 2 ? 4 : 2);
+
+template <class S, int N, bool kGrad, bool kExtra>
+__global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __grid_constant__ Pass p) {
+  using R = Row<S, N, kGrad, kExtra>;
+  using T = typename R::T;
+  constexpr int W = R::W, U = kRowsAtOnce<N, kGrad, kExtra>;
+  GPU_SHARED(double, buffer, kThreads / 32);
+  const Thread t(p);
+  const int64_t first_col = static_cast<int64_t>(t.tile) * p.packets_per_tile * W, cols_left = p.cols - first_col;
+  const int packets = cols_left < static_cast<int64_t>(p.packets_per_tile) * W ? static_cast<int>(cols_left / W) : p.packets_per_tile;
+  int summed = -1;  // the splat operand that is summed over rows too
+  bool each = false;
+  GPU_LOOP
+  for (int k = p.varying + p.shared; k < p.operands; ++k) {
+    if (p.operand[k].target == Target::each) each = true;
+    if (p.operand[k].target == Target::unit || p.operand[k].target == Target::all) summed = k;
+  }
+  double total = 0;
+  for (int64_t unit0 = t.first_unit; unit0 < p.units; unit0 += t.unit_step) {
+    const int64_t unit = unit0 + t.slot;
+    const bool unit_here = unit < p.units;
+    Place base[N] = {};
+    if (R::kBased && unit_here) locate<N>(p, R::count(p), 0, 0, p.unit_dims, unit, base);
+    for (int64_t row0 = t.begin; row0 < t.end; row0 += U * t.groups) {
+      R row[U];
+      T scale[U];
+      double sum[U];
+      FORM_UNROLL(4)
+      for (int u = 0; u < U; ++u) {
+        const int64_t r = row0 + u * t.groups + t.group;
+        row[u].locate(p, base, unit, r, unit_here && r < t.end);
+        scale[u] = 1;
+        sum[u] = 0;
+      }
+      if (kGrad) scale_rows<U, kExtra>(p, unit, row0 + t.group, t.groups, unit_here ? t.end : 0, scale);
+      for (int packet = t.lane; row[0].here && packet < packets;) {
+        T s[U] = {};
+        GPU_LOOP
+        for (int terms = 0; terms < kMaxTerms && packet < packets; terms += W, packet += t.lanes) {
+          const int64_t col = first_col + packet * W;
+          FORM_UNROLL(4)
+          for (int u = 0; u < U; ++u)
+            if (row[u].here) row[u].load(p, col);
+          T shared[W];
+          shared_product<T, W, kExtra>(p, unit, col, -1, shared);
+          FORM_UNROLL(4)
+          for (int u = 0; u < U; ++u) {
+            if (row[u].here) row[u].differentiate(p, col, shared, scale[u], [&](int, T product, T c) { s[u] = madd(product, c, s[u]); });
+          }
+        }
+        FORM_UNROLL(4)
+        for (int u = 0; u < U; ++u) sum[u] += static_cast<double>(s[u]);
+      }
+      GPU_LOOP
+      for (int u = 0; u < U; ++u) {
+        const int64_t r = row0 + u * t.groups + t.group;
+        const bool here = unit_here && r < t.end;
+        const double own_share = rotate<U>(sum, sum[0]);
+        if (summed >= 0 && here) {
+          const Entry<T> own = splat_entry<T, kExtra>(p, summed, unit, r);
+          total += own.derivative(own_share * splat_product<T, kExtra>(p, unit, r, summed));
+        }
+        if (!each) continue;
+        const double whole = segment_sum(own_share, p.lanes_log2, buffer);
+        if (!here || t.lane != 0) continue;
+        GPU_LOOP
+        for (int k = p.varying + p.shared; k < p.operands; ++k) {
+          const PassOperand& o = p.operand[k];
+          if (o.target != Target::each) continue;
+          const Place at = in_row(p, k, unit, r);
+          const double value = entry<T, kExtra>(o, at.data, at.mask).derivative(whole * splat_product<T, kExtra>(p, unit, r, k));
+          if (o.sums) {
+            o.sums[(t.tile * p.units + unit) * p.run + r] = value;
+          } else {
+            store_value(o.dtype, o.grad, at.grad, value);
+          }
+        }
+      }
+    }
+    if (summed >= 0 && p.operand[summed].target == Target::unit) {
+      const PassOperand& o = p.operand[summed];
+      const double whole = segment_sum(total, p.lanes_log2 + p.groups_log2, buffer);
+      total = 0;
+      if (unit_here && t.lane == 0 && t.group == 0) {
+        if (o.sums) {
+          o.sums[(t.split * p.tiles + t.tile) * p.units + unit] = whole;
+        } else {
+          store_value(o.dtype, o.grad, in_unit(p, summed, unit).grad, whole);
+        }
+      }
+    }
+  }
+  if (summed >= 0 && p.operand[summed].target == Target::all) {
+    const double whole = segment_sum(total, 8, buffer);
+    if (threadIdx.x == 0) p.operand[summed].sums[t.part * p.tiles + t.tile] = whole;
+  }
+}
+static_assert(kThreads == 1 << 8, "the whole block is a segment");
+
+// ---- sums over the run -------------------------------------------------------------------------------------------------------
+
+template <class S, int N, bool kGrad, bool kExtra>
+__global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __grid_constant__ Pass p) {
+  using R = Row<S, N, kGrad, kExtra>;
+  using T = typename R::T;
+  constexpr int W = R::W, U = kRowsAtOnce<N, true, kExtra>;
+  GPU_SHARED(double, sums, W * kThreads);  // of each thread's columns: in registers they would cost 2 W of them
+  const Thread t(p);
+  const int64_t col = (static_cast<int64_t>(t.tile) * t.lanes + t.lane) * W;
+  double* const own = sums + threadIdx.x;
+  for (int64_t unit0 = t.first_unit; unit0 < p.units; unit0 += t.unit_step) {
+    const int64_t unit = unit0 + t.slot;
+    const bool here = unit < p.units && col < p.cols;
+    FORM_UNROLL(8)
+    for (int i = 0; i < W; ++i) own[i * kThreads] = 0;
+    if (here) {
+      Place base[N] = {};
+      if (R::kBased) locate<N>(p, R::count(p), 0, 0, p.unit_dims, unit, base);
+      T shared[W] = {}, level[W] = {};
+      if (kGrad) shared_product<T, W, kExtra>(p, unit, col, -1, shared);
+      int terms = 0;
+      GPU_LOOP
+      for (int64_t row0 = t.begin + t.group; row0 < t.end; row0 += U * t.groups) {
+        R row[U];
+        T scale[U];
+        FORM_UNROLL(4)
+        for (int u = 0; u < U; ++u) {
+          const int64_t r = row0 + u * t.groups;
+          row[u].locate(p, base, unit, r, r < t.end);
+          if (row[u].here) row[u].load(p, col);
+          scale[u] = 1;
+        }
+        scale_rows<U, kExtra>(p, unit, row0, t.groups, t.end, scale);
+        FORM_UNROLL(4)
+        for (int u = 0; u < U; ++u) {
+          if (!row[u].here) continue;
+          row[u].differentiate(p, col, shared, scale[u], [&](int i, T product, T) {
+            if (kExtra) {
+              rotate<W>(level, madd(product, scale[u], level[0]));
+            } else {
+              level[i] = madd(product, scale[u], level[i]);
+            }
+          });
+        }
+        if ((terms += U) < kSummed && row0 + U * t.groups < t.end) continue;
+        FORM_UNROLL(8)
+        for (int i = 0; i < W; ++i) {
+          own[i * kThreads] += static_cast<double>(level[i]);
+          level[i] = 0;
+        }
+        terms = 0;
+      }
+    }
+    strided_sum<W>(sums, t.lanes, t.groups, t.group);
+    if (t.group != 0 || col >= p.cols) continue;
+    GPU_LOOP
+    for (int k = p.varying; k < p.varying + p.shared; ++k) {
+      const PassOperand& o = p.operand[k];
+      const bool all = o.target == Target::all, first = all && unit0 == t.first_unit;
+      if (o.target == Target::none || (!here && !first)) continue;
+      T others[W] = {};
+      if (here) shared_product<T, W, kExtra>(p, unit, col, k, others);
+      const Place at = here ? in_unit(p, k, unit) : Place{0, 0, 0};
+      GPU_LOOP
+      for (int i = 0; i < W; ++i) {
+        Entry<T> entry_here{T(1), T(1), here};
+        if (kExtra && here) entry_here = entry<T, true>(o, at.data + (col + i) * o.col, at.mask + (col + i) * o.mask_col);
+        const double value = entry_here.derivative(own[i * kThreads] * rotate<W>(others, others[0]));
+        if (all) {
+          double* const to = &o.sums[(static_cast<int64_t>(t.part) * t.slots + t.slot) * p.cols + col + i];
+          *to = first ? value : *to + value;
+        } else if (o.sums) {
+          o.sums[(t.split * p.units + unit) * p.cols + col + i] = value;
+        } else {
+          store_value(o.dtype, o.grad, at.grad + (col + i) * o.grad_col, value);
+        }
+      }
+    }
+  }
+}
+
+// ---- the table of a dtype ------------------------------------------------------------------------------------------------------
+
+template <class S, int N, bool kGrad, bool kExtra>
+constexpr void add(Kernels& table, int count) {
+  table.rows[count][kGrad][kExtra] = rows<S, N, kGrad, kExtra>;
+  table.columns[count][kGrad][kExtra] = columns<S, N, kGrad, kExtra>;
+}
+template <class S, int N>
+constexpr void add(Kernels& table) {
+  add<S, N, false, false>(table, N - 1);
+  add<S, N, false, true>(table, N - 1);
+  add<S, N, true, false>(table, N - 1);
+  add<S, N, true, true>(table, N - 1);
+}
+template <class S>
+constexpr Kernels kernels() {
+  Kernels table{};
+  table.width = Storage<S>::width;
+  if constexpr (Storage<S>::width > 1) {
+    add<S, 1>(table);
+    add<S, 2>(table);
+    add<S, 3>(table);
+    add<S, 4>(table);
+  } else {
+    add<S, kAnyCount, true, true>(table, kCounts - 1);
+  }
+  return table;
+}
+
+}  // namespace cuda
+}  // namespace fusionsum

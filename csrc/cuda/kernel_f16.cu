@@ -1,0 +1,7 @@
+#include "kernel.cuh"
+
+namespace fusionsum {
+namespace cuda {
+extern const Kernels kernels_f16 = kernels<F16>();
+}
+}  // namespace fusionsum

@@ -1,0 +1,99 @@
+// The library's interface (cuda.h): plan, allocate once, launch on the caller's stream.
+#include <cstdio>
+
+#include "cuda.h"
+#include "gpu.h"
+#include "plan.h"
+
+namespace fusionsum {
+namespace cuda {
+
+__global__ void combine(const __grid_constant__ Combine c);  // kernel_any.cu
+
+namespace {
+
+thread_local char message[256];
+
+const char* failed(const char* what, cudaError_t error) {
+  std::snprintf(message, sizeof message, "%s: %s, %s", what, cudaGetErrorName(error), cudaGetErrorString(error));
+  return message;
+}
+
+const char* unavailable() {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return failed("CUDA finds no usable GPU", error);
+  }
+  return devices ? nullptr : "CUDA finds no GPU";
+}
+
+// Makes a device current, and the one before it current again.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    error = cudaGetDevice(&before);
+    if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+    changed = error == cudaSuccess && before != device;
+  }
+  ~OnDevice() {
+    if (changed) cudaSetDevice(before);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  cudaError_t error;
+
+ private:
+  int before = 0;
+  bool changed = false;
+};
+
+// A device whose compute capability has no kernels says so here, not at the launch.
+const char* check_device(int device) {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&combine)) == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  std::snprintf(message, sizeof message, "device %d has compute capability %d.%d; the kernels in this build are for %s", device, major, minor,
+                FUSIONSUM_CUDA_ARCHITECTURES);
+  return message;
+}
+
+const char* run(const Problem* problem, int device, void* stream, void* (*allocate)(void*, int64_t), void* context) {
+  Plan plan;
+  if (const char* error = make_plan(*problem, plan)) return error;
+  const OnDevice guard(device);
+  if (guard.error != cudaSuccess) return failed("cudaSetDevice", guard.error);
+  if (const char* error = check_device(device)) return error;
+  if (plan.workspace) {
+    void* const workspace = allocate(context, plan.workspace);
+    if (!workspace) return "there is no memory for the workspace";
+    place_sums(plan, workspace);
+  }
+  const auto on = static_cast<cudaStream_t>(stream);
+  for (int i = 0; i < plan.launches; ++i) {
+    const Launch& launch = plan.launch[i];
+    const dim3 grid(static_cast<unsigned>(launch.blocks)), block(kThreads);
+    cudaError_t error = gpu_launch(launch.kernel, grid, block, on, launch.pass);
+    if (error != cudaSuccess) return failed(launch.by_columns ? "kernel columns" : "kernel rows", error);
+    for (int c = 0; c < launch.combines; ++c) {
+      const Combine& sums = launch.combine[c];
+      error = gpu_launch(combine, dim3(static_cast<unsigned>(divide_up(sums.entries, kCombined))), block, on, sums);
+      if (error != cudaSuccess) return failed("kernel combine", error);
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace fusionsum
+
+extern "C" const fusionsum::CudaLibrary* fusionsum_cuda() {
+  static const fusionsum::CudaLibrary library{fusionsum::cuda::unavailable, fusionsum::cuda::run};
+  return &library;
+}

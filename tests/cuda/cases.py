@@ -1,0 +1,143 @@
+"""Calls that between them launch every CUDA kernel, and what can be asked of each: results, records, cases, replays.
+
+What lives elsewhere: forms, random operands and the float64 oracle (``conftest.py``), the emulated build (``emulation.py``),
+the interpreter of PTX (``ptx.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import pathlib
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from conftest import DTYPES, MIXED, Case, Form, check_both, random, require_native
+from tests.cuda import emulation, ptx, sass
+
+FORMS: dict[str, Callable[[int], Form]] = {
+    "paired": lambda m: Form("n", ("Bn",) * m),  # forward: rows; backward: columns
+    "per row": lambda m: Form("B1", ("Bn",) * m),  # backward: rows
+    "vector": lambda m: Form("n1", ("BnO",) * m, dim=1),  # forward: columns
+    "candidates": lambda m: Form("n", (*("B1n",) * (m - 1), "BKn")),  # sums of every kind in one pass
+}
+ACTIVATED = ("tanh", "sigmoid", "relu", "silu", "gelu")
+
+
+def cases(dtypes: Iterable[tuple[str, str]] = (*((d, d) for d in DTYPES), *MIXED)) -> Iterator[tuple[str, Case]]:
+    """Yield small calls by name: every kernel of the dtypes (weights, factors), packed or not, plain or not."""
+    for weights, dtype in dtypes:
+        for name, form in FORMS.items():
+            for count in (1, 2, 3, 4, 5):
+                for n in (16, 13):
+                    rng = np.random.default_rng([count, n])
+                    sizes = {"B": 5, "n": n, "O": n, "K": 3}
+                    case = form(count).case(rng, dtype, weights, **sizes)
+                    label = f"{name}, {weights} and {count} x {dtype}, n={n}"
+                    yield label, case
+                    case = form(count).case(rng, dtype, weights, activations=ACTIVATED[:count], **sizes)
+                    # A mask along the columns, as the vector form's, would take it to the kernels for any operands.
+                    yield f"{label}, activated", case if name == "vector" else case.masked(rng, "rows", "one")
+
+
+def large_cases() -> Iterator[tuple[str, Case]]:
+    """Yield calls whose sums several blocks share: few rows of many terms, many rows, long runs, tiles of columns."""
+    rng = np.random.default_rng(0)
+    paired, vector, candidates = FORMS["paired"](2), FORMS["vector"](2), FORMS["candidates"](3)
+    yield "a row to a block, shared", paired.case(rng, "float32", B=1, n=40_000)
+    yield "a row to a block", paired.case(rng, "bfloat16", "float32", B=3, n=20_000)
+    yield "many rows", paired.case(rng, "float32", B=3000, n=12)
+    yield "tiles of columns", vector.case(rng, "float32", B=2, n=3, O=2500)
+    yield "one weight for all", Form("", ("Bn", "Bn")).case(rng, "float32", B=700, n=64)
+    yield "weights along a run", vector.case(rng, "float32", B=600, n=3, O=32)
+    yield "candidates", candidates.case(rng, "float32", B=40, n=64, K=33)
+
+
+def both(case: Case) -> list[np.ndarray]:
+    """Run forward and backward; return the arrays that are not the case's: recorded runs point to them."""
+    rng = np.random.default_rng(1)
+    output = case.forward()
+    grad_output = random(rng, case.output_shape, np.asarray(output).dtype.name)
+    return [output, grad_output, *case.backward(grad_output)]
+
+
+@contextmanager
+def emulated(path: pathlib.Path) -> Iterator[emulation.Library]:
+    """Send NumPy arrays to an emulated build of the CUDA library."""
+    native, library = require_native(), emulation.Library(path)
+    assert native.use_cuda(library.address, True) is None
+    try:
+        yield library
+    finally:
+        native.use_cuda(0, False)
+
+
+def write(library: emulation.Library, folder: pathlib.Path, chosen: Iterable[tuple[str, Case]]) -> list[pathlib.Path]:
+    """Check the calls against the oracle, and write the runs they make as cases for the sanitized builds."""
+    with library.writing_cases(folder):
+        for _, case in chosen:
+            check_both(case, np.random.default_rng(2))
+    return sorted(folder.glob("*.case"))
+
+
+# ---- the PTX that nvcc emits -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def modules(architecture: int, sources: pathlib.Path = sass.ROOT / "csrc") -> tuple[ptx.Module, ...]:
+    """Compile the kernels to PTX and parse them; as long as half a build."""
+    folder = sass.ROOT / "build" / "cuda-ptx" / f"{sources.parent.name}-{architecture}"
+    folder.mkdir(parents=True, exist_ok=True)
+    kernels = sorted((sources / "cuda").glob("kernel_*.cu"))
+
+    def compiled(source: pathlib.Path) -> pathlib.Path:
+        to = folder / f"{source.stem}.ptx"
+        command = [sass.require_tool("nvcc"), *sass.FLAGS, f"-arch=compute_{architecture}", "--ptx", str(source)]
+        subprocess.run([*command, "-o", str(to)], check=True, capture_output=True)
+        return to
+
+    with ThreadPoolExecutor(2) as pool:
+        return tuple(ptx.parse(to.read_text()) for to in pool.map(compiled, kernels))
+
+
+def replayed(
+    run: emulation.Run, parsed: Sequence[ptx.Module], schedule: Any = "lockstep"
+) -> tuple[list[ptx.Report], list[str]]:
+    """Execute the PTX of a recorded run whose memory still is; return its reports, and where its bits differ.
+
+    Memory is what it was: outputs and workspace uninitialised, all else read-only.
+    """
+    segments: list[ptx.Segment] = []
+    for begin, end, role in _merged(run.spans):
+        data = np.frombuffer(ctypes.string_at(begin, end - begin), np.uint8).copy()
+        written = role in ("grad", "workspace")
+        if written:
+            data[...] = 0xA5
+        segments.append(ptx.Segment(begin, data, written, not written, role))
+    reports = []
+    for launch in run.launches:
+        module = next(m for m in parsed if launch.kernel in m.entries)
+        given = (launch.kernel, launch.grid, launch.block, launch.parameters, segments)
+        reports.append(ptx.launch(module, *given, schedule=schedule))
+    different = []
+    for segment in segments:
+        now = np.frombuffer(ctypes.string_at(segment.address, segment.data.size), np.uint8)
+        if segment.name == "grad" and (now != segment.data).any():
+            different.append(f"{(now != segment.data).sum()} bytes of {segment.data.size} at {segment.address:#x}")
+    return reports, different
+
+
+def _merged(spans: Iterable[emulation.Span]) -> list[tuple[int, int, str]]:
+    """Join spans that overlap, as those of one array given twice do."""
+    joined: list[tuple[int, int, str]] = []
+    for begin, end, role in sorted((s.begin, s.begin + s.bytes, s.role) for s in spans if s.bytes):
+        if joined and begin < joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]), joined[-1][2])
+        else:
+            joined.append((begin, end, role))
+    return joined

@@ -1,0 +1,106 @@
+// Replays cases (case.h) under sanitizers: driver [--schedule NAME]... CASE...
+//
+// Each array is a heap block of exactly its span, aligned as it was when recorded, and each gradient starts as anything
+// but what is expected. Prints a line per case and schedule; exits with 1 if any bit differs or the emulator reports an
+// error. The sanitizers end the program by themselves.
+#include <cstdio>
+#include <cstring>
+
+#include "case.h"
+#include "cuda/cuda.h"
+
+namespace emulator {
+namespace {
+
+constexpr uintptr_t kAlignment = 64;
+
+struct Block {
+  char *base, *begin;
+
+  Block(size_t bytes, uintptr_t shift) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, kAlignment, shift + bytes)) throw std::bad_alloc();
+    base = static_cast<char*>(memory);
+    begin = base + shift;
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_POISON_MEMORY_REGION(base, shift / 8 * 8);
+#endif
+  }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() { std::free(base); }
+};
+
+// What went wrong, or nothing.
+std::string replay(const Case& c) {
+  Problem problem = c.problem;
+  const std::vector<Array> arrays = arrays_of(c.problem);
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Bytes> expected = c.before;  // between a gradient's entries nothing may change
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const Array& array = arrays[i];
+    const Span span = array.span(c.problem);
+    const int64_t origin = static_cast<char*>(array.pointer(c.problem)) - span.begin;
+    blocks.emplace_back(new Block(expected[i].size(), reinterpret_cast<uintptr_t>(span.begin) % kAlignment));
+    char* const begin = blocks.back()->begin;
+    std::copy(expected[i].begin(), expected[i].end(), begin);
+    if (array.role == Role::grad && span.bytes) {
+      array.for_each_entry(c.problem, [&](int64_t offset) {
+        for (int64_t at = origin + offset; at < origin + offset + array.item; ++at) {
+          expected[i][at] = c.after[i][at];
+          begin[at] = static_cast<char>(~expected[i][at]);
+        }
+      });
+    }
+    array.point_to(problem, begin + origin);
+  }
+  std::unique_ptr<Block> workspace;
+  const char* const error = fusionsum_cuda()->run(
+      &problem, 0, nullptr,
+      [](void* context, int64_t bytes) -> void* {
+        auto& workspace = *static_cast<std::unique_ptr<Block>*>(context);
+        if (workspace) return nullptr;  // asked for twice
+        workspace.reset(new Block(static_cast<size_t>(bytes), 0));
+        std::memset(workspace->begin, 0xff, static_cast<size_t>(bytes));
+        return workspace->begin;
+      },
+      &workspace);
+  if (error) return error;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    for (size_t at = 0; at < expected[i].size(); ++at) {
+      if (blocks[i]->begin[at] == expected[i][at]) continue;
+      static const char* const kRoles[] = {"data", "mask", "gradient"};
+      return std::string(kRoles[static_cast<int>(arrays[i].role)]) + " of operand " +
+             std::to_string(arrays[i].operand) + " differs at byte " + std::to_string(at) + " of " +
+             std::to_string(expected[i].size());
+    }
+  }
+  return "";
+}
+
+}  // namespace
+}  // namespace emulator
+
+int main(int count, char** arguments) {
+  std::vector<std::string> schedules, paths;
+  for (int i = 1; i < count; ++i) {
+    if (std::string(arguments[i]) == "--schedule" && i + 1 < count) {
+      schedules.push_back(arguments[++i]);
+    } else {
+      paths.push_back(arguments[i]);
+    }
+  }
+  bool all_well = !paths.empty();
+  for (const std::string& path : paths) {
+    const emulator::Case c = emulator::read_case(path);
+    for (const std::string& schedule : schedules) {
+      if (!emulator::machine.schedule.parse(schedule)) throw std::invalid_argument(schedule + " is not a schedule");
+      std::printf("%s %s ", path.c_str(), schedule.c_str());
+      std::fflush(stdout);  // a sanitizer may end the program
+      const std::string error = emulator::replay(c);
+      std::printf("%s\n", error.empty() ? "ok" : error.c_str());
+      all_well = all_well && error.empty();
+    }
+  }
+  return all_well && !schedules.empty() ? 0 : 1;
+}

@@ -1,0 +1,290 @@
+"""The CUDA library compiled by g++ for the emulator: builds, records, cases, and their replay under sanitizers.
+
+    library = emulation.Library(emulation.build("plain"))
+    _core.use_cuda(library.address, True)  # from now on NumPy arrays go to the emulated library
+    with library.recording() as runs: ...
+    with library.writing_cases(folder): ...
+    emulation.replay(emulation.build("address"), folder.glob("*.case"))
+
+What lives elsewhere: CUDA's execution model (``fibers.h``, ``emulator.h``), the records (``recorder.cpp``), the
+replay's program (``driver.cpp``), planted bugs (``planted.py``). ``FUSIONSUM_EMULATOR_SCHEDULE`` sets the first schedule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import os
+import pathlib
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from tests.cuda.planted import Bug, plant
+
+__all__ = ["SCHEDULES", "VARIANTS", "Launch", "Library", "Run", "Span", "build", "replay"]
+
+_HERE = pathlib.Path(__file__).parent
+_SOURCES = _HERE.parent.parent / "csrc"
+_BUILD = _HERE.parent.parent / "build" / "cuda-emulation"
+_ROLES = ("data", "mask", "grad", "workspace")
+SCHEDULES = ("forward", "reverse", "random:1")
+
+# Contracted products would differ between variants; unique symbols would be shared between libraries in one process.
+_FLAGS = ("-x", "c++", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas")
+_DEFINES = ("-Dfusionsum_cuda=fusionsum_cuda_product", '-DFUSIONSUM_CUDA_ARCHITECTURES="the emulator"')
+VARIANTS = {  # "plain" is a shared library, the others programs that replay cases
+    "plain": ("-O2",),
+    "address": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "thread": ("-O1", "-g", "-fsanitize=thread"),
+}
+
+
+def _compile(
+    source: pathlib.Path, to: pathlib.Path, flags: Sequence[str], includes: Sequence[str], headers: bytes
+) -> bool:
+    """Compile what is not up to date; return whether that was needed."""
+    digest = hashlib.sha256("\0".join(flags).encode() + headers + source.read_bytes()).hexdigest()
+    record = to.with_suffix(".digest")
+    if to.exists() and record.exists() and record.read_text() == digest:
+        return False
+    record.unlink(missing_ok=True)
+    _run(["g++", *flags, *includes, "-c", str(source), "-o", str(to)])
+    record.write_text(digest)
+    return True
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+
+
+def build(
+    variant: str,
+    bug: Bug | None = None,
+    *,
+    name: str = "product",
+    sources: Sequence[pathlib.Path] | None = None,
+) -> pathlib.Path:
+    """
+    Compile a variant of the CUDA library, where its sources have changed.
+
+    Parameters
+    ----------
+    variant
+        One of ``VARIANTS``.
+    bug
+        Planted into the sources; it makes a folder of its own.
+    name
+        The folder to build in.
+    sources
+        What to compile instead of all of csrc/cuda; it defines ``fusionsum_cuda``.
+
+    Returns
+    -------
+    pathlib.Path
+        The shared library, or the program for :func:`replay`.
+
+    Raises
+    ------
+    RuntimeError
+        If the compiler fails; its message is quoted.
+    ValueError
+        If the bug's text is not found exactly once.
+    """
+    folder = _BUILD / (bug.name if bug else name) / variant
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        root = _SOURCES
+        if bug:
+            root = folder / "csrc"
+            plant(bug, _SOURCES, root)
+        if sources is None:
+            sources = sorted([*(root / "cuda").glob("*.cu"), *(root / "cuda").glob("*.cpp")])
+        plain = variant == "plain"
+        harness = [_HERE / "recorder.cpp", *([] if plain else [_HERE / "driver.cpp"])]
+        headers = b"".join(
+            file.read_bytes()
+            for place in (root, _HERE)
+            for file in sorted(place.rglob("*"))
+            if file.suffix in (".h", ".cuh", ".inl")
+        )
+        flags = (*_FLAGS, *VARIANTS[variant])
+        includes = ("-I", str(_HERE), "-I", str(root))
+
+        def compiled(source: pathlib.Path) -> tuple[pathlib.Path, bool]:
+            to = folder / f"{source.stem}.o"
+            defines = () if source in harness else _DEFINES
+            return to, _compile(source, to, (*flags, *defines), includes, headers)
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compiled, [*sources, *harness]))
+        result = folder / ("libfusionsum_cuda.so" if plain else "driver")
+        if any(new for _, new in objects) or not result.exists():
+            link = ["-shared", "-Wl,-z,defs"] if plain else ["-rdynamic"]
+            new = result.with_suffix(".new")
+            _run(["g++", *VARIANTS[variant], *link, *(str(to) for to, _ in objects), "-ldl", "-o", str(new)])
+            new.replace(result)  # whoever has the old one loaded keeps it
+    return result
+
+
+def replay(
+    driver: pathlib.Path, cases: Iterable[pathlib.Path], schedules: Sequence[str] = SCHEDULES
+) -> subprocess.CompletedProcess[str]:
+    """
+    Run cases through a sanitized build.
+
+    The return code is 0 if all was well, 1 if bits differ or the emulator complains, 66 if a sanitizer does.
+
+    Parameters
+    ----------
+    driver
+        Of :func:`build`.
+    cases
+        Files of :meth:`Library.writing_cases`, of a build of the same sources.
+    schedules
+        Each is a replay of each case.
+
+    Returns
+    -------
+    subprocess.CompletedProcess
+        With a line per case and schedule in ``stdout``, and what sanitizers report in ``stderr``.
+    """
+    options = {
+        "ASAN_OPTIONS": "exitcode=66:detect_leaks=0",  # leaks: it cannot look into fibers' stacks
+        "UBSAN_OPTIONS": "exitcode=66:print_stacktrace=1",
+        "TSAN_OPTIONS": "exitcode=66:halt_on_error=1",
+    }
+    asked = [word for schedule in schedules for word in ("--schedule", schedule)]
+    command = [str(driver), *asked, *map(str, cases)]
+    return subprocess.run(command, env={**os.environ, **options}, capture_output=True, text=True)
+
+
+class _LaunchRecord(ctypes.Structure):
+    _fields_ = (
+        ("kernel", ctypes.c_char_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("parameters", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+    )
+
+
+class _SpanRecord(ctypes.Structure):
+    _fields_ = (
+        ("operand", ctypes.c_int32),
+        ("role", ctypes.c_int32),
+        ("begin", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel by its mangled name, which is the entry's in nvcc's PTX, and what it was launched with."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    parameters: bytes
+
+
+@dataclass(frozen=True)
+class Span:
+    """Memory that a run may touch: an operand's "data", "mask" or "grad", or the "workspace" (operand -1)."""
+
+    operand: int
+    role: str
+    begin: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of the library."""
+
+    launches: tuple[Launch, ...]
+    spans: tuple[Span, ...]
+
+
+class Library:
+    """
+    The plain build, loaded. Its records are of the process; one user at a time.
+
+    Parameters
+    ----------
+    path
+        Of :func:`build`.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._library = library = ctypes.CDLL(str(path))
+        library.emulator_schedule.restype = ctypes.c_bool
+        library.emulator_schedule.argtypes = library.emulator_write_cases.argtypes = [ctypes.c_char_p]
+        library.emulator_reports.restype = ctypes.c_char_p
+        library.emulator_record.argtypes = [ctypes.c_bool]
+        library.emulator_runs.restype = ctypes.c_int64
+        library.emulator_launches.argtypes = library.emulator_spans.argtypes = [
+            ctypes.c_int64,
+            ctypes.POINTER(ctypes.c_int64),
+        ]
+        library.emulator_launches.restype = ctypes.POINTER(_LaunchRecord)
+        library.emulator_spans.restype = ctypes.POINTER(_SpanRecord)
+
+    @property
+    def native(self) -> ctypes.CDLL:
+        """The library itself."""
+        return self._library
+
+    @property
+    def address(self) -> int:
+        """Where ``fusionsum_cuda`` is, for ``_core.use_cuda``."""
+        address = ctypes.cast(self._library.fusionsum_cuda, ctypes.c_void_p).value
+        assert address is not None
+        return address
+
+    def schedule(self, name: str) -> None:
+        """Order threads and blocks "forward", "reverse" or "random:<seed>" from now on; else ValueError."""
+        if not self._library.emulator_schedule(name.encode()):
+            raise ValueError(f"schedule: expected 'forward', 'reverse' or 'random:<seed>', got {name!r}")
+
+    def reports(self) -> list[str]:
+        """Take what the emulator reported since the last call."""
+        return self._library.emulator_reports().decode().splitlines()
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[Run]]:
+        """Fill the list, at the end, with the runs within."""
+        runs: list[Run] = []
+        self._library.emulator_record(True)
+        try:
+            yield runs
+            runs += [self._recorded(i) for i in range(self._library.emulator_runs())]
+        finally:
+            self._library.emulator_record(False)
+
+    def _recorded(self, run: int) -> Run:
+        count = ctypes.c_int64()
+        launches = self._library.emulator_launches(run, ctypes.byref(count))[: count.value]
+        spans = self._library.emulator_spans(run, ctypes.byref(count))[: count.value]
+        return Run(
+            tuple(
+                Launch(l.kernel.decode(), tuple(l.grid), tuple(l.block), ctypes.string_at(l.parameters, l.bytes))
+                for l in launches
+            ),
+            tuple(Span(s.operand, _ROLES[s.role], s.begin or 0, s.bytes) for s in spans),
+        )
+
+    @contextlib.contextmanager
+    def writing_cases(self, folder: pathlib.Path) -> Iterator[None]:
+        """Write each run within that succeeds to the folder, as 0.case, 1.case, ... for :func:`replay`."""
+        self._library.emulator_write_cases(str(folder).encode())
+        try:
+            yield
+        finally:
+            self._library.emulator_write_cases(b"")

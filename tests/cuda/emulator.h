@@ -1,0 +1,140 @@
+// CUDA's language and runtime for kernels that g++ compiles: what csrc/cuda/gpu.h includes where nvcc is not the
+// compiler.
+//
+// What lives here: the names. What lives elsewhere: what they do (fibers.h); recording of launches, and the wrapper
+// round the library (recorder.cpp); replay under sanitizers (driver.cpp).
+#pragma once
+#include "fibers.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+using std::max;
+using std::min;
+
+using cudaStream_t = void*;
+
+// ---- CUDA's functions -----------------------------------------------------------------------------------------------
+
+#define threadIdx (::emulator::thread_index())
+#define blockIdx (::emulator::block_index())
+#define blockDim (::emulator::block_size())
+#define gridDim (::emulator::grid_size())
+
+// The reference has the array's type, for UBSan; the key is one per instantiation, as CUDA's arrays are.
+#define GPU_SHARED(type, name, count)                \
+  static const char name##_key = 0;                  \
+  type(&name)[count] = *static_cast<type(*)[count]>( \
+      ::emulator::shared_array(&name##_key, sizeof(type) * (count), ::emulator::Site::here()))
+
+inline void __syncthreads(emulator::Site site = emulator::Site::here()) { emulator::barrier(site); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Site site = emulator::Site::here()) {
+  emulator::warp_barrier(mask, site);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane, emulator::Site site = emulator::Site::here()) {
+  return emulator::shuffle(emulator::Collective::shfl, mask, value, static_cast<unsigned>(lane) % emulator::kWarp,
+                           site);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, emulator::Site site = emulator::Site::here()) {
+  const unsigned lane = emulator::machine.current->rank % emulator::kWarp;
+  return emulator::shuffle(emulator::Collective::shfl_xor, mask, value, (lane ^ bits) % emulator::kWarp, site);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, emulator::Site site = emulator::Site::here()) {
+  const unsigned lane = emulator::machine.current->rank % emulator::kWarp, source = lane + by;
+  return emulator::shuffle(emulator::Collective::shfl_down, mask, value, source < emulator::kWarp ? source : lane,
+                           site);
+}
+
+template <class T>
+T __ldg(const T* pointer, emulator::Site site = emulator::Site::here()) {
+  emulator::check_aligned(pointer, site);
+  return *pointer;
+}
+template <class T>
+T __ldcs(const T* pointer, emulator::Site site = emulator::Site::here()) {
+  return __ldg(pointer, site);
+}
+template <class T>
+void __stcs(T* pointer, T value, emulator::Site site = emulator::Site::here()) {
+  emulator::check_aligned(pointer, site);
+  *pointer = value;
+}
+template <class T>
+void __stwb(T* pointer, T value, emulator::Site site = emulator::Site::here()) {
+  __stcs(pointer, value, site);
+}
+
+template <class Parameters>
+cudaError_t gpu_launch(void (*kernel)(Parameters), dim3 grid, dim3 block, cudaStream_t, const Parameters& parameters) {
+  static_assert(std::is_trivially_copyable<Parameters>::value, "parameters are copied byte by byte");
+  static_assert(sizeof(Parameters) <= emulator::kParameterLimit, "a launch takes 4 KB of parameters");
+  return emulator::run({reinterpret_cast<const void*>(kernel), grid, block, &parameters, sizeof parameters,
+                        [](const emulator::Launch& launch) {
+                          reinterpret_cast<void (*)(Parameters)>(launch.kernel)(
+                              *static_cast<const Parameters*>(launch.parameters));
+                        }});
+}
+
+inline const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
+    case cudaErrorLaunchFailure:
+      return "cudaErrorLaunchFailure";
+  }
+  return "unrecognized error code";
+}
+// Of a failed launch, the emulator's report; valid until the next one fails.
+inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorLaunchFailure || error == cudaErrorInvalidConfiguration)
+    return emulator::machine.failure.c_str();
+  return cudaGetErrorName(error);
+}
+inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
+
+// One device, of compute capability 9.0.
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : emulator::last_error = cudaErrorInvalidDevice;
+}
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  return cudaSetDevice(device);
+}
+struct cudaFuncAttributes {
+  int maxThreadsPerBlock;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  if (!kernel) return emulator::last_error = cudaErrorInvalidValue;
+  attributes->maxThreadsPerBlock = emulator::kMostThreads;
+  return cudaSuccess;
+}

@@ -1,0 +1,148 @@
+// The emulated library's fusionsum_cuda: the real one, with what tests want to know written down on the way.
+//
+// The library's sources are compiled with -Dfusionsum_cuda=fusionsum_cuda_product, so that this file can stand before
+// it. What lives here: recording of runs and launches, cases to files, and the C functions that emulation.py calls.
+// Recording holds one call of the library at a time; the records last until emulator_record.
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "case.h"
+#include "cuda/cuda.h"
+
+extern "C" const fusionsum::CudaLibrary* fusionsum_cuda_product();
+
+namespace emulator {
+namespace {
+
+// emulation.py mirrors this struct.
+struct LaunchRecord {
+  const char* kernel;  // mangled
+  uint32_t grid[3], block[3];
+  const void* parameters;
+  int64_t bytes;
+};
+
+struct Run {
+  std::vector<Span> spans;
+  std::vector<LaunchRecord> launches;
+  std::deque<Bytes> parameters;
+};
+
+struct Recorder {
+  std::mutex mutex;
+  bool recording = false;
+  std::deque<Run> runs;
+  std::string directory;  // for cases; empty: write none
+  int64_t cases = 0;
+  std::string text;  // what was returned last
+} recorder;
+
+void observe(const Launch& launch) {
+  Run& run = recorder.runs.back();
+  const char* const parameters = static_cast<const char*>(launch.parameters);
+  run.parameters.emplace_back(parameters, parameters + launch.bytes);
+  const dim3 &grid = launch.grid, &block = launch.block;
+  run.launches.push_back({symbol(launch.kernel),
+                          {grid.x, grid.y, grid.z},
+                          {block.x, block.y, block.z},
+                          run.parameters.back().data(),
+                          static_cast<int64_t>(launch.bytes)});
+}
+
+const char* run_recorded(const Problem* problem, int device, void* stream, void* (*allocate)(void*, int64_t),
+                         void* context) {
+  const auto* const product = fusionsum_cuda_product();
+  std::unique_lock<std::mutex> lock(recorder.mutex);
+  if (!recorder.recording && recorder.directory.empty()) {
+    lock.unlock();
+    return product->run(problem, device, stream, allocate, context);
+  }
+  Case c{*problem, {}, {}};
+  struct Allocator {
+    void* (*allocate)(void*, int64_t);
+    void* context;
+    Run* run;
+  } allocator{allocate, context, nullptr};
+  if (recorder.recording) {
+    allocator.run = &recorder.runs.emplace_back();
+    for (const Array& array : arrays_of(*problem)) allocator.run->spans.push_back(array.span(*problem));
+    machine.observe = observe;
+  }
+  if (!recorder.directory.empty()) c.before = c.images(false);
+  const char* const error = product->run(
+      problem, device, stream,
+      [](void* context, int64_t bytes) -> void* {
+        const Allocator& allocator = *static_cast<Allocator*>(context);
+        void* const workspace = allocator.allocate(allocator.context, bytes);
+        if (allocator.run) allocator.run->spans.push_back({-1, Role::workspace, static_cast<char*>(workspace), bytes});
+        return workspace;
+      },
+      &allocator);
+  machine.observe = nullptr;
+  if (!error && !recorder.directory.empty()) {
+    c.after = c.images(true);
+    try {
+      write_case(recorder.directory + "/" + std::to_string(recorder.cases++) + ".case", c);
+    } catch (const std::exception& exception) {
+      recorder.text = exception.what();
+      return recorder.text.c_str();
+    }
+  }
+  return error;
+}
+
+}  // namespace
+}  // namespace emulator
+
+extern "C" {
+using emulator::machine;
+using emulator::recorder;
+
+const fusionsum::CudaLibrary* fusionsum_cuda() {
+  static const fusionsum::CudaLibrary library{fusionsum_cuda_product()->unavailable, emulator::run_recorded};
+  return &library;
+}
+
+// False for a name that is no schedule.
+bool emulator_schedule(const char* name) {
+  const std::lock_guard<std::mutex> lock(machine.mutex);
+  return machine.schedule.parse(name);
+}
+
+// The reports since the last call, one a line.
+const char* emulator_reports() {
+  const std::lock_guard<std::mutex> lock(machine.mutex);
+  recorder.text.clear();
+  for (const std::string& report : machine.reports) recorder.text += report + "\n";
+  machine.reports.clear();
+  return recorder.text.c_str();
+}
+
+// Forgets what was recorded; and whether to record from now on.
+void emulator_record(bool on) {
+  const std::lock_guard<std::mutex> lock(recorder.mutex);
+  recorder.runs.clear();
+  recorder.recording = on;
+}
+int64_t emulator_runs() { return static_cast<int64_t>(recorder.runs.size()); }
+const emulator::LaunchRecord* emulator_launches(int64_t run, int64_t* count) {
+  const auto& launches = recorder.runs.at(static_cast<size_t>(run)).launches;
+  *count = static_cast<int64_t>(launches.size());
+  return launches.data();
+}
+const emulator::Span* emulator_spans(int64_t run, int64_t* count) {
+  const auto& spans = recorder.runs.at(static_cast<size_t>(run)).spans;
+  *count = static_cast<int64_t>(spans.size());
+  return spans.data();
+}
+
+// From now on each run that succeeds is written to the directory, as 0.case, 1.case, ...; "" ends that.
+void emulator_write_cases(const char* directory) {
+  const std::lock_guard<std::mutex> lock(recorder.mutex);
+  recorder.directory = directory;
+  recorder.cases = 0;
+}
+}
