@@ -135,7 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = commands.add_parser("prepare", help="make a data set: digits-sum, openclipart or tuxpaint")
     verb.add_argument("name", help="the data set")
     verb.add_argument("--out", type=Path, help="its folder (data/NAME)")
-    verb.add_argument("--from", type=Path, dest="source", help="folder of Debian packages, .deb or unpacked (apt-get download)")
+    verb.add_argument(
+        "--from", type=Path, dest="source", help="folder of Debian packages, .deb or unpacked (apt-get download)"
+    )
     verb = commands.add_parser("train", help="train the models that a configuration describes")
     verb.add_argument("config", type=Path, help="a YAML file")
     verb.add_argument("--out", type=Path, required=True, help="folder of the run")
@@ -171,7 +173,13 @@ def main(argv: list[str] | None = None) -> int:
         options["steps"] = args.steps or (60 if quick else 800)
     if command == "train" and (on_error := options.pop("on_error")):
         options["overrides"] = [*args.overrides, f"data.on_error={on_error}"]
-    verbs = {"demo": demo, "prepare": prepare, "train": train, "evaluate": evaluate, "predict": predict}
+    verbs: dict[str, Callable[..., None]] = {
+        "demo": demo,
+        "prepare": prepare,
+        "train": train,
+        "evaluate": evaluate,
+        "predict": predict,
+    }
     return _reported(verbs[command], **options) if command in verbs else info()
 
 

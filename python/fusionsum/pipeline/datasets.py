@@ -112,7 +112,9 @@ def _call(command: Sequence[str], folder: Path) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise PrepareError(f"{command[0]} is not on this machine: download the packages elsewhere, use --from") from None
+        raise PrepareError(
+            f"{command[0]} is not on this machine: download the packages elsewhere, use --from"
+        ) from None
     if done.returncode:
         raise PrepareError(f"{' '.join(command)}: {done.stderr.strip()}")
 
@@ -160,7 +162,9 @@ def digits_sum(out: Path, files: Path, pairs: int = 51200, test_share: float = 0
     for i, scan in enumerate(handwriting.images):
         Image.fromarray((255 - scan * 255 / 16).astype(np.uint8)).save(out / "digits" / f"{i}.png")
     rng = np.random.default_rng(0)
-    test_images, train_images = np.split(rng.permutation(len(handwriting.images)), [int(test_share * len(handwriting.images))])
+    test_images, train_images = np.split(
+        rng.permutation(len(handwriting.images)), [int(test_share * len(handwriting.images))]
+    )
     test_words, train_words = np.split(rng.permutation(len(words)), [int(test_share * len(words))])
     parts: list[tuple[str, int, np.ndarray, list[tuple[str, int]]]] = [
         ("train", pairs, train_images, [words[i] for i in train_words]),
@@ -210,7 +214,8 @@ def _clipart_metadata(path: Path) -> tuple[str, str, str] | None:
 def openclipart(out: Path, files: Path) -> Sequence[str]:
     """Rows of clip art: picture, title, keywords; the category is its folder, the group its author."""
     png, svg = files / "usr/share/openclipart/png", files / "usr/share/openclipart/svg"
-    rows, seen, malformed = [], set(), 0
+    rows: list[dict[str, Any]] = []
+    seen, malformed = set(), 0
     for picture in sorted(png.rglob("*.png")):
         place = picture.relative_to(png)
         drawing = svg / place.with_suffix(".svg")
@@ -236,7 +241,9 @@ def openclipart(out: Path, files: Path) -> Sequence[str]:
             }
         )
     rows = _frequent(rows)
-    print(f"openclipart: {len(rows)} pictures of {len({r['group'] for r in rows})} authors; {malformed} SVG not well-formed")
+    print(
+        f"openclipart: {len(rows)} pictures of {len({r['group'] for r in rows})} authors; {malformed} SVG not well-formed"
+    )
     write_manifest(out / "manifest.csv", rows)
     image = {"kind": "image", "encoder": "efficientnet-lite0"}
     data = {"split": "by-seed"}
@@ -274,7 +281,7 @@ def _stamps(stamps: Path) -> Iterable[tuple[Path, dict[str, str], dict[str, Path
         if re.search(r"_(mirror|flip)$", picture.stem) or not caption.exists():
             continue
         first, *others = caption.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-        texts = {"en": first} | dict(m.groups() for line in others if (m := _TRANSLATION.match(line)))
+        texts = {"en": first} | {m[1]: m[2] for line in others if (m := _TRANSLATION.match(line))}
         pattern = re.compile(re.escape(picture.stem) + r"_desc(?:_([A-Za-z_]+))?\.(?:ogg|wav)")
         found = ((pattern.fullmatch(path.name), path) for path in picture.parent.iterdir())
         yield picture, texts, {match.group(1) or "en": path for match, path in found if match}
@@ -309,7 +316,7 @@ def tuxpaint(out: Path, files: Path) -> Sequence[str]:
         "title": "tuxpaint: category from picture, caption and Danish speech (half of it missing)",
         "data": data | {"manifest": "category.csv"},
         "modalities": {"image": image, "text": text, "speech_da": speech},
-        "fusion": {"layer": "LowRankFusion", "rank": 8},
+        "fusion": {"layer": "LowRankFusion", "rank": 16},
         "train": {"epochs": 100, "modality_dropout": 0.2},
     }
     retrieval = {
@@ -322,7 +329,7 @@ def tuxpaint(out: Path, files: Path) -> Sequence[str]:
             "french": {"kind": "text", "encoder": "ngrams", "column": "text_fr"},
         },
         "task": {"kind": "retrieval", "target": ["text", "french"], "dim": 64},
-        "fusion": {"layer": "LowRankFusion", "rank": 8},
+        "fusion": {"layer": "LowRankFusion", "rank": 16},
         "train": {"epochs": 100, "batch_size": 128, "modality_dropout": 0.2},
     }
     return [_configure(out, "category.yaml", category), _configure(out, "retrieval.yaml", retrieval)]

@@ -25,8 +25,8 @@ from .predictor import MultimodalPredictor, threads
 from .report import label, verdicts, write_report
 
 CONSTRUCTED = (
-    "The inputs are real, the label is constructed: it needs both modalities and how they interact. Each alone, and any sum "
-    "of the scores of each, stays near chance. No image or word of the test splits is in the training data."
+    "The inputs are real, the label is constructed: it needs both modalities and how they interact. Each alone, and any "
+    "sum of the scores of each, stays near chance. No image or word of the test splits is in the training data."
 )
 
 
@@ -119,6 +119,7 @@ def run(out: Path, seeds: int = 3, steps: int = 800, timed_pairs: int = 60) -> R
     (config,) = digits_sum(data, data, pairs=64 * steps)
     predictor = MultimodalPredictor(load(data / config, [f"train.seeds={seeds}"])).fit()
     results = predictor.evaluate()
+    assert predictor.gathered is not None
     with threads(1):
         times = step_times(predictor, timed_pairs)
     backend = "NumPy reference" if native is None else f"native, {native.isa()}"
@@ -129,7 +130,13 @@ def run(out: Path, seeds: int = 3, steps: int = 800, timed_pairs: int = 60) -> R
         f"The demo ran for {time.perf_counter() - start:.0f} s.",
     ]
     write_report(out, predictor, predictor.gathered, results, notes)
-    print(_table(predictor, results), *verdicts(predictor, results), *notes, f"Written to {out / 'report.html'}.", sep="\n")
+    print(
+        _table(predictor, results),
+        *verdicts(predictor, results),
+        *notes,
+        f"Written to {out / 'report.html'}.",
+        sep="\n",
+    )
     return results
 
 

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from .fuse import FusionModel, TwoTowers
 from .train import EVALUATED, Rows
 
-Results = dict[str, dict[str, dict[str, dict[str, list[float]]]]]  # [split][model][condition][metric]: one value per seed
+Results = dict[
+    str, dict[str, dict[str, dict[str, list[float]]]]
+]  # [split][model][condition][metric]: one value per seed
 BINS = 15  # of confidence, for the calibration error
 RECALLED = (1, 5, 10)
 
@@ -102,27 +104,22 @@ def outputs(
 def combine(name: str, kind: str, parts: Sequence[Outputs]) -> Outputs:
     """Combine what unimodal models say; of each row, those whose modality it has.
 
-    ``late-product`` multiplies their probabilities (of classes; of the gallery's items, which adds their scores);
-    ``score-sum`` adds probabilities, cosines, or takes the mean of predicted numbers.
+    ``late-product`` multiplies the classes' probabilities; ``score-sum`` adds probabilities or cosines, or takes the mean
+    of predicted numbers.
     """
     scored = {
         ("late-product", "classification"): lambda part: log_softmax(part.values, axis=1),
-        ("late-product", "retrieval"): lambda part: part.values,
         ("score-sum", "classification"): lambda part: softmax(part.values, axis=1),
         ("score-sum", "retrieval"): lambda part: part.cosines,
         ("score-sum", "regression"): lambda part: part.values,
     }[name, kind]
-    known = np.stack([part.known for part in parts])
-    total = sum(np.where(part.known[:, None], scored(part), 0) for part in parts)
-    if kind == "retrieval":
-        return Outputs(total, known.any(axis=0))
-    if name == "late-product":
-        return Outputs(total, known.any(axis=0))
-    mean = total / known.sum(axis=0).clip(min=1)[:, None]
+    known = np.array([part.known for part in parts])
+    total = np.sum([np.where(part.known[:, None], scored(part), 0) for part in parts], axis=0)
     if kind == "regression":
-        return Outputs(mean, known.any(axis=0))
-    # Back to logits. A row with no modality has mean 0 and becomes uniform.
-    return Outputs(np.log(mean.clip(min=1e-12)), known.any(axis=0))
+        total = total / known.sum(axis=0).clip(min=1)[:, None]
+    elif kind == "classification" and name == "score-sum":
+        total = np.log(total.clip(min=1e-12))  # back to logits; of a row without any modality they are equal
+    return Outputs(total, known.any(axis=0))
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -131,7 +128,8 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarr
     place = np.minimum((confidence * BINS).astype(int), BINS - 1)
     count = np.bincount(place, minlength=BINS)
     with np.errstate(invalid="ignore"):
-        return count, *(np.bincount(place, weights=v, minlength=BINS) / count for v in (confidence, right))
+        means = [np.bincount(place, weights=v, minlength=BINS) / count for v in (confidence, right)]
+    return count, means[0], means[1]
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -210,7 +208,7 @@ def retrieval_metrics(scores: np.ndarray, relevant: np.ndarray, query: str, targ
     query, target : str
         What the two sides are called in the metrics' names.
     """
-    found = {}
+    found: dict[str, float] = {}
     for a, b, s, r in ((query, target, scores, relevant), (target, query, scores.T, relevant.T)):
         rank = ranks(s, r)
         found |= {f"{a}_to_{b}_R@{k}": float((rank <= k).mean()) for k in RECALLED}

@@ -123,12 +123,12 @@ class TextNgrams(nn.Module):
     P. Bojanowski et al., "Enriching Word Vectors with Subword Information", TACL 2017, section 3.2.
     """
 
-    BUCKETS = 4096
+    BUCKETS = 2048
 
     def __init__(self, fitted: Mapping[str, Any], features: int) -> None:
         super().__init__()
-        self.embedding = nn.EmbeddingBag(self.BUCKETS + 1, 128, mode="mean", padding_idx=self.BUCKETS)
-        self.projection = nn.Sequential(nn.Linear(128, features), nn.LayerNorm(features))
+        self.embedding = nn.EmbeddingBag(self.BUCKETS + 1, HIDDEN, mode="mean", padding_idx=self.BUCKETS)
+        self.projection = nn.Sequential(nn.Linear(HIDDEN, features), nn.LayerNorm(features))
 
     def forward(self, text: Tensor) -> Tensor:
         """Encode a batch of texts."""

@@ -47,14 +47,8 @@ def layer(name: str, input_dims: Sequence[int], output_dim: int, options: Mappin
 
     Examples
     --------
-    >>> layer("LowRankFusion", [32, 16], 10, {"rank": 4})
-    LowRankFusion(
-      input_dims=(32, 16), output_dim=10, rank=4, bias=True, activations=None
-      (factors): ModuleList(
-        (0): Linear(in_features=32, out_features=40, bias=True)
-        (1): Linear(in_features=16, out_features=40, bias=True)
-      )
-    )
+    >>> layer("LowRankFusion", [32, 16], 10, {"rank": 4}).rank
+    4
     """
     known = layers()
     if name not in known:
@@ -76,24 +70,6 @@ def layer(name: str, input_dims: Sequence[int], output_dim: int, options: Mappin
 def parameter_count(module: nn.Module) -> int:
     """Count the trainable numbers of a module."""
     return sum(p.numel() for p in module.parameters())
-
-
-class Concat(nn.Module):
-    """Concatenate the features and map them by `net`."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, *features: Tensor) -> Tensor:
-        """Return ``net`` of (B, sum of the features' widths)."""
-        return self.net(torch.cat(features, dim=-1))
-
-
-def concat_mlp(input_dims: Sequence[int], output_dim: int, parameters: int) -> Concat:
-    """Concatenation and one hidden layer, as wide as a number of parameters allows."""
-    hidden = max(1, (parameters - output_dim) // (sum(input_dims) + 1 + output_dim))
-    return Concat(nn.Sequential(nn.Linear(sum(input_dims), hidden), nn.ReLU(), nn.Linear(hidden, output_dim)))
 
 
 class FusionModel(nn.Module):
@@ -162,8 +138,7 @@ def trained_models(config: Config) -> list[str]:
 
 def combined_models(config: Config) -> list[str]:
     """Return the names of the models that combine what the unimodal ones say, and are not trained themselves."""
-    regression = config.task.kind == "regression"
-    names = ("score-sum",) if regression else ("late-product", "score-sum")
+    names = ("late-product", "score-sum") if config.task.kind == "classification" else ("score-sum",)
     return [name for name in names if name in config.baselines] if len(input_modalities(config)) > 1 else []
 
 
@@ -211,6 +186,11 @@ def _head(config: Config, name: str, input_dims: Sequence[int], output_dim: int)
     if len(input_dims) == 1:
         return nn.Linear(input_dims[0], output_dim)
     if name == "concat-linear":
-        return Concat(nn.Linear(sum(input_dims), output_dim))
+        return fusion_layers.LateFusion(
+            input_dims, output_dim
+        )  # a linear map of what is joined is a sum of linear maps
     fused = layer(config.fusion.layer, input_dims, output_dim, config.fusion.options)
-    return concat_mlp(input_dims, output_dim, parameter_count(fused)) if name == "mlp" else fused
+    if name == FUSED:
+        return fused
+    hidden = (parameter_count(fused) - output_dim) // (sum(input_dims) + 1 + output_dim)
+    return fusion_layers.ConcatMLP(input_dims, output_dim, (max(1, hidden),))

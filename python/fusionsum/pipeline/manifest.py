@@ -162,14 +162,20 @@ def check(manifest: Manifest, config: Config, labelled: bool = True) -> None:
     ]
     if problems:
         raise ManifestError(problems)
+    sides = {"all modalities are": [name for name in cells if name not in config.task.target]}
+    if labelled and config.task.target:
+        sides["the target is"] = list(config.task.target)
     first: dict[str, int] = {}
     for i, row in enumerate(manifest.rows):
         if not row.get("id"):
             problems.append(f"{manifest.where(i, 'id')}: is empty")
         elif first.setdefault(row["id"], i) != i:
-            problems.append(f"{manifest.where(i, 'id')}: {row['id']!r} is that of line {manifest.lines[first[row['id']]]} too")
-        if not any(row.get(column) for columns in cells.values() for column in columns):
-            problems.append(f"{manifest.where(i, ', '.join(cells))}: all modalities are missing")
+            problems.append(
+                f"{manifest.where(i, 'id')}: {row['id']!r} is that of line {manifest.lines[first[row['id']]]} too"
+            )
+        for side, names in sides.items():
+            if not any(row.get(column) for name in names for column in cells[name]):
+                problems.append(f"{manifest.where(i, ', '.join(names))}: {side} missing")
         if supervised:
             problems += _label_problem(manifest, i, config.task.kind)
     if labelled and not drawn:

@@ -50,7 +50,7 @@ class Gathered:
 
 
 class MultimodalPredictor:
-    """Train, evaluate and use a multimodal model that a configuration describes.
+    r"""Train, evaluate and use a multimodal model that a configuration describes.
 
     Parameters
     ----------
@@ -68,11 +68,11 @@ class MultimodalPredictor:
     >>> from pathlib import Path
     >>> folder = Path(tempfile.mkdtemp())
     >>> rows = [f"r{i},{'train' if i < 40 else 'test'},{'odd' if i % 2 else 'even'},n{i % 2},{i}" for i in range(60)]
-    >>> _ = (folder / "m.csv").write_text("\\n".join(["id,split,label,word,number", *rows]))
+    >>> _ = (folder / "m.csv").write_text("\n".join(["id,split,label,word,number", *rows]))
     >>> config = {
     ...     "modalities": {"word": {"kind": "text", "length": 2}, "number": {"kind": "table"}},
     ...     "data": {"cache": str(folder / "cache")},
-    ...     "train": {"seeds": 1, "epochs": 20, "learning_rate": 0.01},
+    ...     "train": {"seeds": 1, "epochs": 20, "learning_rate": 0.01, "patience": 0},
     ... }
     >>> predictor = MultimodalPredictor(config).fit(folder / "m.csv", progress=False)
     >>> predictor.evaluate()["test"]["fused"]["all"]["accuracy"]
@@ -147,7 +147,7 @@ class MultimodalPredictor:
         return torch.from_numpy(self._target_numbers(gathered))
 
     def _target_numbers(self, gathered: Gathered) -> np.ndarray:
-        """Number the distinct targets: rows of the same content are the same target. -1 where it is missing."""
+        """Return each row's number of its target, the same for the same content, or -1 where it is missing."""
         indices = np.stack([gathered.items[name].index for name in self.config.task.target], axis=1)
         _, numbers = np.unique(indices, axis=0, return_inverse=True)
         return np.where((indices < 0).all(axis=1), -1, numbers.reshape(-1))
@@ -163,7 +163,11 @@ class MultimodalPredictor:
     # Steps 2 to 4 ----------------------------------------------------------------------------------------------------
 
     def fit(
-        self, manifest: str | Path | None = None, out: str | Path | None = None, resume: bool = False, progress: bool = True
+        self,
+        manifest: str | Path | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
     ) -> MultimodalPredictor:
         """Train every model with every seed.
 
@@ -190,7 +194,9 @@ class MultimodalPredictor:
         """
         folder = None if out is None else Path(out)
         path = Path(manifest or self.config.data.manifest).resolve()
-        data = dataclasses.replace(self.config.data, manifest=str(path), cache=str(Path(self.config.data.cache).resolve()))
+        data = dataclasses.replace(
+            self.config.data, manifest=str(path), cache=str(Path(self.config.data.cache).resolve())
+        )
         self.config = dataclasses.replace(self.config, data=data)
         if folder is not None and (folder / "checkpoints").exists() and not resume:
             raise step4.CheckpointError(f"{folder} is a run already: continue it (--resume), or choose another folder")
@@ -242,7 +248,9 @@ class MultimodalPredictor:
             if not len(parts[part]):
                 raise ConfigError(f"data: no row is in the split {part!r}")
         if not len(parts["validation"]) and self.config.train.patience:
-            raise ConfigError("train.patience: there are no rows of the split 'validation' to stop early by; set it to 0")
+            raise ConfigError(
+                "train.patience: there are no rows of the split 'validation' to stop early by; set it to 0"
+            )
         labels = [gathered.manifest.rows[i].get("label", "") for i in parts["train"]]
         task: dict[str, Any] = {}
         if self.config.task.kind == "classification":
@@ -277,7 +285,9 @@ class MultimodalPredictor:
 
     # Step 5 ----------------------------------------------------------------------------------------------------------
 
-    def evaluate(self, manifest: str | Path | None = None, out: str | Path | None = None, progress: bool = True) -> Results:
+    def evaluate(
+        self, manifest: str | Path | None = None, out: str | Path | None = None, progress: bool = True
+    ) -> Results:
         """Measure every model, with all modalities and with each withheld.
 
         Parameters
@@ -382,7 +392,9 @@ class MultimodalPredictor:
             self.details["calibration"].setdefault(split, []).append((probabilities, labels))
 
     @torch.no_grad()
-    def predict(self, manifest: str | Path, out: str | Path | None = None, progress: bool = True) -> list[dict[str, Any]]:
+    def predict(
+        self, manifest: str | Path, out: str | Path | None = None, progress: bool = True
+    ) -> list[dict[str, Any]]:
         """Predict with the fused model of the first seed.
 
         Parameters
@@ -460,7 +472,9 @@ class MultimodalPredictor:
             for name in predictor.models:
                 state = step4.read_checkpoint(_checkpoint(folder, name, seed))
                 if not state["done"]:
-                    raise step4.CheckpointError(f"{folder}: the training of {name!r}, seed {seed}, is not done: --resume")
+                    raise step4.CheckpointError(
+                        f"{folder}: the training of {name!r}, seed {seed}, is not done: --resume"
+                    )
                 fitted = step4.read_checkpoint(folder / "checkpoints" / f"{seed}.fitted")
                 predictor.states[name, seed] = fitted | {"model": state["model"]}
                 predictor.histories[name, seed] = state["history"]

@@ -79,7 +79,7 @@ class Modality:
 
 @dataclass(frozen=True)
 class Image(Modality):
-    """Pictures: turned as EXIF says, transparency on white, fitted into a white square; uint8 ``(channels, size, size)``."""
+    """Pictures, turned as EXIF says, on white, fitted into a white square; uint8 ``(channels, size, size)``."""
 
     encoder: str = "cnn"
     size: int = 64
@@ -105,11 +105,11 @@ class Image(Modality):
 
 
 def normalise(text: str) -> str:
-    """Write the same text in the same way: Unicode NFKC, one space for any white space, nothing that is not printed.
+    r"""Write the same text in the same way: Unicode NFKC, one space for any white space, nothing that is not printed.
 
     Examples
     --------
-    >>> normalise(" \\ufb01re\\u00a0\\tengine ")
+    >>> normalise(" \ufb01re\u00a0\tengine ")
     'fire engine'
     """
     composed = " ".join(unicodedata.normalize("NFKC", text).split())

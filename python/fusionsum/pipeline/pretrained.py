@@ -53,7 +53,7 @@ class EfficientNetLite0:
     def encode(self, items: Iterable[Any]) -> Iterator[np.ndarray]:
         """Average the last feature map."""
         for batch in torch.from_numpy(np.stack(list(items))).split(16):
-            maps: Tensor = self.network.extract_features((batch.float() - 127) / 128)  # type: ignore[operator]
+            maps: Tensor = self.network.extract_features((batch.float() - 127) / 128)
             yield from maps.mean(dim=(2, 3)).numpy()
 
 

@@ -138,7 +138,12 @@ def readable(metric: str) -> str:
     >>> readable("image_to_text_R@10"), readable("macro_f1"), readable("ece")
     ('image → text R@10', 'macro-F1', 'calibration error (ECE)')
     """
-    names = {"macro_f1": "macro-F1", "ece": "calibration error (ECE)", "mae": "mean absolute error", "pearson": "Pearson’s r"}
+    names = {
+        "macro_f1": "macro-F1",
+        "ece": "calibration error (ECE)",
+        "mae": "mean absolute error",
+        "pearson": "Pearson’s r",
+    }
     return names.get(metric, metric.replace("_to_", " → ").replace("_", " "))
 
 
@@ -183,7 +188,9 @@ def verdicts(predictor: MultimodalPredictor, results: Results) -> list[str]:
 def _facts(predictor: MultimodalPredictor, gathered: Gathered) -> list[tuple[str, str]]:
     config = predictor.config
     query, target = predictor.sides()
-    task = f"{config.task.kind}: {query} → {target}" if target else f"{config.task.kind} from {query.replace('+', ' + ')}"
+    task = (
+        f"{config.task.kind}: {query} → {target}" if target else f"{config.task.kind} from {query.replace('+', ' + ')}"
+    )
     options = ", ".join(f"{k}={v}" for k, v in config.fusion.options.items())
     encoders = ", ".join(f"{name}: {m.encoder}" for name, m in config.modalities.items())
     counts = predictor.details["parameters"]
@@ -307,7 +314,9 @@ def _bars(predictor: MultimodalPredictor, split: str, models: Mapping[str, Any])
     axes = figure.subplots()
     colours = [ACCENT if name == FUSED else PALE for name in names]
     halves = [v.half or 0 for v in values]
-    axes.barh(range(len(names)), [v.mean for v in values], xerr=halves, color=colours, height=0.62, ecolor=INK, capsize=3)
+    axes.barh(
+        range(len(names)), [v.mean for v in values], xerr=halves, color=colours, height=0.62, ecolor=INK, capsize=3
+    )
     level = _chance(predictor, split, metric)
     if level is not None:
         axes.axvline(level, color=INK, linestyle=":", linewidth=1)

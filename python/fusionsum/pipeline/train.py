@@ -84,7 +84,12 @@ def optimizer(model: nn.Module, settings: Train) -> torch.optim.AdamW:
 
 
 def step(
-    model: nn.Module, optim: torch.optim.Optimizer, loss: Callable[..., Tensor], inputs: Inputs, labels: Tensor, clip: float
+    model: nn.Module,
+    optim: torch.optim.Optimizer,
+    loss: Callable[..., Tensor],
+    inputs: Inputs,
+    labels: Tensor,
+    clip: float,
 ) -> float:
     """Take one step of training; return the loss before it."""
     optim.zero_grad()
@@ -153,7 +158,9 @@ def train(
     steps = -(-len(chosen["train"]) // settings.batch_size)
     schedule: Any = torch.optim.lr_scheduler.ConstantLR(optim, factor=1.0)
     if settings.schedule == "one-cycle":
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optim, settings.learning_rate, total_steps=settings.epochs * steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optim, settings.learning_rate, total_steps=settings.epochs * steps
+        )
     history: list[dict[str, float]] = []
     best: dict[str, Any] = {"loss": float("inf"), "epoch": 0, "weights": None}
     done = False
