@@ -171,7 +171,7 @@ def digits_sum(out: Path, files: Path, pairs: int = 51200, test_share: float = 0
         ("unseen words", TEST_PAIRS, test_images, [words[i] for i in test_words]),
         ("unseen languages", TEST_PAIRS, test_images, list(unseen.items())),
     ]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for split, count, images, texts in parts:
         for i, w in zip(rng.choice(images, count), rng.integers(len(texts), size=count), strict=True):
             word, number = texts[w]

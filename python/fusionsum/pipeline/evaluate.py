@@ -119,7 +119,7 @@ def combine(name: str, kind: str, parts: Sequence[Outputs]) -> Outputs:
         total = total / known.sum(axis=0).clip(min=1)[:, None]
     elif kind == "classification" and name == "score-sum":
         total = np.log(total.clip(min=1e-12))  # back to logits; of a row without any modality they are equal
-    return Outputs(total, known.any(axis=0))
+    return Outputs(total, np.any(known, axis=0))
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -76,9 +76,7 @@ class TextGRU(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """Encode a batch of texts."""
-        used = text.any(dim=0)
-        used[-1] = True
-        _, state = self.gru(self.embedding(text[:, used]))  # without the padding that no text here needs
+        _, state = self.gru(self.embedding(text))
         return self.projection(state[-1])
 
 

@@ -118,9 +118,9 @@ def normalise(text: str) -> str:
 
 @dataclass(frozen=True)
 class Text(Modality):
-    """Texts, as codes of characters or of a Hugging Face tokenizer's; int64 ``(length,)``, padded with 0 on the left.
+    """Texts, as codes of characters or of a Hugging Face tokenizer's; int64, padded with 0 on the left.
 
-    Code 1 is any character that no training text has. `lower` and `accents` say whether case and diacritics count.
+    As wide as the longest training text, but at most `length`; what is beyond is cut off. Code 1 is any character that no training text has. `lower` and `accents` say whether case and diacritics count.
     """
 
     encoder: str = "gru"
@@ -148,24 +148,25 @@ class Text(Modality):
         return np.frombuffer(content.decode().encode("utf-32-le"), dtype="<u4")
 
     def fit(self, items: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Collect the alphabet, or the size of the tokenizer's vocabulary."""
-        if self.tokenizer:
-            return {"vocabulary": len(_tokenizer(self.tokenizer))}
+        """Collect the alphabet, or the size of the tokenizer's vocabulary, and the width."""
         alphabet = "".join(map(chr, np.unique(np.concatenate(items))))
-        return {"alphabet": alphabet, "vocabulary": len(alphabet) + 2}
+        vocabulary = len(_tokenizer(self.tokenizer)) if self.tokenizer else len(alphabet) + 2
+        fitted = {"alphabet": alphabet, "vocabulary": vocabulary}
+        return fitted | {"width": min(self.length, max(map(len, self._codes(items, fitted))))}
 
     def tensor(self, items: Sequence[np.ndarray], fitted: dict[str, Any]) -> Tensor:
-        """Code the texts; what is beyond `length` is cut off."""
-        codes = np.zeros((len(items), self.length), dtype=np.int64)
-        if self.tokenizer:
-            tokenizer = _tokenizer(self.tokenizer)
-            coded = [tokenizer.encode(text)[: self.length] for text in map(string, items)]
-        else:
-            place = {ord(c): k for k, c in enumerate(fitted["alphabet"], 2)}
-            coded = [[place.get(c, 1) for c in item[: self.length].tolist()] for item in items]
-        for row, code in zip(codes, coded, strict=True):
-            row[self.length - len(code) :] = code
+        """Code the texts, cut and padded."""
+        width = fitted["width"]
+        codes = np.zeros((len(items), width), dtype=np.int64)
+        for row, code in zip(codes, self._codes(items, fitted), strict=True):
+            row[max(0, width - len(code)) :] = code[:width]
         return torch.from_numpy(codes)
+
+    def _codes(self, items: Sequence[np.ndarray], fitted: dict[str, Any]) -> list[list[int]]:
+        if self.tokenizer:
+            return [_tokenizer(self.tokenizer).encode(string(item)) for item in items]
+        place = {ord(c): k for k, c in enumerate(fitted["alphabet"], 2)}
+        return [[place.get(c, 1) for c in item.tolist()] for item in items]
 
 
 def string(item: np.ndarray) -> str:
