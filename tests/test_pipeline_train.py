@@ -74,7 +74,9 @@ def same(one, other):
 @pytest.mark.parametrize("schedule", ["constant", "one-cycle"])
 @pytest.mark.parametrize("patience", [0, 3])
 @pytest.mark.parametrize("killed_after", [1, 9, 13, 24])
-def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(tmp_path, monkeypatch, schedule, patience, killed_after):
+def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(
+    tmp_path, monkeypatch, schedule, patience, killed_after
+):
     """At any step: in the first epoch, amid one, at the end of one, after the last."""
     settings = dataclasses.replace(SETTINGS, schedule=schedule, patience=patience)
     whole, history = run(settings)

@@ -21,7 +21,7 @@ from .config import load
 from .datasets import digits_sum
 from .evaluate import Results, interval
 from .fuse import FUSED, FusionModel
-from .predictor import MultimodalPredictor, threads
+from .predictor import MultimodalPredictor, contained
 from .report import label, verdicts, write_report
 
 CONSTRUCTED = (
@@ -120,7 +120,7 @@ def run(out: Path, seeds: int = 3, steps: int = 800, timed_pairs: int = 60) -> R
     predictor = MultimodalPredictor(load(data / config, [f"train.seeds={seeds}"])).fit()
     results = predictor.evaluate()
     assert predictor.gathered is not None
-    with threads(1):
+    with contained(1):
         times = step_times(predictor, timed_pairs)
     backend = "NumPy reference" if native is None else f"native, {native.isa()}"
     timings = "; ".join(f"{name}: {t.ours:.3f} and {t.naive:.3f} ms, ratio {t.ratio:.2f}" for name, t in times.items())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .config import Config, ConfigError, from_mapping, load, to_mapping, to_yaml
 from .evaluate import Condition, Results
 from .features import encoder_class
 from .fuse import ALONE, FUSED, build, combined_models, input_modalities, layer, parameter_count, trained_models
-from .manifest import Manifest, check, read, splits
+from .manifest import Manifest, ManifestError, check, read, splits
 from .preprocess import Cache, Items, Modality, Problem, Vector, column, fit, gather, without
 from .pretrained import EXTRACTORS, extractor
 from .report import write_report
@@ -99,7 +99,8 @@ class MultimodalPredictor:
         inputs = input_modalities(config)
         if len(inputs) > 1:
             try:
-                layer(config.fusion.layer, [2] * len(inputs), 2, config.fusion.options)
+                with torch.device("meta"):  # draws no random numbers
+                    layer(config.fusion.layer, [2] * len(inputs), 2, config.fusion.options)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
         self.models = trained_models(config)
@@ -144,9 +145,9 @@ class MultimodalPredictor:
         if self.config.task.kind == "regression":
             values = np.array([float(cell) if cell else np.nan for cell in cells])
             return torch.from_numpy((values - task["mean"]) / task["scale"]).float()
-        return torch.from_numpy(self._target_numbers(gathered))
+        return torch.from_numpy(self.target_numbers(gathered))
 
-    def _target_numbers(self, gathered: Gathered) -> np.ndarray:
+    def target_numbers(self, gathered: Gathered) -> np.ndarray:
         """Return each row's number of its target, the same for the same content, or -1 where it is missing."""
         indices = np.stack([gathered.items[name].index for name in self.config.task.target], axis=1)
         _, numbers = np.unique(indices, axis=0, return_inverse=True)
@@ -198,20 +199,21 @@ class MultimodalPredictor:
             self.config.data, manifest=str(path), cache=str(Path(self.config.data.cache).resolve())
         )
         self.config = dataclasses.replace(self.config, data=data)
-        if folder is not None and (folder / "checkpoints").exists() and not resume:
+        if folder is not None and (folder / "config.yaml").exists() and not resume:
             raise step4.CheckpointError(f"{folder} is a run already: continue it (--resume), or choose another folder")
         gathered = self.gather(path, progress=progress)
         plans = [self._plan(gathered, seed) for seed in range(self.config.train.seeds)]
         identity = self._identity(path)
         if folder is not None:
+            for place in sorted((folder / "checkpoints").glob("*.pt"))[:1]:
+                step4.read_checkpoint(place, identity)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         epochs = self.config.train.epochs
         settings = self.config.train
         steps = sum(epochs * -(-len(chosen["train"]) // settings.batch_size) for _, chosen in plans)
         with (
-            threads(settings.threads),
-            torch.random.fork_rng(devices=[]),
+            contained(settings.threads),
             tqdm(total=len(self.models) * steps, unit="step", disable=not progress) as bar,
         ):
             for seed, (state, chosen) in enumerate(plans):
@@ -254,7 +256,10 @@ class MultimodalPredictor:
         labels = [gathered.manifest.rows[i].get("label", "") for i in parts["train"]]
         task: dict[str, Any] = {}
         if self.config.task.kind == "classification":
-            task["classes"] = sorted(set(gathered.manifest.column("label")))
+            # A split drawn at random may leave a rare class out of training; a manifest's split that does is a mistake.
+            every = gathered.manifest.column("label")
+            task["classes"] = sorted(set(labels if self.config.data.split == "manifest" else every))
+            _check_classes(gathered.manifest, task["classes"])
             if len(task["classes"]) < 2:
                 raise ConfigError(f"task: classification needs two classes or more, got {task['classes']}")
         elif self.config.task.kind == "regression":
@@ -309,9 +314,11 @@ class MultimodalPredictor:
             self.gathered = self.gather(Path(self.config.data.manifest), progress=progress)
         gathered = self.gathered if manifest is None else self.gather(Path(manifest), progress=progress)
         assert gathered is not None
+        if manifest is not None and self.config.task.kind == "classification":
+            _check_classes(gathered.manifest, self.states[FUSED, 0]["task"]["classes"])
         results: Results = {}
         self.details = {"confusion": {}, "calibration": {}, "chance": {}, "rows": {}}
-        with threads(self.config.train.threads):
+        with contained(self.config.train.threads):
             for seed in range(self.config.train.seeds):
                 parts = {"given": np.arange(len(gathered.manifest))}
                 if manifest is None:
@@ -337,8 +344,6 @@ class MultimodalPredictor:
         """Measure all models of a seed on a split."""
         kind = self.config.task.kind
         labels = rows.labels[chosen].numpy()
-        if kind == "classification" and (labels < 0).any():
-            raise ConfigError(f"{split}: {(labels < 0).sum()} rows have labels that no training row has")
         gallery = None
         if kind == "retrieval":
             _, first = np.unique(labels, return_index=True)
@@ -422,7 +427,8 @@ class MultimodalPredictor:
         if self.config.task.kind == "retrieval":
             numbers, first = np.unique(rows.labels.numpy(), return_index=True)
             gallery = torch.from_numpy(first[numbers >= 0])
-        output = step5.outputs(self.model(FUSED, state), rows, everything, gallery)[Condition()]
+        with contained(self.config.train.threads):
+            output = step5.outputs(self.model(FUSED, state), rows, everything, gallery)[Condition()]
         predictions: list[dict[str, Any]] = [{"id": name} for name in ids]
         if self.config.task.kind == "classification":
             classes = state["task"]["classes"]
@@ -485,13 +491,24 @@ class MultimodalPredictor:
             raise RuntimeError("the predictor is not trained: call fit or load first")
 
 
+def _check_classes(manifest: Manifest, classes: Sequence[str]) -> None:
+    labels = enumerate(manifest.column("label"))
+    problems = [f"{manifest.where(i, 'label')}: no training row is {x!r}" for i, x in labels if x not in classes]
+    if problems:
+        raise ManifestError(problems)
+
+
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let torch use this many threads: on small batches a second saves nothing, and costs tenfold on a busy machine."""
+def contained(threads: int) -> Iterator[None]:
+    """Leave torch's generator and its threads as they were, and let it use so many in between.
+
+    On small batches a second thread saves nothing, and costs tenfold where another process wants its core.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         torch.set_num_threads(before)
 

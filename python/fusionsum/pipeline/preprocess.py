@@ -120,7 +120,8 @@ def normalise(text: str) -> str:
 class Text(Modality):
     """Texts, as codes of characters or of a Hugging Face tokenizer's; int64, padded with 0 on the left.
 
-    As wide as the longest training text, but at most `length`; what is beyond is cut off. Code 1 is any character that no training text has. `lower` and `accents` say whether case and diacritics count.
+    As wide as the longest training text, but at most `length`; what is beyond is cut off. Code 1 is any character that no
+    training text has. `lower` and `accents` say whether case and diacritics count.
     """
 
     encoder: str = "gru"
