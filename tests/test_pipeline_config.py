@@ -1,6 +1,6 @@
 """`fusionsum.pipeline.config`: defaults, YAML and overrides, and errors that suggest the right name.
 
-What lives elsewhere: unknown encoders (``test_pipeline_predictor.py``), layers and their options (``test_pipeline_fuse.py``).
+What lives elsewhere: unknown encoders (``test_pipeline_predictor.py``), a layer's options (``test_pipeline_fuse.py``).
 """
 
 from __future__ import annotations

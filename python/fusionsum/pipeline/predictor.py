@@ -136,16 +136,18 @@ class MultimodalPredictor:
             print(f"skipped: {message}")
         return Gathered(manifest, {name: Items(i.distinct, i.index[kept]) for name, i in items.items()}, messages)
 
-    def _labels(self, gathered: Gathered, task: Mapping[str, Any]) -> torch.Tensor:
-        """Return the labels as the task's numbers; -1 for a class that training did not have, or no label."""
+    def _labels(self, gathered: Gathered, task: Mapping[str, Any], labelled: bool) -> torch.Tensor:
+        """Return the labels as the task's numbers; of rows to predict, retrieval's targets only."""
+        if self.config.task.kind == "retrieval":
+            return torch.from_numpy(self.target_numbers(gathered))
+        if not labelled:
+            return torch.zeros(len(gathered.manifest))
         cells = gathered.manifest.column("label")
         if self.config.task.kind == "classification":
             number = {label: k for k, label in enumerate(task["classes"])}
-            return torch.tensor([number.get(cell, -1) for cell in cells])
-        if self.config.task.kind == "regression":
-            values = np.array([float(cell) if cell else np.nan for cell in cells])
-            return torch.from_numpy((values - task["mean"]) / task["scale"]).float()
-        return torch.from_numpy(self.target_numbers(gathered))
+            return torch.tensor([number[cell] for cell in cells])
+        values = np.array(cells, dtype=np.float64)
+        return torch.from_numpy((values - task["mean"]) / task["scale"]).float()
 
     def target_numbers(self, gathered: Gathered) -> np.ndarray:
         """Return each row's number of its target, the same for the same content, or -1 where it is missing."""
@@ -153,13 +155,13 @@ class MultimodalPredictor:
         _, numbers = np.unique(indices, axis=0, return_inverse=True)
         return np.where((indices < 0).all(axis=1), -1, numbers.reshape(-1))
 
-    def rows(self, gathered: Gathered, state: Mapping[str, Any]) -> step4.Rows:
+    def rows(self, gathered: Gathered, state: Mapping[str, Any], labelled: bool = True) -> step4.Rows:
         """Make the tensors of gathered rows, as what training learned of its own items has it."""
         columns = {
             name: column(modality, gathered.items[name], state["fitted"][name])
             for name, modality in self.modalities.items()
         }
-        return step4.Rows(columns, self._labels(gathered, state["task"]))
+        return step4.Rows(columns, self._labels(gathered, state["task"], labelled))
 
     # Steps 2 to 4 ----------------------------------------------------------------------------------------------------
 
@@ -205,8 +207,8 @@ class MultimodalPredictor:
         plans = [self._plan(gathered, seed) for seed in range(self.config.train.seeds)]
         identity = self._identity(path)
         if folder is not None:
-            for place in sorted((folder / "checkpoints").glob("*.pt"))[:1]:
-                step4.read_checkpoint(place, identity)
+            for earlier in sorted((folder / "checkpoints").glob("*.pt"))[:1]:
+                step4.read_checkpoint(earlier, identity)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         epochs = self.config.train.epochs
@@ -420,7 +422,7 @@ class MultimodalPredictor:
         self._must_be_fitted()
         state = self.states[FUSED, 0]
         gathered = self.gather(Path(manifest), labelled=False, progress=progress)
-        rows = self.rows(gathered, state)
+        rows = self.rows(gathered, state, labelled=False)
         everything = torch.arange(len(gathered.manifest))
         ids = gathered.manifest.column("id")
         gallery = None

@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..backend import native
 from .config import to_yaml
@@ -51,20 +52,26 @@ LABELLED = 16
 
 @dataclass(frozen=True)
 class Cell:
-    """An interval in a table, and whether it is the best of its column."""
+    """An interval of a metric in a table, and whether it is the best of its column."""
 
+    metric: str
     value: Interval
-    best: bool
+    best: bool = False
 
     @property
     def text(self) -> str:
-        """Three places, or one for ranks and other numbers that are not shares."""
-        return f"{self.value.mean:.3f}" if abs(self.value.mean) < 10 else f"{self.value.mean:.1f}"
+        """The mean."""
+        return f"{self.value.mean:.{self.places}f}"
 
     @property
     def half(self) -> str:
         """The half width of the interval, or nothing for one seed."""
-        return "" if self.value.half is None else f"± {self.value.half:.3f}"
+        return "" if self.value.half is None else f"± {self.value.half:.{self.places}f}"
+
+    @property
+    def places(self) -> int:
+        """One for ranks, three for all others."""
+        return 1 if self.metric.endswith("rank") else 3
 
 
 def write_report(
@@ -229,7 +236,7 @@ def _table(predictor: MultimodalPredictor, split: str, models: Mapping[str, Any]
         (
             label(predictor, name),
             f"{counts[name]:,}" if name in counts else "–",
-            [Cell(values[m], better(m) * values[m].mean == best[m]) for m in metrics],
+            [Cell(m, values[m], better(m) * values[m].mean == best[m]) for m in metrics],
             name == FUSED,
         )
         for name, values in found.items()
@@ -267,7 +274,7 @@ def _withheld(predictor: MultimodalPredictor, models: Mapping[str, Any]) -> dict
     rows = []
     for name, found in models.items():
         if not name.endswith(ALONE):
-            cells = [Cell(interval(found[c][metric]), False) if c in found else None for c in conditions]
+            cells = [Cell(metric, interval(found[c][metric])) if c in found else None for c in conditions]
             rows.append((label(predictor, name), cells, name == FUSED))
     return {"conditions": conditions, "rows": rows}
 
@@ -322,7 +329,8 @@ def _bars(predictor: MultimodalPredictor, split: str, models: Mapping[str, Any])
         axes.axvline(level, color=INK, linestyle=":", linewidth=1)
         axes.annotate("chance", (level, len(names) - 0.45), fontsize=9, ha="center", va="bottom", annotation_clip=False)
     for k, v in enumerate(values):
-        axes.annotate(f"{v.mean:.3f}", (0, k), xytext=(5, 0), textcoords="offset points", va="center", color="white")
+        end = (v.mean + (v.half or 0), k)
+        axes.annotate(f"{v.mean:.3f}", end, xytext=(6, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(names)), [label(predictor, name) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(readable(metric))
@@ -345,6 +353,7 @@ def _curves(predictor: MultimodalPredictor) -> Figure:
                 axes.plot(range(1, epochs + 1), mean, color=colour, marker=marker, label=label(predictor, name))
     for axes, title in zip(both, ("training loss", "validation loss"), strict=True):
         axes.set(xlabel="epoch", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = both[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return figure
@@ -354,7 +363,7 @@ def _confusion(predictor: MultimodalPredictor, split: str) -> Figure:
     matrix = predictor.details["confusion"][split]
     shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
     classes = predictor.states[FUSED, 0]["task"]["classes"]
-    side = min(6.0, 2.2 + 0.34 * len(classes))
+    side = min(5.2, 2.2 + 0.34 * len(classes))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -374,9 +383,10 @@ def _confusion(predictor: MultimodalPredictor, split: str) -> Figure:
 def _reliability(predictor: MultimodalPredictor, split: str) -> Figure:
     probabilities, labels = map(np.concatenate, zip(*predictor.details["calibration"][split], strict=True))
     count, confidence, accuracy = calibration(probabilities, labels)
-    figure = Figure(figsize=(3.8, 3.8), layout="constrained")
+    figure = Figure(figsize=(3.4, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=PALE, linestyle=":", linewidth=1)
     axes.scatter(confidence, accuracy, s=6 + 150 * count / count.max(), color=ACCENT, alpha=0.85, linewidth=0)
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence", ylabel="accuracy", title="calibration")
+    axes.set(xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal", xlabel="confidence", ylabel="accuracy")
+    axes.set_title("calibration (area: rows)")
     return figure
