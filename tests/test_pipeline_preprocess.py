@@ -239,3 +239,19 @@ def test_a_column_without_any_item_has_the_shape_all_the_same(kind):
     values, present = preprocess.column(modality, none, {"shape": [3, 2]}).batch(torch.tensor([0, 1]))
     assert values.shape == (2, 3, 2) and values.dtype == modality.dtype
     assert not present.any()
+
+
+def test_texts_by_a_tokenizer(monkeypatch):
+    class Words:
+        def __len__(self):
+            return 50
+
+        def encode(self, text):
+            return [len(word) for word in text.split()]
+
+    monkeypatch.setattr(preprocess, "_tokenizer", lambda name: Words() if name == "words" else None)
+    text = preprocess.Text(tokenizer="words")
+    items = [text.decode(text.content(None, (written,))) for written in ("a bc def", "abcd")]
+    fitted = preprocess.fit("text", text, items)
+    assert fitted["vocabulary"] == 50
+    assert text.tensor(items, fitted).tolist() == [[1, 2, 3], [0, 0, 4]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import sys
+import types
 
 import pytest
 
@@ -175,3 +177,26 @@ def test_the_mean_loss_counts_rows_not_batches():
     loss = train.loss_of("classification")
     whole = train.mean_loss(model, loss, rows, chosen["validation"], 100)
     assert abs(train.mean_loss(model, loss, rows, chosen["validation"], 7) - whole) <= 1e-6
+
+
+def test_tensorboard_gets_every_epoch_where_it_is_installed(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, epoch):
+            written.append((self.folder, name, epoch))
+
+        def close(self):
+            written.append("closed")
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setattr(train, "find_spec", lambda name: name == "tensorboard")
+    _, history = run(checkpoint=tmp_path / "checkpoints" / "model-0.pt")
+    place = str(tmp_path / "tensorboard" / "model-0")
+    expected = [(place, name, entry["epoch"]) for entry in history for name in entry]
+    assert written == [*expected, "closed"]
