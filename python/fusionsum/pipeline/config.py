@@ -167,7 +167,7 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
     >>> config = from_mapping({"modalities": {"photo": {"kind": "image"}}, "train": {"seeds": 3}})
     >>> config.train.seeds, config.train.batch_size
     (3, 64)
-    >>> from_mapping({"modalities": {"photo": {"kind": "image"}}, "train": {"seed": 3}})
+    >>> from_mapping({"modalities": {"photo": {"kind": "image"}}, "train": {"seed": 3}})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
     fusionsum.pipeline.config.ConfigError: train: unknown key 'seed'; did you mean 'seeds'? There are: ...

@@ -116,6 +116,7 @@ def write_report(
         versions=_versions(),
         retrieval=config.task.kind == "retrieval",
         seeds=config.train.seeds,
+        drawn=config.data.split == "by-seed",
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
