@@ -1,6 +1,7 @@
 """The command line and the self-test.
 
-What lives elsewhere: what the demo does (``test_pipeline.py``), what the benchmark does (``test_bench.py``).
+What lives elsewhere: what the demo and the pipeline's verbs do (``test_pipeline*.py``), what the benchmark does
+(``test_bench.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 import fusionsum as fs
-from conftest import require_native, run_python
+import made_up
+from conftest import missing, require_native, run_python
 from fusionsum import __main__ as command
 from fusionsum import selftest
 
@@ -100,6 +102,9 @@ def test_self_test_runs_the_backend_in_use(both_backends):
         (["demo", "--steps", "many"], "argument --steps: invalid positive integer value: 'many'"),
         (["demo", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["nonsense"], "invalid choice: 'nonsense'"),
+        (["train", "x.yaml"], "the following arguments are required: --out"),
+        (["predict", "x"], "the following arguments are required: --manifest"),
+        (["train", "x.yaml", "--out", "y", "--on-error", "skp"], "argument --on-error: invalid choice: 'skp'"),
     ],
 )
 def test_wrong_options(arguments, message, capsys):
@@ -119,8 +124,64 @@ def test_wrong_options(arguments, message, capsys):
     ],
 )
 def test_demo_options(options, wanted, monkeypatch):
-    monkeypatch.setattr(command, "demo", lambda out, seeds, steps: (str(out), seeds, steps))
-    assert command.main(["demo", *options]) == wanted
+    called = []
+    monkeypatch.setattr(
+        command, "_reported", lambda verb, out, seeds, steps: called.append((str(out), seeds, steps)) or 0
+    )
+    assert command.main(["demo", *options]) == 0
+    assert called == [wanted]
+
+
+def test_the_verbs_from_files_to_predictions(tmp_path, capsys):
+    try:
+        import yaml
+
+        import fusionsum.pipeline  # noqa: F401
+    except ModuleNotFoundError as error:
+        missing(str(error))
+    made_up.write(tmp_path / "manifest.csv", made_up.rows(tmp_path))
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(made_up.config(tmp_path, baselines=["score-sum", "alone"])))
+    run = tmp_path / "run"
+    train = ["train", str(config), "--out", str(run), "--set", "train.seeds=1", "--set", "train.epochs=1"]
+    assert command.main(train) == 0
+    assert f"fusionsum evaluate {run}" in capsys.readouterr().out
+    assert command.main(["evaluate", str(run)]) == 0
+    assert "reaches accuracy" in capsys.readouterr().out
+    assert {"config.yaml", "log.csv", "metrics.json", "report.html"} <= {path.name for path in run.iterdir()}
+    assert "seeds: 1" in (run / "config.yaml").read_text()
+    assert command.main(["predict", str(run), "--manifest", str(tmp_path / "manifest.csv")]) == 0
+    assert len((run / "predictions.csv").read_text().splitlines()) == 1 + made_up.ROWS
+    assert command.main(train) == 1
+    assert "is a run already" in capsys.readouterr().err
+    assert command.main([*train, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["prepare", "digit-sum"], "unknown data set 'digit-sum'; did you mean 'digits-sum'?"),
+        (["train", "none.yaml", "--out", "run"], "none.yaml"),
+        (["train", "config.yaml", "--out", "run", "--set", "train.seed=3"], "did you mean 'seeds'?"),
+        (["train", "config.yaml", "--out", "run"], "column 'image': no such file: 0.png"),
+        (["train", "config.yaml", "--out", "run", "--on-error", "skip"], "no such file"),
+        (["evaluate", "none"], "none"),
+    ],
+)
+def test_bad_input_is_one_message_and_status_1(arguments, message, tmp_path, monkeypatch, capsys):
+    try:
+        import fusionsum.pipeline  # noqa: F401
+    except ModuleNotFoundError as error:
+        missing(str(error))
+    monkeypatch.chdir(tmp_path)
+    row = {"id": "a", "split": "train", "label": "x", "image": "0.png"}
+    made_up.write(tmp_path / "manifest.csv", [row])
+    (tmp_path / "config.yaml").write_text("modalities: {image: {kind: image}}")
+    assert command.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_bench_passes_its_options_and_status_on(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The command line: ``fusionsum info`` (also ``python -m fusionsum``), ``fusionsum demo``, ``fusionsum bench``."""
+"""The command line: ``fusionsum info`` (also ``python -m fusionsum``), the demo, the pipeline's verbs, the benchmark."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -45,15 +46,48 @@ def info() -> int:
     return int(any(failures.values()))
 
 
-def demo(out: Path, seeds: int, steps: int) -> int:
-    """Run the five-step pipeline; return 1 if a package it needs is missing."""
-    try:
-        from .pipeline.demo import run
-    except ModuleNotFoundError as error:
-        print(error, file=sys.stderr)
-        return 1
+def demo(out: Path, seeds: int, steps: int) -> None:
+    """Run the five-step pipeline on digits-sum."""
+    from .pipeline.demo import run
+
     run(out, seeds, steps)
-    return 0
+
+
+def prepare(name: str, out: Path | None, source: Path | None) -> None:
+    """Make a data set's folder and say how to train on it."""
+    from .pipeline.datasets import prepare
+
+    for config in prepare(name, out or Path("data", name), source):
+        print(f"fusionsum train {config} --out {Path('runs', f'{name}-{config.stem}')}")
+
+
+def train(config: Path, out: Path, manifest: Path | None, overrides: list[str], resume: bool) -> None:
+    """Train all models that a configuration names, into a run's folder."""
+    from .pipeline import MultimodalPredictor
+    from .pipeline.config import load
+
+    MultimodalPredictor(load(config, overrides)).fit(manifest, out, resume)
+    print(f"fusionsum evaluate {out}")
+
+
+def evaluate(run: Path, manifest: Path | None, out: Path | None) -> None:
+    """Measure a run's models; write metrics, plots and the report."""
+    from .pipeline import MultimodalPredictor
+    from .pipeline.report import verdicts
+
+    predictor = MultimodalPredictor.load(run)
+    results = predictor.evaluate(manifest, out or run)
+    print("\n".join(verdicts(predictor, results)))
+    print(f"Written to {(out or run) / 'report.html'}.")
+
+
+def predict(run: Path, manifest: Path, out: Path | None) -> None:
+    """Write the predictions of a run's fused model for a manifest's rows."""
+    from .pipeline import MultimodalPredictor
+
+    place = out or run / "predictions.csv"
+    predictions = MultimodalPredictor.load(run).predict(manifest, place)
+    print(f"{len(predictions)} predictions written to {place}.")
 
 
 def bench(arguments: list[str]) -> int:
@@ -62,6 +96,21 @@ def bench(arguments: list[str]) -> int:
         print("the benchmark is not in the package: run this in the root of fusionsum's repository", file=sys.stderr)
         return 1
     return subprocess.run([sys.executable, "-m", "bench", *arguments], check=False).returncode
+
+
+def _reported(verb: Callable[..., None], **arguments: object) -> int:
+    """Call a verb of the pipeline; return 1, with the message alone, for bad input and for packages that are missing."""
+    try:
+        from .pipeline import ERRORS
+    except ModuleNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 1
+    try:
+        verb(**arguments)
+    except ERRORS as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def _positive(text: str) -> int:
@@ -74,25 +123,64 @@ def _positive(text: str) -> int:
 _positive.__name__ = "positive integer"  # what argparse calls the type in its error
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fusionsum", description="Multiplicative fusion of modalities.")
+    commands = parser.add_subparsers(dest="command", metavar="{info,demo,prepare,train,evaluate,predict,bench}")
+    commands.add_parser("info", help="what is installed, usable and in use, and a self-test (the default)")
+    verb = commands.add_parser("demo", help="train and compare fusion models on digits and number words")
+    verb.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report (%(default)s)")
+    verb.add_argument("--seeds", type=_positive, help="repetitions (3)")
+    verb.add_argument("--steps", type=_positive, help="training steps of each model (800)")
+    verb.add_argument("--quick", action="store_true", help="1 seed and 60 steps, unless given: too few to learn")
+    verb = commands.add_parser("prepare", help="make a data set: digits-sum, openclipart or tuxpaint")
+    verb.add_argument("name", help="the data set")
+    verb.add_argument("--out", type=Path, help="its folder (data/NAME)")
+    verb.add_argument(
+        "--from", type=Path, dest="source", help="folder of Debian packages, .deb or unpacked (apt-get download)"
+    )
+    verb = commands.add_parser("train", help="train the models that a configuration describes")
+    verb.add_argument("config", type=Path, help="a YAML file")
+    verb.add_argument("--out", type=Path, required=True, help="folder of the run")
+    verb.add_argument("--manifest", type=Path, help="instead of the configuration's")
+    verb.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b=c", help="override a key")
+    verb.add_argument("--on-error", choices=["raise", "skip"], help="what to do about unreadable items (raise)")
+    verb.add_argument("--resume", action="store_true", help="continue an interrupted run, to the same weights")
+    verb = commands.add_parser("evaluate", help="measure a run's models, write its report")
+    verb.add_argument("run", type=Path, help="folder of the run")
+    verb.add_argument("--manifest", type=Path, help="evaluate on these rows instead of the run's test splits")
+    verb.add_argument("--out", type=Path, help="folder of the report (the run's)")
+    verb = commands.add_parser("predict", help="predict with a run's fused model")
+    verb.add_argument("run", type=Path, help="folder of the run")
+    verb.add_argument("--manifest", type=Path, required=True, help="the rows; they need no labels")
+    verb.add_argument("--out", type=Path, help="a CSV file (RUN/predictions.csv)")
+    commands.add_parser("bench", add_help=False, help="the repository's benchmark; its options follow")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    parser = argparse.ArgumentParser(prog="fusionsum", description="Multiplicative fusion of modalities.")
-    commands = parser.add_subparsers(dest="command", metavar="{info,demo,bench}")
-    commands.add_parser("info", help="what is installed, usable and in use, and a self-test (the default)")
-    demo_parser = commands.add_parser("demo", help="train and compare fusion models on digits and number words")
-    demo_parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report (%(default)s)")
-    demo_parser.add_argument("--seeds", type=_positive, help="repetitions (3)")
-    demo_parser.add_argument("--steps", type=_positive, help="training steps of each model (800)")
-    demo_parser.add_argument("--quick", action="store_true", help="1 seed and 60 steps, unless given: too few to learn")
-    commands.add_parser("bench", add_help=False, help="the repository's benchmark; its options follow")
+    parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if args.command == "bench":
         return bench(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if args.command == "demo":
-        return demo(args.out, args.seeds or (1 if args.quick else 3), args.steps or (60 if args.quick else 800))
-    return info()
+    options = vars(args)
+    command = options.pop("command")
+    if command == "demo":
+        quick = options.pop("quick")
+        options["seeds"] = args.seeds or (1 if quick else 3)
+        options["steps"] = args.steps or (60 if quick else 800)
+    if command == "train" and (on_error := options.pop("on_error")):
+        options["overrides"] = [*args.overrides, f"data.on_error={on_error}"]
+    verbs: dict[str, Callable[..., None]] = {
+        "demo": demo,
+        "prepare": prepare,
+        "train": train,
+        "evaluate": evaluate,
+        "predict": predict,
+    }
+    return _reported(verbs[command], **options) if command in verbs else info()
 
 
 if __name__ == "__main__":

@@ -1,147 +1,263 @@
-"""Step 5: accuracy on unseen items, the time of a training step, and the report with its plot."""
+"""Step 5: what a model says of rows, and how good that is.
+
+What lives here: outputs with modalities withheld, the combination of unimodal models, metrics and their intervals. What
+lives elsewhere: plots and the report (``report.py``), which models there are (``fuse.py``).
+"""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from matplotlib.figure import Figure
-from torch import nn
+from scipy.special import log_softmax, softmax
+from scipy.stats import t as student
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor, nn
 
-from ..backend import native
-from . import train
-from .fuse import Model, NaiveFusion
-from .preprocess import CLASSES, HELD_OUT_LANGUAGES, LANGUAGES, NUMBERS, Split
+from .fuse import FusionModel, TwoTowers
+from .train import EVALUATED, Rows
 
-PAIRS = 4096
-
-
-@dataclass
-class Result:
-    """What one model came to: a value per seed, and the loss of each step of each seed."""
-
-    parameters: int
-    accuracy: dict[str, list[float]] = field(default_factory=dict)
-    losses: list[list[float]] = field(default_factory=list)
+Results = dict[
+    str, dict[str, dict[str, dict[str, list[float]]]]
+]  # [split][model][condition][metric]: one value per seed
+BINS = 15  # of confidence, for the calibration error
+RECALLED = (1, 5, 10)
 
 
-@dataclass
-class StepTime:
-    """Median milliseconds of our step and of the naive one, and the median of their ratio, naive to ours."""
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says of N rows.
 
-    ours: float
-    naive: float
-    ratio: float
+    `values`: logits (N, C); predictions (N, 1); or scores (N, G) of the gallery. `cosines` (N, G) are retrieval's without
+    the learned weights. `known` (N,): whether a row has any of the modalities that the model looks at.
+    """
 
-
-def accuracy(model: nn.Module, split: Split) -> float:
-    """Return the share of right predictions on the same `PAIRS` random pairs for every model."""
-    inputs, labels = split.batch(PAIRS, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return (model(inputs).argmax(dim=-1) == labels).float().mean().item()
+    values: np.ndarray
+    known: np.ndarray
+    cosines: np.ndarray | None = None
 
 
-def _interleave(ours: Callable[[], object], naive: Callable[[], object], pairs: int) -> StepTime:
-    """Time A B A B ..., so that what else the machine does falls on both."""
-    times: list[list[float]] = [[], []]
-    for _ in range(pairs):
-        for run, spent in zip((ours, naive), times, strict=True):
-            start = time.perf_counter()
-            run()
-            spent.append(1e3 * (time.perf_counter() - start))
-    warm = [spent[pairs // 10 :] for spent in times]
-    ratio = statistics.median(b / a for a, b in zip(*warm, strict=True))
-    return StepTime(statistics.median(warm[0]), statistics.median(warm[1]), ratio)
+@dataclass(frozen=True)
+class Condition:
+    """What is done to the rows: nothing, or one modality is withheld, by ``present`` or as features of 0."""
+
+    withheld: str | None = None
+    zero_fill: bool = False
+
+    def __str__(self) -> str:
+        if self.withheld is None:
+            return "all"
+        return f"without {self.withheld}{', zero-filled' if self.zero_fill else ''}"
 
 
-def step_times(fused: Model, split: Split, pairs: int) -> dict[str, StepTime]:
-    """Time training steps of the fused model against the same model on naive torch: whole, and of the fusion alone."""
-    naive = Model(dict(fused.encoders.items()), NaiveFusion(fused.head))
-    inputs, labels = split.batch(train.BATCH, torch.Generator().manual_seed(0))
+@torch.no_grad()
+def outputs(
+    model: nn.Module,
+    rows: Rows,
+    chosen: Tensor,
+    gallery: Tensor | None = None,
+    conditions: Sequence[Condition] = (Condition(),),
+) -> dict[Condition, Outputs]:
+    """Run a model on some rows, its encoders once.
 
-    def whole(model: Model) -> Callable[[], object]:
-        optim = train.optimizer(model, learning_rate=0.0)
-        return lambda: train.step(model, optim, inputs, labels)
+    Parameters
+    ----------
+    model : FusionModel or TwoTowers
+    rows, chosen
+        The data, and the numbers of the rows.
+    gallery : Tensor, optional
+        Retrieval: the numbers of the rows whose targets are to be scored.
+    conditions : sequence of Condition, optional
+        Those of a modality that the model does not look at change nothing.
 
-    with torch.no_grad():
-        features = [encoder(inputs[name]) for name, encoder in fused.encoders.items()]
+    Returns
+    -------
+    dict of Condition to Outputs
+    """
+    model.eval()
+    tower = model.query if isinstance(model, TwoTowers) else model
+    assert isinstance(tower, FusionModel)
+    encoded = [tower.encode(rows.batch(part)[0]) for part in chosen.split(EVALUATED)]
+    features, masks = ([torch.cat(parts) for parts in zip(*side, strict=True)] for side in zip(*encoded, strict=True))
+    target = None
+    if isinstance(model, TwoTowers):
+        assert gallery is not None
+        target = torch.cat([model.target(rows.batch(part)[0]) for part in gallery.split(EVALUATED)])
+        target = nn.functional.normalize(target, dim=-1)
+    found = {}
+    for condition in conditions:
+        there = [
+            torch.zeros_like(mask) if name == condition.withheld else mask
+            for name, mask in zip(tower.encoders, masks, strict=True)
+        ]
+        values, known = tower.fuse(features, there, condition.zero_fill), torch.stack(there).any(dim=0).numpy()
+        if target is None:
+            found[condition] = Outputs(values.numpy(), known)
+        else:
+            query = nn.functional.normalize(values, dim=-1)
+            found[condition] = Outputs(model.scores(query, target).numpy(), known, (query @ target.T).numpy())
+    return found
 
-    def layer(head: nn.Module) -> Callable[[], object]:
-        leaves = [x.requires_grad_() for x in features]
-        grad = torch.ones(len(labels), CLASSES)
-        return lambda: torch.autograd.grad(head(*leaves), [*leaves, *head.parameters()], grad)
 
+def combine(name: str, kind: str, parts: Sequence[Outputs]) -> Outputs:
+    """Combine what unimodal models say; of each row, those whose modality it has.
+
+    ``late-product`` multiplies the classes' probabilities; ``score-sum`` adds probabilities or cosines, or takes the mean
+    of predicted numbers.
+    """
+    scored = {
+        ("late-product", "classification"): lambda part: log_softmax(part.values, axis=1),
+        ("score-sum", "classification"): lambda part: softmax(part.values, axis=1),
+        ("score-sum", "retrieval"): lambda part: part.cosines,
+        ("score-sum", "regression"): lambda part: part.values,
+    }[name, kind]
+    known = np.array([part.known for part in parts])
+    total = np.sum([np.where(part.known[:, None], scored(part), 0) for part in parts], axis=0)
+    if kind == "regression":
+        total = total / known.sum(axis=0).clip(min=1)[:, None]
+    elif kind == "classification" and name == "score-sum":
+        total = np.log(total.clip(min=1e-12))  # back to logits; of a row without any modality they are equal
+    return Outputs(total, np.any(known, axis=0))
+
+
+def calibration(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows, the mean confidence and the accuracy of each of `BINS` equal bins of confidence (NaN if empty)."""
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    count = np.bincount(place, minlength=BINS)
+    with np.errstate(invalid="ignore"):
+        means = [np.bincount(place, weights=v, minlength=BINS) / count for v in (confidence, right)]
+    return count, means[0], means[1]
+
+
+def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return accuracy, macro-F1 over the classes that occur, and the expected calibration error.
+
+    References
+    ----------
+    C. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
+
+    Examples
+    --------
+    >>> classification_metrics(np.array([[9.0, 0.0], [9.0, 0.0]]), np.array([0, 1]))["accuracy"]
+    0.5
+    """
+    _finite(logits)
+    probabilities = softmax(logits, axis=1)
+    predicted = probabilities.argmax(axis=1)
+    count, confidence, accuracy = calibration(probabilities, labels)
+    gap = np.nansum(count * np.abs(confidence - accuracy)) / len(labels)
     return {
-        "whole training step": _interleave(whole(fused), whole(naive), pairs),
-        "fusion layer alone, forward and backward": _interleave(layer(fused.head), layer(naive.head), 5 * pairs),
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", labels=np.unique(labels), zero_division=0)),
+        "ece": float(gap),
     }
 
 
-def _spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def regression_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return the mean absolute error and Pearson's correlation (0 where one side does not vary).
+
+    Examples
+    --------
+    >>> regression_metrics(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 3.0]))["mae"]
+    0.3333333333333333
+    """
+    _finite(predicted)
+    a, b = predicted - predicted.mean(), labels - labels.mean()
+    spread = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return {
+        "mae": float(np.abs(predicted - labels).mean()),
+        "pearson": float(a @ b) / spread if spread > 1e-12 else 0.0,
+    }
 
 
-def report(results: dict[str, Result], times: dict[str, StepTime], steps: int, seconds: float) -> str:
-    """Write the findings as Markdown."""
-    some = next(iter(results.values()))
-    columns = "".join(f" {test} |" for test in some.accuracy)
-    accuracies = ""
-    for name, result in results.items():
-        cells = "".join(f" {statistics.mean(v):.3f} ± {_spread(v):.3f} |" for v in result.accuracy.values())
-        accuracies += f"| {name} | {result.parameters:,} |{cells}\n"
-    timings = "".join(f"| {name} | {t.ours:.3f} | {t.naive:.3f} | {t.ratio:.2f} |\n" for name, t in times.items())
-    backend = "NumPy reference" if native is None else f"native, {native.isa()}"
-    return f"""# fusionsum demo: digit + number word
+def ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """Return, for each query, the rank of its best relevant item, from 1; a tie goes to the items that are not relevant.
 
-An image of a handwritten digit (scikit-learn) and a number below {len(NUMBERS)} written out in words (num2words); the
-label is (digit + number) mod {CLASSES}. **The inputs are real, the label is constructed**: it needs both modalities and
-how they interact. Each alone, and any sum of the logits of each, stays near chance, {1 / CLASSES:.1f}.
+    Parameters
+    ----------
+    scores : ndarray
+        ``(Q, G)``.
+    relevant : ndarray
+        ``(Q, G)`` bool: at least one in each row.
 
-Every model has the same encoders, a small CNN and a character GRU, and trained for {steps} steps. Accuracy on {PAIRS}
-pairs of test images and words: mean ± standard deviation over {len(some.losses)} seed(s), which also draw the split.
-
-| model | parameters |{columns}
-|---|---|{"---|" * len(some.accuracy)}
-{accuracies}
-No test image or word is in the training data. *Unseen words* are of the training languages ({", ".join(LANGUAGES)});
-*unseen languages* are {", ".join(HELD_OUT_LANGUAGES)}, each with relatives among those. Concat + MLP has as many
-parameters as the fused model; it can express the task too, but takes about three times the steps to learn it.
-
-Time of a training step, `fusion_sum` ({backend}) against the same model on naive torch: one thread, interleaved,
-medians. The encoders take most of the whole step.
-
-| | fusionsum, ms | naive torch, ms | naive / fusionsum |
-|---|---|---|---|
-{timings}
-The demo ran for {seconds:.0f} s.
-
-![accuracy by model, and training loss](demo.png)
-"""
+    Examples
+    --------
+    >>> ranks(np.array([[0.9, 0.5, 0.1], [0.2, 0.2, 0.7]]), np.eye(2, 3, dtype=bool)).tolist()
+    [1, 3]
+    """
+    _finite(scores)
+    best = np.where(relevant, scores, -np.inf).max(axis=1, keepdims=True)
+    return 1 + ((scores >= best) & ~relevant).sum(axis=1)
 
 
-def plot(results: dict[str, Result], path: Path) -> None:
-    """Draw accuracy by model, and the training loss of the models over the steps, to a PNG."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    bars, curves = figure.subplots(1, 2)
-    tests = list(next(iter(results.values())).accuracy)
-    for k, test in enumerate(tests):
-        values = [result.accuracy[test] for result in results.values()]
-        places = [i + (k - (len(tests) - 1) / 2) * 0.4 for i in range(len(values))]
-        means, stds = [statistics.mean(v) for v in values], [_spread(v) for v in values]
-        bars.bar(places, means, width=0.4, yerr=stds, capsize=3, label=test)
-    bars.axhline(1 / CLASSES, color="black", linestyle=":", label="chance")
-    bars.set_xticks(range(len(results)), [name.replace(" ", "\n", 1) for name in results])
-    bars.set(ylabel="accuracy", ylim=(0, 1), title="(digit + number) mod 10 on unseen items")
-    bars.legend()
-    for name, result in results.items():
-        mean = torch.tensor(result.losses).mean(dim=0)
-        width = max(1, len(mean) // 30)
-        smooth = mean[: len(mean) // width * width].unflatten(0, (-1, width)).mean(dim=-1)
-        curves.plot([width * (i + 0.5) for i in range(len(smooth))], smooth.tolist(), label=name)
-    curves.set(xlabel="step", ylabel="training loss", title="mean over seeds", ylim=(0, None))
-    curves.legend()
-    figure.savefig(path, dpi=120)
+def _finite(values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise ArithmeticError("the model's output is not finite")
+
+
+def retrieval_metrics(scores: np.ndarray, relevant: np.ndarray, query: str, target: str) -> dict[str, float]:
+    """Return recall at 1, 5 and 10 and the median rank, both ways; ``chance_R@10`` is that of a random order.
+
+    Parameters
+    ----------
+    scores, relevant : ndarray
+        ``(Q, G)``, as in `ranks`.
+    query, target : str
+        What the two sides are called in the metrics' names.
+    """
+    found: dict[str, float] = {}
+    for a, b, s, r in ((query, target, scores, relevant), (target, query, scores.T, relevant.T)):
+        rank = ranks(s, r)
+        found |= {f"{a}_to_{b}_R@{k}": float((rank <= k).mean()) for k in RECALLED}
+        found[f"{a}_to_{b}_median_rank"] = float(np.median(rank))
+    return found
+
+
+def chance(kind: str, labels: np.ndarray, metric: str) -> float | None:
+    """Return what always saying the commonest class, or a random order of the gallery, would reach; None if no such."""
+    if kind == "classification" and metric == "accuracy":
+        return float(np.bincount(labels).max() / len(labels))
+    if kind == "retrieval" and "_R@" in metric:
+        k, size = int(metric.rpartition("@")[2]), len(np.unique(labels))
+        return min(1.0, k / size)
+    return None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and the half width of its 95% interval by Student's t; None for one seed."""
+
+    mean: float
+    half: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" if self.half is None else f"{self.mean:.3f} ± {self.half:.3f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of one value per seed, with its interval.
+
+    Examples
+    --------
+    >>> str(interval([0.5, 0.6, 0.7]))
+    '0.600 ± 0.248'
+    """
+    if len(values) < 2:
+        return Interval(float(values[0]), None)
+    spread = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return Interval(float(np.mean(values)), float(student.ppf(0.975, len(values) - 1)) * spread)
+
+
+def headline(kind: str, metrics: Mapping[str, object], target: str = "") -> str:
+    """Return the metric that models are compared by: accuracy, MAE, or recall at 10 of the targets."""
+    if kind == "retrieval":
+        return next(name for name in metrics if name.endswith(f"_to_{target}_R@10"))
+    return "accuracy" if kind == "classification" else "mae"
+
+
+def better(metric: str) -> int:
+    """Return 1 if more of a metric is better, else -1."""
+    return -1 if metric in ("mae", "ece") or metric.endswith("median_rank") else 1

@@ -1,75 +1,70 @@
-"""Step 3: a model is an encoder per modality and a head that fuses their features.
+"""Step 3: a model is an encoder per modality and a head that fuses their features, any layer of `fusionsum.nn`.
 
-What lives here: the model, and the heads that are compared. What lives elsewhere: the fusion layer (``fusionsum.nn``),
-the encoders (``features.py``).
+What lives here: the look-up of layers, the models of each task, and the baselines that the fused model is compared with.
+What lives elsewhere: the fusion layers (``fusionsum.nn``), the encoders (``features.py``).
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..nn import LowRankFusion
-from .features import ImageCNN, TextGRU
-from .preprocess import CLASSES
+from .. import nn as fusion_layers
+from ..api import fusion_sum
+from .config import Config
+from .features import encoder_class
+from .manifest import unknown
+from .preprocess import Modality
 
-FEATURES = 32
-# Each output is a bilinear form of its own; that of "digit + number = k (mod 10)" is a permutation matrix, of rank 10.
-RANK = 16
-MODELS = ("image alone", "text alone", "late fusion", "concat + MLP", "fused")
-
-
-class Model(nn.Module):
-    """Encode each modality, then fuse. Inputs by name: those that have no encoder here are not looked at."""
-
-    def __init__(self, encoders: dict[str, nn.Module], head: nn.Module) -> None:
-        super().__init__()
-        self.encoders = nn.ModuleDict(encoders)
-        self.head = head
-
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return logits (B, classes)."""
-        return self.head(*(encoder(inputs[name]) for name, encoder in self.encoders.items()))
+Inputs = Mapping[str, tuple[Tensor, Tensor]]  # by modality: items (B, ...), and whether they are there (B,) bool
+FUSED = "fused"
+ALONE = " alone"
+LOGIT_SCALE = 14.3  # 1 / 0.07, where CLIP starts
 
 
-class LateFusion(nn.Module):
-    """The sum of the logits that each modality gives alone: cannot express that they interact."""
-
-    def __init__(self, input_dims: list[int], output_dim: int) -> None:
-        super().__init__()
-        self.logits = nn.ModuleList(nn.Linear(d, output_dim) for d in input_dims)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return logits (B, output_dim)."""
-        return sum(linear(x) for linear, x in zip(self.logits, inputs, strict=True))
-
-
-class ConcatMLP(nn.Module):
-    """Concatenation and one hidden layer, as wide as a number of parameters allows."""
-
-    def __init__(self, input_dims: list[int], output_dim: int, parameters: int) -> None:
-        super().__init__()
-        hidden = (parameters - output_dim) // (sum(input_dims) + 1 + output_dim)
-        self.mlp = nn.Sequential(nn.Linear(sum(input_dims), hidden), nn.ReLU(), nn.Linear(hidden, output_dim))
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return logits (B, output_dim)."""
-        return self.mlp(torch.cat(inputs, dim=-1))
+def layers() -> dict[str, type[nn.Module]]:
+    """Return the layers that take any modalities to any number of outputs, by name."""
+    return {
+        name: layer
+        for name, layer in vars(fusion_layers).items()
+        if inspect.isclass(layer)
+        and issubclass(layer, nn.Module)
+        and {"input_dims", "output_dim"} <= inspect.signature(layer).parameters.keys()
+    }
 
 
-class NaiveFusion(nn.Module):
-    """The computation and the parameters of a `LowRankFusion` as one would write it in torch, to time against."""
+def layer(name: str, input_dims: Sequence[int], output_dim: int, options: Mapping[str, Any]) -> nn.Module:
+    """Make a fusion layer of a configuration's name and options.
 
-    def __init__(self, fusion: LowRankFusion) -> None:
-        super().__init__()
-        self.fusion = fusion
+    Raises
+    ------
+    ValueError
+        If the name or an option is unknown (the nearest is suggested), or an option is missing or wrong.
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return logits (B, output_dim)."""
-        product = self.fusion.fusion_weights
-        for linear, x in zip(self.fusion.factors, inputs, strict=True):
-            product = product * linear(x).unflatten(-1, (self.fusion.rank, self.fusion.output_dim))
-        return product.sum(dim=-2) + self.fusion.fusion_bias
+    Examples
+    --------
+    >>> layer("LowRankFusion", [32, 16], 10, {"rank": 4}).rank
+    4
+    """
+    known = layers()
+    if name not in known:
+        raise ValueError(f"fusion.layer: {unknown('layer', name, known)}")
+    parameters = inspect.signature(known[name]).parameters
+    settable = [p for p in parameters if p not in ("input_dims", "output_dim", "device", "dtype")]
+    for option in options:
+        if option not in settable:
+            raise ValueError(f"fusion: {unknown(f'option of {name}', option, settable)}")
+    missing = [p for p in settable if parameters[p].default is inspect.Parameter.empty and p not in options]
+    if missing:
+        raise ValueError(f"fusion: {name} needs {', '.join(missing)}")
+    try:
+        return known[name](input_dims=input_dims, output_dim=output_dim, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"fusion: {name}: {error}") from error
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -77,14 +72,125 @@ def parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def build(name: str, vocabulary: int) -> Model:
-    """Make one of the `MODELS`, freshly initialised."""
-    encoders: dict[str, nn.Module] = {"image": ImageCNN(FEATURES), "text": TextGRU(vocabulary, FEATURES)}
-    if name.endswith(" alone"):
-        modality = name.removesuffix(" alone")
-        return Model({modality: encoders[modality]}, nn.Linear(FEATURES, CLASSES))
-    input_dims = [FEATURES] * len(encoders)
-    if name == "late fusion":
-        return Model(encoders, LateFusion(input_dims, CLASSES))
-    fused = LowRankFusion(input_dims, CLASSES, RANK)
-    return Model(encoders, fused if name == "fused" else ConcatMLP(input_dims, CLASSES, parameter_count(fused)))
+class FusionModel(nn.Module):
+    """Encode each modality, then fuse. Inputs that have no encoder here are not looked at.
+
+    A missing modality reaches a layer that takes ``present`` as its mask, and any other as features of 0.
+    """
+
+    def __init__(self, encoders: dict[str, nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict(encoders)
+        self.head = head
+        self.takes_present = "present" in inspect.signature(head.forward).parameters
+
+    def encode(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Return each modality's features (B, features) and whether it is there (B,)."""
+        pairs = [inputs[name] for name in self.encoders]
+        features = [encoder(items) for encoder, (items, _) in zip(self.encoders.values(), pairs, strict=True)]
+        return features, [present for _, present in pairs]
+
+    def fuse(self, features: Sequence[Tensor], masks: Sequence[Tensor], zero_fill: bool = False) -> Tensor:
+        """Return (B, output_dim); with `zero_fill` no layer is told what is missing."""
+        if all(bool(mask.all()) for mask in masks):
+            return self.head(*features)
+        if self.takes_present and not zero_fill:
+            return self.head(*features, present=masks)
+        return self.head(*(x * mask[:, None] for x, mask in zip(features, masks, strict=True)))
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Return (B, output_dim)."""
+        return self.fuse(*self.encode(inputs))
+
+
+class TwoTowers(nn.Module):
+    """Retrieval: a query and a target of unit length, scored in all pairs by ``sum_i fusion_weights[i] * q_i * t_i``."""
+
+    def __init__(self, query: FusionModel, target: FusionModel, dim: int) -> None:
+        super().__init__()
+        self.query = query
+        self.target = target
+        self.fusion_weights = nn.Parameter(torch.full((dim,), LOGIT_SCALE))
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Return the queries (B, dim) and the targets (B, dim)."""
+        query, target = self.query(inputs), self.target(inputs)
+        return nn.functional.normalize(query, dim=-1), nn.functional.normalize(target, dim=-1)
+
+    def scores(self, query: Tensor, target: Tensor) -> Tensor:
+        """Return the scores (B, C) of queries (B, dim) and targets (C, dim)."""
+        return fusion_sum(self.fusion_weights, query[:, None], target)
+
+
+def input_modalities(config: Config) -> list[str]:
+    """Return the modalities that the model fuses: all but retrieval's target."""
+    return [name for name in config.modalities if name not in config.task.target]
+
+
+def trained_models(config: Config) -> list[str]:
+    """Return the names of the models that are trained, the fused one first; what one modality leaves alike is left out."""
+    inputs = input_modalities(config)
+    if len(inputs) == 1:
+        return [FUSED]
+    alone = [f"{name}{ALONE}" for name in inputs] if "alone" in config.baselines else []
+    return [FUSED, *alone, *(name for name in ("concat-linear", "mlp") if name in config.baselines)]
+
+
+def combined_models(config: Config) -> list[str]:
+    """Return the names of the models that combine what the unimodal ones say, and are not trained themselves."""
+    names = ("late-product", "score-sum") if config.task.kind == "classification" else ("score-sum",)
+    return [name for name in names if name in config.baselines] if len(input_modalities(config)) > 1 else []
+
+
+def build(
+    config: Config,
+    name: str,
+    modalities: Mapping[str, Modality],
+    fitted: Mapping[str, dict[str, Any]],
+    output_dim: int,
+) -> nn.Module:
+    """Make one of the `trained_models`, freshly initialised.
+
+    Parameters
+    ----------
+    config : Config
+    name : str
+    modalities, fitted : mapping
+        Step 1's modalities as the model gets them, and what it learned of their training items.
+    output_dim : int
+        Of the head: classes, 1, or the dimensions of the retrieval space.
+
+    Returns
+    -------
+    FusionModel or TwoTowers
+    """
+
+    def encoder(modality: str) -> nn.Module:
+        chosen = modalities[modality]
+        return encoder_class(chosen.kind, chosen.encoder)(fitted[modality], chosen.features)
+
+    def model(inputs: Sequence[str], head: str) -> FusionModel:
+        encoders = {modality: encoder(modality) for modality in inputs}
+        return FusionModel(encoders, _head(config, head, [modalities[m].features for m in inputs], output_dim))
+
+    inputs, head = input_modalities(config), name
+    if name.endswith(ALONE):
+        inputs, head = [name.removesuffix(ALONE)], FUSED
+    fused = model(inputs, head)
+    if config.task.kind != "retrieval":
+        return fused
+    return TwoTowers(fused, model(list(config.task.target), FUSED), output_dim)
+
+
+def _head(config: Config, name: str, input_dims: Sequence[int], output_dim: int) -> nn.Module:
+    if len(input_dims) == 1:
+        return nn.Linear(input_dims[0], output_dim)
+    if name == "concat-linear":
+        return fusion_layers.LateFusion(
+            input_dims, output_dim
+        )  # a linear map of what is joined is a sum of linear maps
+    fused = layer(config.fusion.layer, input_dims, output_dim, config.fusion.options)
+    if name == FUSED:
+        return fused
+    hidden = (parameter_count(fused) - output_dim) // (sum(input_dims) + 1 + output_dim)
+    return fusion_layers.ConcatMLP(input_dims, output_dim, (max(1, hidden),))

@@ -1,42 +1,260 @@
-"""Step 4: the training loop."""
+"""Step 4: the training loop, with early stopping and checkpoints that resume to the same bits.
+
+What lives here: one model's training on rows in memory; the losses. What lives elsewhere: which models and seeds there
+are (``predictor.py``). All randomness is torch's global generator, whose state is part of a checkpoint.
+"""
 
 from __future__ import annotations
 
+import copy
+import csv
+import io
+import math
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from tqdm import tqdm
 
-from .preprocess import Split
+from .config import Train, differences
+from .fuse import Inputs, TwoTowers
+from .preprocess import Column
 
-BATCH = 64
-LEARNING_RATE = 2e-3  # of 1e-3, 2e-3 and 4e-3 the one at which concat + MLP learns best
-
-
-def optimizer(model: nn.Module, learning_rate: float = LEARNING_RATE) -> torch.optim.AdamW:
-    """Return the optimiser that every model here is trained with."""
-    return torch.optim.AdamW(model.parameters(), lr=learning_rate)
+EVALUATED = 512  # rows at a time where no gradient is kept
 
 
-def step(model: nn.Module, optim: torch.optim.Optimizer, inputs: dict[str, Tensor], labels: Tensor) -> float:
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or is of another configuration."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All modalities' columns, and the labels: (N,) int64 classes, float32 values, or retrieval's target numbers."""
+
+    columns: Mapping[str, Column]
+    labels: Tensor
+
+    def batch(self, rows: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+        """Return the inputs and the labels of some rows."""
+        return {name: column.batch(rows) for name, column in self.columns.items()}, self.labels[rows]
+
+
+def contrastive(model: TwoTowers, embedded: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+    """Return the symmetric InfoNCE loss of a batch; rows of the same target are not each other's negatives.
+
+    References
+    ----------
+    A. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3.
+    """
+    scores = model.scores(*embedded)
+    same = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool)
+    scores = scores.masked_fill(same, -torch.inf)
+    own = torch.arange(len(labels))
+    return (cross_entropy(scores, own) + cross_entropy(scores.T, own)) / 2
+
+
+def loss_of(kind: str) -> Callable[[Any, Any, Tensor], Tensor]:
+    """Return a task's loss of (model, its output, labels)."""
+    losses: dict[str, Callable[[Any, Any, Tensor], Tensor]] = {
+        "classification": lambda model, logits, labels: cross_entropy(logits, labels),
+        "regression": lambda model, values, labels: mse_loss(values.squeeze(-1), labels),
+        "retrieval": contrastive,
+    }
+    return losses[kind]
+
+
+def dropped(inputs: Inputs, probability: float) -> Inputs:
+    """Take each modality of each row away at random, but never all that a row has."""
+    masks = torch.stack([present for _, present in inputs.values()])
+    kept = masks & (torch.rand(masks.shape) >= probability)
+    kept = torch.where(kept.any(dim=0), kept, masks)
+    return {name: (items, mask) for (name, (items, _)), mask in zip(inputs.items(), kept, strict=True)}
+
+
+def optimizer(model: nn.Module, settings: Train) -> torch.optim.AdamW:
+    """Return the optimiser that every model is trained with."""
+    return torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def step(
+    model: nn.Module,
+    optim: torch.optim.Optimizer,
+    loss: Callable[..., Tensor],
+    inputs: Inputs,
+    labels: Tensor,
+    clip: float,
+) -> float:
     """Take one step of training; return the loss before it."""
     optim.zero_grad()
-    loss = cross_entropy(model(inputs), labels)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    value = loss(model, model(inputs), labels)
+    value.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
     optim.step()
-    return loss.item()
+    return value.item()
 
 
-def train(model: nn.Module, split: Split, steps: int, seed: int, bar: tqdm) -> list[float]:
-    """Train on random batches with a one-cycle learning rate, advancing `bar`; return the loss of each step."""
-    generator = torch.Generator().manual_seed(seed)
-    optim = optimizer(model)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optim, LEARNING_RATE, total_steps=steps)
-    losses = []
-    for _ in range(steps):
-        losses.append(step(model, optim, *split.batch(BATCH, generator)))
-        schedule.step()
-        bar.update()
-        bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
-    return losses
+@torch.no_grad()
+def mean_loss(model: nn.Module, loss: Callable[..., Tensor], rows: Rows, chosen: Tensor, batch_size: int) -> float:
+    """Return the mean loss over some rows, in batches of the training's size: a contrastive loss depends on it."""
+    model.eval()
+    total = 0.0
+    for part in chosen.split(batch_size):
+        inputs, labels = rows.batch(part)
+        total += loss(model, model(inputs), labels).item() * len(part)
+    return total / len(chosen)
+
+
+def train(
+    model: nn.Module,
+    kind: str,
+    rows: Rows,
+    chosen: Mapping[str, Tensor],
+    settings: Train,
+    identity: Mapping[str, Any],
+    query: list[str],
+    checkpoint: Path | None = None,
+    bar: tqdm | None = None,
+) -> list[dict[str, float]]:
+    """Train a model, in place; with validation rows and patience, to the weights of its best epoch.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    kind : str
+        The task.
+    rows : Rows
+    chosen : mapping of str to Tensor
+        The numbers of the rows to train on, ``train``, and to validate on, ``validation``, which may be empty.
+    settings : Train
+    identity : mapping
+        What the run is of: a checkpoint of another is refused.
+    query : list of str
+        The modalities that `settings.modality_dropout` may take away.
+    checkpoint : pathlib.Path, optional
+        Written after every epoch, and continued from if it is there. Beside it the log, ``.csv``.
+    bar : tqdm, optional
+        Advanced by every step.
+
+    Returns
+    -------
+    list of dict
+        For each epoch: ``epoch``, ``train_loss``, ``validation_loss`` (if there are rows for it), ``learning_rate``.
+
+    Raises
+    ------
+    CheckpointError
+        If `checkpoint` cannot be read or is of another configuration.
+    ArithmeticError
+        If the loss is not finite.
+    """
+    loss, optim = loss_of(kind), optimizer(model, settings)
+    steps = -(-len(chosen["train"]) // settings.batch_size)
+    schedule: Any = torch.optim.lr_scheduler.ConstantLR(optim, factor=1.0)
+    if settings.schedule == "one-cycle":
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optim, settings.learning_rate, total_steps=settings.epochs * steps
+        )
+    history: list[dict[str, float]] = []
+    best: dict[str, Any] = {"loss": float("inf"), "epoch": 0, "weights": None}
+    done = False
+    if checkpoint is not None and checkpoint.exists():
+        state = read_checkpoint(checkpoint, identity)
+        model.load_state_dict(state["model"])
+        optim.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["generator"])
+        history, best, done = state["history"], state["best"], state["done"]
+    if bar is not None:
+        bar.update(len(history) * steps)
+    board = _board(checkpoint)
+    for epoch in range(len(history) + 1, settings.epochs + 1):
+        if done:
+            break
+        model.train()
+        total = 0.0
+        order = chosen["train"][torch.randperm(len(chosen["train"]))]
+        for part in order.split(settings.batch_size):
+            inputs, labels = rows.batch(part)
+            if settings.modality_dropout:
+                asked = dropped({name: inputs[name] for name in query}, settings.modality_dropout)
+                inputs.update(asked)
+            total += step(model, optim, loss, inputs, labels, settings.clip) * len(part)
+            schedule.step()
+            if bar is not None:
+                bar.update()
+        entry = {"epoch": epoch, "train_loss": total / len(order), "learning_rate": schedule.get_last_lr()[0]}
+        if len(chosen["validation"]):
+            value = mean_loss(model, loss, rows, chosen["validation"], settings.batch_size)
+            entry["validation_loss"] = value
+            if settings.patience and value < best["loss"]:
+                best = {"loss": value, "epoch": epoch, "weights": copy.deepcopy(model.state_dict())}
+        if not all(map(math.isfinite, entry.values())):
+            raise ArithmeticError(f"epoch {epoch}: the loss is not finite; try a lower train.learning_rate")
+        history.append(entry)
+        stopped = bool(best["epoch"]) and epoch - best["epoch"] >= settings.patience
+        done = stopped or epoch == settings.epochs
+        if done and best["weights"] is not None:
+            model.load_state_dict(best["weights"])
+        if board is not None:
+            for name, value in entry.items():
+                board.add_scalar(name, value, epoch)
+        if checkpoint is not None:
+            state = {
+                "identity": identity,
+                "model": model.state_dict(),
+                "optimizer": optim.state_dict(),
+                "schedule": schedule.state_dict(),
+                "generator": torch.get_rng_state(),
+                "history": history,
+                "best": {**best, "weights": None} if done else best,
+                "done": done,
+            }
+            write(checkpoint, state)
+            _write_log(checkpoint.with_suffix(".csv"), history)
+    if board is not None:
+        board.close()
+    model.eval()
+    return history
+
+
+def read_checkpoint(path: Path, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a checkpoint, and if `identity` is given make sure that it is of that configuration."""
+    try:
+        state = torch.load(path, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if identity is not None and (different := differences(state["identity"], identity)):
+        raise CheckpointError(f"{path}: is of another configuration (there, and here): {'; '.join(different)}")
+    return state
+
+
+def write(path: Path, state: Any) -> None:
+    """Save so that an interruption leaves the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def _write_log(path: Path, history: list[dict[str, float]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _board(checkpoint: Path | None) -> Any:
+    """Return a TensorBoard writer if TensorBoard is installed."""
+    if checkpoint is None or find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(checkpoint.parent.parent / "tensorboard" / checkpoint.stem))

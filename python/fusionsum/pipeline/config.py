@@ -1,0 +1,303 @@
+"""The configuration of a run: what can be set, its defaults, and errors that name the key and suggest the right one.
+
+What lives here: the sections, YAML in and out, ``--set a.b=c``. What lives elsewhere: the options of a kind of modality
+(``preprocess.py``), those of a fusion layer (its constructor, checked in ``fuse.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .manifest import unknown
+from .preprocess import KINDS, Modality
+
+BASELINES = ("alone", "concat-linear", "mlp", "late-product", "score-sum")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be meant: the message names the key, what came and what was expected."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the rows come from and how they are split.
+
+    `split`: ``manifest`` takes the manifest's column; ``by-seed`` draws one anew for each seed, by group, so that
+    intervals over seeds contain the luck of the split.
+    """
+
+    manifest: str = "manifest.csv"
+    split: Literal["manifest", "by-seed"] = "manifest"
+    validation_share: float = 0.15
+    test_share: float = 0.2
+    test: tuple[str, ...] = ("test",)
+    on_error: Literal["raise", "skip"] = "raise"
+    workers: int = 2
+    cache: str = ".fusionsum-cache"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned. Retrieval: of `target`'s modalities given all others, in `dim` dimensions."""
+
+    kind: Literal["classification", "regression", "retrieval"] = "classification"
+    target: tuple[str, ...] = ()
+    dim: int = 64
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A layer of `fusionsum.nn` and the options of its constructor."""
+
+    layer: str = "LowRankFusion"
+    options: dict[str, Any] = field(default_factory=lambda: {"rank": 16})
+
+
+@dataclass(frozen=True)
+class Train:
+    """The loop: one model per seed. `patience` counts epochs without a better validation loss; 0 never stops early."""
+
+    seeds: int = 5
+    epochs: int = 60
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    schedule: Literal["constant", "one-cycle"] = "constant"
+    patience: int = 10
+    modality_dropout: float = 0.0
+    clip: float = 1.0
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: every section with its defaults filled in."""
+
+    modalities: dict[str, Modality]
+    title: str = "fusionsum"
+    data: Data = field(default_factory=Data)
+    task: Task = field(default_factory=Task)
+    fusion: Fusion = field(default_factory=Fusion)
+    baselines: tuple[str, ...] = BASELINES
+    train: Train = field(default_factory=Train)
+
+
+def _convert(value: Any, kind: Any, key: str) -> Any:
+    """Make `value` of the annotated type, or say what was expected."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in options:
+            raise ConfigError(f"{key}: {unknown('choice', str(value), options)}")
+        return value
+    if origin is types.UnionType:
+        return None if value is None else _convert(value, options[0], key)
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise ConfigError(f"{key}: expected a list, got {value!r}")
+        return tuple(_convert(item, options[0], f"{key}[{i}]") for i, item in enumerate(items))
+    if kind is float and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 1e-3, which has no dot, as a string
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif type(value) is kind:
+        return value
+    raise ConfigError(f"{key}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def _section(cls: Any, given: Any, key: str) -> Any:
+    """Build a dataclass of scalars from a mapping."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{key}: expected a mapping, got {given!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values = {}
+    for name, value in given.items():
+        if name not in names:
+            raise ConfigError(f"{key}: {unknown('key', str(name), names)}")
+        values[name] = _convert(value, hints[name], f"{key}.{name}")
+    return cls(**values)
+
+
+def _modality(given: Any, key: str) -> Modality:
+    if not isinstance(given, Mapping) or "kind" not in given:
+        raise ConfigError(f"{key}: expected a mapping with a kind, one of {', '.join(KINDS)}; got {given!r}")
+    rest = dict(given)
+    kind = rest.pop("kind")
+    if kind not in KINDS:
+        raise ConfigError(f"{key}.kind: {unknown('kind', str(kind), KINDS)}")
+    return _section(KINDS[kind], rest, key)
+
+
+def _positive(section: Any, key: str, names: Iterable[str]) -> None:
+    for name in names:
+        if getattr(section, name) <= 0:
+            raise ConfigError(f"{key}.{name}: expected more than 0, got {getattr(section, name)}")
+
+
+def from_mapping(given: Mapping[str, Any]) -> Config:
+    """Check a configuration and fill in its defaults.
+
+    Parameters
+    ----------
+    given : mapping
+        As a YAML file holds it.
+
+    Returns
+    -------
+    Config
+
+    Raises
+    ------
+    ConfigError
+        If a key or a choice is unknown, a value is of the wrong type or out of range; it suggests the nearest name.
+
+    Examples
+    --------
+    >>> config = from_mapping({"modalities": {"photo": {"kind": "image"}}, "train": {"seeds": 3}})
+    >>> config.train.seeds, config.train.batch_size
+    (3, 64)
+    >>> from_mapping({"modalities": {"photo": {"kind": "image"}}, "train": {"seed": 3}})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    fusionsum.pipeline.config.ConfigError: train: unknown key 'seed'; did you mean 'seeds'? There are: ...
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"expected a mapping of sections, got {given!r}")
+    names = [f.name for f in dataclasses.fields(Config)]
+    for name in given:
+        if name not in names:
+            raise ConfigError(unknown("section", str(name), names))
+    modalities = given.get("modalities")
+    if not isinstance(modalities, Mapping) or not modalities:
+        raise ConfigError("modalities: expected a mapping with a modality or more, name: {kind: ...}")
+    for name in modalities:
+        # Modules are registered by these names.
+        if not str(name).isidentifier():
+            raise ConfigError(f"modalities: expected names of letters, digits and _, got {name!r}")
+    fusion = dict(given.get("fusion") or {})
+    layer = fusion.pop("layer", Fusion.layer)
+    if "fusion" not in given:
+        fusion = Fusion().options
+    config = Config(
+        modalities={name: _modality(value, f"modalities.{name}") for name, value in modalities.items()},
+        title=_convert(given.get("title", Config.title), str, "title"),
+        data=_section(Data, given.get("data"), "data"),
+        task=_section(Task, given.get("task"), "task"),
+        fusion=Fusion(_convert(layer, str, "fusion.layer"), fusion),
+        baselines=_convert(given.get("baselines", BASELINES), tuple[str, ...], "baselines"),
+        train=_section(Train, given.get("train"), "train"),
+    )
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    """Check what concerns several keys, and ranges."""
+    for name in config.baselines:
+        if name not in BASELINES:
+            raise ConfigError(f"baselines: {unknown('baseline', name, BASELINES)}")
+    for name in config.task.target:
+        if name not in config.modalities:
+            raise ConfigError(f"task.target: {unknown('modality', name, config.modalities)}")
+    retrieval = config.task.kind == "retrieval"
+    if retrieval and not 0 < len(set(config.task.target)) < len(config.modalities):
+        raise ConfigError("task.target: retrieval needs one modality or more to find, and one or more to ask with")
+    if config.task.target and not retrieval:
+        raise ConfigError(f"task.target: {config.task.kind} has none")
+    _positive(config.task, "task", ["dim"])
+    _positive(config.train, "train", ["seeds", "epochs", "batch_size", "learning_rate", "clip", "threads"])
+    _positive(config.data, "data", ["workers"])
+    for section, key in (
+        (config.train, "modality_dropout"),
+        (config.data, "validation_share"),
+        (config.data, "test_share"),
+    ):
+        if not 0 <= getattr(section, key) < 1:
+            raise ConfigError(f"{key}: expected at least 0 and less than 1, got {getattr(section, key)}")
+    for name, modality in config.modalities.items():
+        _positive(modality, f"modalities.{name}", modality.sizes)
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """Return what `from_mapping` makes this configuration of: plain values, for YAML and for checkpoints."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    def section(value: Any) -> dict[str, Any]:
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+
+    return {
+        "title": config.title,
+        "data": section(config.data),
+        "modalities": {name: {"kind": m.kind} | section(m) for name, m in config.modalities.items()},
+        "task": section(config.task),
+        "fusion": {"layer": config.fusion.layer} | config.fusion.options,
+        "baselines": list(config.baselines),
+        "train": section(config.train),
+    }
+
+
+def to_yaml(config: Config) -> str:
+    """Return a configuration as YAML, every default filled in."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file and apply ``a.b=c`` overrides; a relative ``data.manifest`` and cache are relative to the file.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read or parsed, or as in `from_mapping`.
+    """
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    for override in overrides:
+        given = _override(given, override)
+    config = from_mapping(given)
+    data = dataclasses.replace(
+        config.data,
+        manifest=str(path.parent.resolve() / config.data.manifest),
+        cache=str(path.parent.resolve() / config.data.cache),
+    )
+    return dataclasses.replace(config, data=data)
+
+
+def _override(given: Any, override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set: expected a.b=value, got {override!r}")
+    result = dict(given or {})
+    *path, last = key.split(".")
+    place = result
+    for name in path:
+        place[name] = dict(place[name]) if isinstance(place.get(name), Mapping) else {}
+        place = place[name]
+    place[last] = yaml.safe_load(text)
+    return result
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the dotted keys whose values differ, with both values."""
+    found = []
+    for key in dict.fromkeys([*one, *other]):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} and {b!r}")
+    return found

@@ -1,0 +1,71 @@
+"""Tiny made-up data for the tests of the pipeline: coloured squares, words, tones and numbers that tell a colour.
+
+What lives elsewhere: the tests, ``test_pipeline_<file>.py`` for each file of `fusionsum.pipeline`.
+"""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+ROWS = 36
+MODALITIES = {
+    "image": {"kind": "image", "size": 8, "features": 8},
+    "text": {"kind": "text", "length": 12, "features": 8},
+    "sound": {"kind": "audio", "seconds": 0.2, "rate": 8000, "mels": 16, "features": 8},
+    "size": {"kind": "table", "columns": ["width", "height"], "features": 8},
+}
+
+
+def rows(folder, count=ROWS):
+    """Write the files of some rows and return the rows; every fifth has no sound, every seventh no text."""
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(count):
+        k = i % len(COLOURS)
+        name = list(COLOURS)[k]
+        pixels = np.clip(rng.normal(0, 20, (10, 10, 3)) + COLOURS[name], 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        time = np.arange(2000) / 8000
+        soundfile.write(folder / f"{i}.wav", 0.3 * np.sin(2 * np.pi * (400 + 700 * k + rng.normal(0, 10)) * time), 8000)
+        found.append(
+            {
+                "id": f"row{i}",
+                "split": ["train", "train", "validation", "test"][i // len(COLOURS) % 4],
+                "group": f"g{i}",
+                "label": name,
+                "image": f"{i}.png",
+                "text": "" if i % 7 == 0 else f"a {name} thing {i % 4}",
+                "sound": "" if i % 5 == 0 else f"{i}.wav",
+                "width": str(k + rng.normal(0, 0.1)),
+                "height": str(rng.normal()),
+                "value": str(10 * k + 5 + rng.normal(0, 0.1)),
+            }
+        )
+    return found
+
+
+def write(path, given):
+    """Write rows as CSV and return the path."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(given[0]))
+        writer.writeheader()
+        writer.writerows(given)
+    return path
+
+
+def config(folder, **sections):
+    """Return a configuration that trains in a moment; `sections` are merged into its own."""
+    given = {
+        "data": {"manifest": str(folder / "manifest.csv"), "cache": str(folder / "cache")},
+        "modalities": MODALITIES,
+        "fusion": {"layer": "LowRankFusion", "rank": 4},
+        "train": {"seeds": 2, "epochs": 3, "batch_size": 6, "learning_rate": 0.01, "patience": 2},
+    }
+    for name, value in sections.items():
+        given[name] = given[name] | value if name in ("data", "modalities", "train") else value
+    return given

@@ -1,0 +1,96 @@
+"""`fusionsum.pipeline.config`: defaults, YAML and overrides, and errors that suggest the right name.
+
+What lives elsewhere: unknown encoders (``test_pipeline_predictor.py``), a layer's options (``test_pipeline_fuse.py``).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from conftest import missing
+
+try:
+    from fusionsum.pipeline import ConfigError, config
+except ModuleNotFoundError as error:
+    missing(str(error))
+
+IMAGE = {"modalities": {"photo": {"kind": "image"}}}
+BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([], "expected a mapping of sections"),
+        ({}, "modalities: expected a mapping"),
+        (IMAGE | {"trian": {}}, "unknown section 'trian'; did you mean 'train'?"),
+        (IMAGE | {"train": {"epoch": 3}}, "train: unknown key 'epoch'; did you mean 'epochs'?"),
+        (IMAGE | {"train": {"epochs": "many"}}, "train.epochs: expected int, got 'many'"),
+        (IMAGE | {"train": {"epochs": True}}, "train.epochs: expected int, got True"),
+        (IMAGE | {"train": {"epochs": 0}}, "train.epochs: expected more than 0, got 0"),
+        (IMAGE | {"train": {"learning_rate": True}}, "train.learning_rate: expected float"),
+        (IMAGE | {"train": {"modality_dropout": 1.0}}, "modality_dropout: expected at least 0 and less than 1"),
+        (IMAGE | {"train": 3}, "train: expected a mapping, got 3"),
+        (IMAGE | {"data": {"on_error": "skp"}}, "data.on_error: unknown choice 'skp'; did you mean 'skip'?"),
+        (IMAGE | {"data": {"test": 3}}, "data.test: expected a list, got 3"),
+        (IMAGE | {"baselines": ["mpl"]}, "baselines: unknown baseline 'mpl'; did you mean 'mlp'?"),
+        (IMAGE | {"task": {"kind": "retrieval"}}, "task.target: retrieval needs one modality or more to find"),
+        (BOTH | {"task": {"kind": "retrieval", "target": ["photo", "words"]}}, "task.target: retrieval needs"),
+        (BOTH | {"task": {"kind": "retrieval", "target": ["word"]}}, "did you mean 'words'?"),
+        (BOTH | {"task": {"target": ["words"]}}, "task.target: classification has none"),
+        (
+            {"modalities": {"photo": {"kind": "imag"}}},
+            "modalities.photo.kind: unknown kind 'imag'; did you mean 'image'?",
+        ),
+        ({"modalities": {"photo": {"size": 3}}}, "modalities.photo: expected a mapping with a kind"),
+        (
+            {"modalities": {"photo": {"kind": "image", "sise": 3}}},
+            "modalities.photo: unknown key 'sise'; did you mean 'size'?",
+        ),
+        ({"modalities": {"photo": {"kind": "image", "size": 0}}}, "modalities.photo.size: expected more than 0"),
+        ({"modalities": {"a photo": {"kind": "image"}}}, "modalities: expected names of letters"),
+    ],
+)
+def test_what_cannot_be_meant_is_an_error_that_names_the_key(given, message):
+    with pytest.raises(ConfigError) as raised:
+        config.from_mapping(given)
+    assert message in str(raised.value)
+
+
+def test_a_configuration_is_what_its_yaml_makes_of_it(tmp_path):
+    """Of every kind of modality, with values that are not the defaults; YAML reads 1e-2 as a string."""
+    modalities = {name: {"kind": name, "features": 7} for name in config.KINDS}
+    given = {"modalities": modalities, "train": {"learning_rate": "1e-2"}, "fusion": {"layer": "MLB", "mm_dim": 3}}
+    made = config.from_mapping(given)
+    assert made.train.learning_rate == 0.01
+    assert made.fusion.options == {"mm_dim": 3}
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(made), encoding="utf-8")
+    again = config.load(path)
+    assert again.modalities == made.modalities
+    assert config.differences(config.to_mapping(made), config.to_mapping(again)) == [
+        f"data.manifest: 'manifest.csv' and {str(tmp_path / 'manifest.csv')!r}",
+        f"data.cache: '.fusionsum-cache' and {str(tmp_path / '.fusionsum-cache')!r}",
+    ]
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("modalities: {photo: {kind: image, size: 16}}", encoding="utf-8")
+    made = config.load(path, ["modalities.photo.size=32", "train.seeds=2", "baselines=[mlp]", "fusion.rank=3"])
+    assert (made.modalities["photo"].size, made.train.seeds, made.baselines) == (32, 2, ("mlp",))
+    assert made.fusion == config.Fusion("LowRankFusion", {"rank": 3})
+    assert "size: 16" in path.read_text()
+    with pytest.raises(ConfigError, match=r"expected a\.b=value, got 'train.seeds'"):
+        config.load(path, ["train.seeds"])
+    with pytest.raises(ConfigError, match="unknown key 'seed'; did you mean 'seeds'"):
+        config.load(path, ["train.seed=3"])
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\xff", None])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        config.load(path)

@@ -1,0 +1,336 @@
+"""`fusionsum.pipeline.predictor` and ``report``: the five steps on made-up data, all tasks, bad input, save and load.
+
+What lives elsewhere: each step by itself; a kill at any step of one training (``test_pipeline_train.py``).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import made_up
+from conftest import missing
+
+try:
+    import torch
+
+    from fusionsum.pipeline import ERRORS, CheckpointError, ConfigError, ManifestError, MultimodalPredictor
+    from fusionsum.pipeline import train as step4
+    from fusionsum.pipeline.report import readable, verdicts
+except ModuleNotFoundError as error:
+    missing(str(error))
+
+TASKS = {
+    "classification": {},
+    "regression": {"task": {"kind": "regression"}},
+    "retrieval": {"task": {"kind": "retrieval", "target": ["text"], "dim": 8}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files of the made-up rows, and a manifest for each task."""
+    place = tmp_path_factory.mktemp("made-up")
+    rows = made_up.rows(place)
+    made_up.write(place / "manifest.csv", rows)
+    made_up.write(place / "regression.csv", [row | {"label": row["value"]} for row in rows])
+    made_up.write(place / "retrieval.csv", [row | {"text": row["text"] or f"thing {row['id']}"} for row in rows])
+    return place
+
+
+def manifest_of(folder, task):
+    return folder / ("manifest.csv" if task == "classification" else f"{task}.csv")
+
+
+def fitted(folder, task="classification", out=None, **sections):
+    given = made_up.config(folder, **TASKS[task], **sections)
+    return MultimodalPredictor(given).fit(manifest_of(folder, task), out, progress=False)
+
+
+def weights(predictor):
+    return {key: state["model"] for key, state in predictor.states.items()}
+
+
+def same(one, other):
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[key][name], b[key][name]) for key in a for name in a[key])
+
+
+class Page(HTMLParser):
+    """Collects the tags that are open, and what the page would load."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loads, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "br", "path", "use"):
+            self.open.append(tag)
+        self.loads += [
+            v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith(("#", "data:"))
+        ]
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_from_files_to_a_report(folder, tmp_path, task):
+    run = tmp_path / "run"
+    predictor = fitted(folder, task, run)
+    results = predictor.evaluate(out=run, progress=False)
+    models = results["test"]
+    inputs = [name for name in made_up.MODALITIES if not (task == "retrieval" and name == "text")]
+    combined = ["late-product", "score-sum"] if task == "classification" else ["score-sum"]
+    assert list(models) == ["fused", *(f"{name} alone" for name in inputs), "concat-linear", "mlp", *combined]
+    withheld = [f"without {name}{how}" for name in inputs for how in ("", ", zero-filled")]
+    assert list(models["fused"]) == ["all", *withheld]
+    assert list(models["image alone"]) == ["all"]
+    assert list(models["score-sum"]) == ["all", *withheld[::2]]
+    for found in models.values():
+        for metrics in found.values():
+            for values in metrics.values():
+                assert len(values) == 2 and np.isfinite(values).all()
+    written = json.loads((run / "metrics.json").read_text())
+    metric = next(iter(models["fused"]["all"]))
+    assert written["test"]["fused"]["all"][metric]["seeds"] == models["fused"]["all"][metric]
+
+    page = Page()
+    html = (run / "report.html").read_text(encoding="utf-8")
+    page.feed(html)
+    assert not page.open and not page.loads
+    assert "http" not in re.sub(r'(xmlns(:\w+)?|rdf:resource)="[^"]*"|http://\S+\.dtd|http\S*matplotlib\S*', "", html)
+    for sentence in verdicts(predictor, results):
+        assert sentence in page.text
+    for name in models["fused"]["all"]:
+        assert readable(name).split(" ")[-1] in page.text
+    plots = {path.stem for path in (run / "plots").iterdir()}
+    assert {"training", "models-test"} <= plots
+    assert ("confusion-test" in plots) == (task == "classification")
+
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert {"fused-0.pt", "fused-0.csv", "image-alone-1.pt", "0.fitted"} <= names
+    with (run / "log.csv").open(encoding="utf-8") as file:
+        log = list(csv.DictReader(file))
+    assert {(row["model"], row["seed"]) for row in log} == {(m, str(s)) for m in predictor.models for s in range(2)}
+
+    predictions = predictor.predict(manifest_of(folder, task), run / "predictions.csv", progress=False)
+    again = MultimodalPredictor.load(run)
+    assert same(predictor, again)
+    assert again.evaluate(progress=False) == results
+    assert again.predict(manifest_of(folder, task), progress=False) == predictions
+    with (run / "predictions.csv").open(encoding="utf-8") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == [f"row{i}" for i in range(made_up.ROWS)]
+
+
+def test_the_made_up_task_is_learned_and_predicted(folder, tmp_path):
+    train = {"seeds": 1, "epochs": 40, "patience": 0}
+    options = {"fusion": {"layer": "LateFusion"}, "train": train, "baselines": []}
+    predictor = fitted(folder, **options)
+    assert predictor.evaluate(progress=False)["test"]["fused"]["all"]["accuracy"] == [1.0]
+    rows = made_up.rows(tmp_path, 9)
+    unlabelled = [{k: v for k, v in row.items() if k not in ("label", "split", "group")} for row in rows]
+    found = predictor.predict(made_up.write(tmp_path / "new.csv", unlabelled), progress=False)
+    assert [row["predicted"] for row in found] == [row["label"] for row in rows]
+    for row in found:
+        assert abs(sum(row[f"p({colour})"] for colour in made_up.COLOURS) - 1) <= 1e-5
+    blind = [row | {"image": "", "sound": ""} for row in unlabelled]
+    assert len(predictor.predict(made_up.write(tmp_path / "new.csv", blind), progress=False)) == 9
+    values = fitted(folder, "regression", **options).predict(folder / "manifest.csv", progress=False)
+    errors = [abs(v["predicted"] - float(r["value"])) for v, r in zip(values, made_up.rows(tmp_path), strict=True)]
+    assert np.median(errors) <= 3
+
+
+def test_retrieval_finds_targets_of_the_same_text(folder):
+    predictor = fitted(folder, "retrieval", train={"seeds": 1}, baselines=[])
+    found = predictor.predict(folder / "retrieval.csv", progress=False)
+    assert [row["id"] for row in found] == [f"row{i}" for i in range(made_up.ROWS)]
+    for row in found:
+        scores = [row[f"score_{k}"] for k in range(1, 11)]
+        assert scores == sorted(scores, reverse=True)
+        assert len({row[f"found_{k}"] for k in range(1, 11)}) == 10
+    numbers = predictor.target_numbers(predictor.gather(folder / "retrieval.csv", progress=False))
+    texts = [row["text"] for row in made_up.rows(folder)]
+    for i in range(made_up.ROWS):
+        for j in range(made_up.ROWS):
+            if texts[i] and texts[j]:
+                assert (numbers[i] == numbers[j]) == (texts[i] == texts[j])
+
+
+@pytest.mark.parametrize("killed_after", [2, 30, 75])
+def test_a_killed_run_resumes_to_the_same_bits(folder, tmp_path, monkeypatch, killed_after):
+    whole = fitted(folder, baselines=["mlp"])
+    real, taken = step4.step, []
+
+    def step(*arguments):
+        taken.append(1)
+        if len(taken) > killed_after:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(step4, "step", step)
+    run = tmp_path / "run"
+    given = made_up.config(folder, baselines=["mlp"])
+    if killed_after < 36:  # of 2 seeds of 2 models of 3 epochs of 3 steps
+        with pytest.raises(KeyboardInterrupt):
+            MultimodalPredictor(given).fit(out=run, progress=False)
+        with pytest.raises(CheckpointError):
+            MultimodalPredictor.load(run)
+    else:
+        MultimodalPredictor(given).fit(out=run, progress=False)
+    monkeypatch.setattr(step4, "step", real)
+    with pytest.raises(CheckpointError, match="is a run already"):
+        MultimodalPredictor(given).fit(out=run, progress=False)
+    assert same(MultimodalPredictor(given).fit(out=run, resume=True, progress=False), whole)
+    other = made_up.config(folder, baselines=["mlp"], train={"learning_rate": 0.5})
+    with pytest.raises(CheckpointError, match=r"another configuration .*train\.learning_rate: 0\.01 and 0\.5"):
+        MultimodalPredictor(other).fit(out=run, resume=True, progress=False)
+
+
+def test_training_leaves_the_process_as_it_was(folder):
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    one, other = (fitted(folder, train={"seeds": 1}, baselines=[]) for _ in range(2))
+    assert same(one, other)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bad_items_stop_before_training_or_are_skipped_and_said(folder, tmp_path, monkeypatch, capsys):
+    rows = made_up.rows(tmp_path)
+    (tmp_path / "0.png").write_bytes(b"broken")
+    (tmp_path / "1.wav").unlink()
+    path = made_up.write(tmp_path / "m.csv", rows)
+    monkeypatch.setattr(step4, "step", lambda *a: pytest.fail("training started"))
+    with pytest.raises(ManifestError) as raised:
+        MultimodalPredictor(made_up.config(tmp_path)).fit(path, progress=False)
+    one, other = str(raised.value).splitlines()
+    assert one.startswith("m.csv:2, column 'image': '0.png'")
+    assert other == "m.csv:3, column 'sound': no such file: 1.wav"
+    monkeypatch.undo()
+    given = made_up.config(tmp_path, train={"seeds": 1, "epochs": 1}, baselines=[])
+    predictor = MultimodalPredictor(given | {"data": given["data"] | {"on_error": "skip"}})
+    predictor.fit(path, progress=False).evaluate(out=tmp_path / "run", progress=False)
+    assert len(predictor.gathered.manifest) == made_up.ROWS - 2
+    assert f"skipped: {other}" in capsys.readouterr().out
+    assert "2 rows were left out" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        ({"fusion": {"layer": "MUTANN"}}, "fusion.layer: unknown layer 'MUTANN'; did you mean 'MUTAN'?"),
+        ({"fusion": {"layer": "LowRankFusion", "rnk": 3}}, "did you mean 'rank'?"),
+        ({"modalities": {"image": {"kind": "image", "encoder": "cn"}}}, "modalities.image: unknown image encoder 'cn'"),
+        ({"modalities": {"img": {"kind": "image"}}}, "unknown column 'img'; did you mean 'image'?"),
+        ({"data": {"test": ["tset"]}}, "unknown split 'test'; did you mean 'tset'?"),
+        ({"data": {"split": "by-seed", "test_share": 0.01}}, "no row is in the split 'test'"),
+        ({"data": {"split": "by-seed", "validation_share": 0.0}}, "there are no rows of the split 'validation'"),
+    ],
+)
+def test_what_is_unknown_is_an_error_that_suggests_the_name(folder, monkeypatch, sections, message):
+    monkeypatch.setattr(step4, "step", lambda *a: pytest.fail("training started"))
+    with pytest.raises(ERRORS) as raised:
+        fitted(folder, **sections)
+    assert message in str(raised.value)
+
+
+def test_labels_that_training_does_not_have(folder, tmp_path):
+    rows = made_up.rows(tmp_path)
+    for row in rows[-3:]:
+        row["label"] = "white"
+    path = made_up.write(tmp_path / "m.csv", rows)
+    with pytest.raises(ManifestError, match=r"m\.csv:35, column 'label': no training row is 'white'"):
+        MultimodalPredictor(made_up.config(tmp_path)).fit(path, progress=False)
+    for row in rows:
+        row["label"] = "white"
+    with pytest.raises(ConfigError, match="two classes or more"):
+        MultimodalPredictor(made_up.config(tmp_path)).fit(made_up.write(path, rows), progress=False)
+
+
+def test_evaluation_on_another_manifest(folder, tmp_path):
+    predictor = fitted(folder, train={"seeds": 1}, baselines=[])
+    path = made_up.write(tmp_path / "m.csv", made_up.rows(tmp_path, 6))
+    results = predictor.evaluate(path, progress=False)
+    assert list(results) == ["given"]
+    rows = made_up.rows(tmp_path, 6)
+    rows[2]["label"] = "white"
+    with pytest.raises(ManifestError, match=r"m\.csv:4, column 'label': no training row is 'white'"):
+        predictor.evaluate(made_up.write(path, rows), progress=False)
+
+
+def test_splits_by_seed(folder):
+    data = {"split": "by-seed", "test_share": 0.3, "validation_share": 0.2}
+    results = fitted(folder, data=data, baselines=[]).evaluate(progress=False)
+    assert len(results["test"]["fused"]["all"]["accuracy"]) == 2
+
+
+def test_save_without_a_folder(folder, tmp_path):
+    predictor = fitted(folder, train={"seeds": 1}, baselines=["mlp"])
+    predictor.save(tmp_path / "saved")
+    again = MultimodalPredictor.load(tmp_path / "saved")
+    assert same(predictor, again)
+    assert again.evaluate(progress=False) == predictor.evaluate(progress=False)
+    with pytest.raises(RuntimeError, match="call fit or load first"):
+        MultimodalPredictor(made_up.config(folder)).predict(folder / "manifest.csv")
+
+
+def test_one_modality_has_nothing_to_fuse(folder, tmp_path):
+    given = made_up.config(folder) | {"modalities": {"image": made_up.MODALITIES["image"]}}
+    results = MultimodalPredictor(given).fit(progress=False).evaluate(out=tmp_path, progress=False)
+    assert list(results["test"]) == ["fused"]
+    assert list(results["test"]["fused"]) == ["all"]
+
+
+class Constant(torch.nn.Module):
+    """An encoder of one's own."""
+
+    def __init__(self, fitted, features):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.zeros(features))
+
+    def forward(self, items):
+        return self.value.expand(len(items), -1)
+
+
+def test_an_encoder_of_ones_own(folder):
+    modalities = made_up.MODALITIES | {"image": {"kind": "image", "encoder": "test_pipeline_predictor:Constant"}}
+    predictor = fitted(folder, modalities=modalities, train={"seeds": 1}, baselines=[])
+    assert "encoders.image.value" in predictor.states["fused", 0]["model"]
+
+
+class Halves:
+    """A frozen encoder: the means of an image's upper and lower half."""
+
+    recipe = "halves 1"
+    calls = 0
+
+    def reader(self, modality):
+        return modality.decode
+
+    def encode(self, items):
+        for item in items:
+            Halves.calls += 1
+            yield item.reshape(3, 2, -1).mean(axis=2).reshape(-1).astype(np.float32)
+
+
+def test_features_of_a_frozen_encoder_are_made_once(folder, tmp_path, monkeypatch):
+    from fusionsum.pipeline import pretrained
+
+    monkeypatch.setitem(pretrained.EXTRACTORS["image"], "halves", Halves)
+    modalities = made_up.MODALITIES | {"image": {"kind": "image", "encoder": "halves", "size": 8, "features": 8}}
+    run = tmp_path / "run"
+    predictor = fitted(folder, out=run, modalities=modalities, train={"seeds": 1}, baselines=[])
+    assert Halves.calls == made_up.ROWS
+    assert predictor.states["fused", 0]["fitted"]["image"]["shape"] == [6]
+    results = predictor.evaluate(progress=False)
+    assert MultimodalPredictor.load(run).evaluate(progress=False) == results
+    assert Halves.calls == made_up.ROWS
