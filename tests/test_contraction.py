@@ -316,7 +316,7 @@ class Allocations(TorchDispatchMode):
         self.live = {x.untyped_storage().data_ptr() for x in inputs if x is not None}
         self.now = self.peak = self.largest = 0
 
-    def count(self, found):  # noqa: D102
+    def count(self, found):
         for x in found if isinstance(found, (tuple, list)) else [found]:
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.live:
                 storage = x.untyped_storage()
@@ -326,11 +326,11 @@ class Allocations(TorchDispatchMode):
                 weakref.finalize(storage, self.gone, storage.data_ptr(), storage.nbytes())
         return found
 
-    def gone(self, address, size):  # noqa: D102
+    def gone(self, address, size):
         self.live.discard(address)
         self.now -= size
 
-    def counted(self, kernel):  # noqa: D102
+    def counted(self, kernel):
         return lambda *given: self.count(kernel(*given))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

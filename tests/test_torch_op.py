@@ -414,7 +414,7 @@ class Fused(torch.nn.Module):
         self.weights = torch.nn.Parameter(torch.randn(6))
         self.first, self.second = torch.nn.Linear(4, 6), torch.nn.Linear(4, 6)
 
-    def forward(self, x):  # noqa: D102
+    def forward(self, x):
         return fs.fusion_sum(self.weights, self.first(x), self.second(x), activations=["tanh", None])
 
 
