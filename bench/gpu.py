@@ -24,7 +24,7 @@ from .rows import BACKWARD, BOTH, CUDA_ROWS, FORWARD, Row
 def captured(make: Callable[[], Call], stream: cuda.Stream) -> Call:
     """Capture a call in a CUDA graph; return what replays it.
 
-    `make` returns the call; like the warm-up and the capture it runs on `stream`, for a gradient computed within a capture
+    `make` returns the call; like the warm-up and the capture it runs on `stream`, for a gradient computed in a capture
     has to come from a forward pass on the same stream. So must all whose tensors share a leaf.
     """
     stream.wait_stream(cuda.current_stream())

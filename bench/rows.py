@@ -78,7 +78,7 @@ class Row:
         return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
 
     def build(self, device: str = "cpu") -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Make the operands (weights first) and one mask per factor, 30% absent, or no masks; the same on any device."""
+        """Make the operands (weights first) and one mask per factor, 30% absent, or none; the same on any device."""
         generator = torch.Generator().manual_seed(0)
         operands = [torch.randn(self.weights, generator=generator)]
         operands += [torch.randn(shape, generator=generator).to(self.dtype) for shape in self.shapes]

@@ -1,6 +1,6 @@
 """The benchmark runs and reports. No test here looks at a time; what is measured is the bench's own business.
 
-What needs a GPU runs here on a stand-in for ``torch.cuda`` with tensors of the CPU; ``cuda/on_gpu.sh`` runs it for real.
+What needs a GPU runs here on a stand-in for ``torch.cuda``, with tensors of the CPU; ``cuda/on_gpu.sh`` runs it itself.
 """
 
 from __future__ import annotations

@@ -1,0 +1,238 @@
+"""The CUDA kernels on a GPU, as torch's users meet them: autograd, streams, devices, graphs, errors, bits, sizes.
+
+What lives elsewhere: arithmetic and layouts, whose tests run on a GPU with FUSIONSUM_TEST_DEVICE=cuda
+(``test_kernel.py``, ``test_form.py``, ``test_layouts.py``); all that needs no GPU (``test_emulated.py``); the script that
+runs everything (``on_gpu.sh``).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import device
+import fusionsum as fs
+from bench.gpu import captured
+from conftest import DTYPES, FORMS, MIXED, TABLE, check_backward, check_both, check_forward, missing, random
+from fusionsum import api, backend, reference
+from test_torch_op import MASKS, fused, to_torch
+from tests.cuda import cases
+
+if not torch.cuda.is_available():
+    pytest.skip("missing: a GPU that torch can use", allow_module_level=True)
+if fs.backends()["cuda"] != "usable":
+    missing(f"the CUDA kernels, {fs.backends()['cuda']}")
+
+# torch's own, on its first use of inductor
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:TensorFloat32:UserWarning")
+
+ONE_SECOND = 2_000_000_000  # cycles, about
+SHARED = {
+    "B": 2000,
+    "n": 257,
+    "O": 7,
+    "K": 3,
+    "C": 7,
+}  # sums that blocks share, below what goes to a product of matrices
+
+
+def sent(case, where="cuda"):
+    """Return the operands as leaves on a device, and the function of them."""
+    operands, options = to_torch(case)
+    masks = options["present"] and [mask if mask is None else mask.to(where) for mask in options["present"]]
+    return [x.to(where).requires_grad_() for x in operands], fused(
+        options | {"present": masks}, case.weights is not None
+    )
+
+
+def both(function, operands, u):
+    """Return output and gradients without their graph, whose leaves would hold on to the stream it was made on."""
+    output = function(*operands)
+    return [output.detach(), *torch.autograd.grad(output, operands, u)]
+
+
+def check(case, rng, where="cuda"):
+    """Compare with float64 on the CPU, within the bounds that the CPU's kernels keep."""
+    operands, function = sent(case, where)
+    u = random(rng, case.output_shape, reference.result_dtype(*case.operands).name)
+    found = both(function, operands, torch.from_numpy(u).to(where))
+    assert all(x.device == operands[0].device for x in found)
+    output, *grads = (x.cpu().numpy() for x in found)
+    check_forward(case, output)
+    check_backward(case, u, grads)
+
+
+def masked(form, rng, **sizes):
+    return FORMS[form].case(rng, "float32", activations="tanh", **sizes).masked(rng, "rows", "one")
+
+
+def same_bits(some, others):
+    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(some, others, strict=True))
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtypes", [(d, d) for d in DTYPES] + list(MIXED), ids="-".join)
+def test_every_kernel(dtypes, rng, monkeypatch):
+    """Small calls that launch all there are, by the way of NumPy arrays; what the sanitizers run."""
+    monkeypatch.setattr(device, "DEVICE", "cuda")
+    monkeypatch.setattr(api, "native", device.placed(backend._core))
+    for _, case in cases.cases([dtypes]):
+        check_both(case, rng)
+
+
+def test_sums_that_blocks_share(rng, monkeypatch):
+    monkeypatch.setattr(device, "DEVICE", "cuda")
+    monkeypatch.setattr(api, "native", device.placed(backend._core))
+    for _, case in cases.large_cases():
+        check_both(case, rng)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_autograd(form, dtype, masks, rng):
+    for activations in (None, "tanh", "gelu"):
+        case = FORMS[form].case(rng, dtype, activations=activations, kind="uniform", B=9, n=67, O=33, C=5)
+        check(case if MASKS[masks] is None else case.masked(rng, *MASKS[masks]), rng)
+
+
+@pytest.mark.parametrize("form", ["all pairs", "mixing"])
+def test_products_of_matrices(form, rng):
+    check(FORMS[form].case(rng, "float32", B=300, C=300, O=300, n=64), rng)
+
+
+@pytest.mark.parametrize("sizes", [{"n": 0}, {"B": 0}, {"n": 0, "B": 0}], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_empty_sums(form, sizes, rng):
+    check(FORMS[form].case(rng, "float32", **sizes), rng)
+
+
+@pytest.mark.parametrize("form", [*TABLE, "one weight per row", "one weight"])
+def test_the_same_bits_in_100_runs(form, rng):
+    case = masked(form, rng, **SHARED)
+    operands, function = sent(case)
+    u = torch.randn(case.output_shape, device="cuda")
+    first = both(function, operands, u)
+    assert all(x.isfinite().all() for x in first)
+    for _ in range(99):
+        # Freed at once, in every size: workspace that is read before it is written finds NaN.
+        _ = [torch.full((2**size,), torch.nan, device="cuda") for size in range(6, 23)]
+        del _
+        assert same_bits(both(function, operands, u), first)
+
+
+def test_more_than_two_to_the_31_elements():
+    terms, rows, needed = 64, 2**31 // 64 + 5, 14 * 2**30
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"missing: {needed // 2**30} GiB of free GPU memory")
+    w, g, f = (torch.randn(shape, device="cuda", dtype=torch.float16) for shape in (terms, terms, (rows, terms)))
+    u = torch.randn(rows, device="cuda", dtype=torch.float16)
+    output, d_f = both(lambda f: fs.fusion_sum(w, f, g), [f.requires_grad_()], u)
+    for part in (slice(0, 9), slice(rows - 9, None)):
+        factor = w.double() * g.double()
+        torch.testing.assert_close(
+            output[part], (factor * f[part].detach().double()).sum(-1).half(), rtol=2e-3, atol=1e-3
+        )
+        torch.testing.assert_close(d_f[part], (factor * u[part, None].double()).half(), rtol=2e-3, atol=1e-3)
+
+
+# ---- streams, devices, graphs, compilers -----------------------------------------------------------------------------
+
+
+def test_the_callers_stream_is_used_and_not_waited_for(rng):
+    """Operands are NaN until a stream has slept a second; on any other stream the kernels would see that."""
+    case, stream = masked("paired", rng, **SHARED), torch.cuda.Stream()
+    operands, function = sent(case)
+    values, u = [x.detach().clone() for x in operands], torch.randn(case.output_shape, device="cuda")
+    wanted = both(function, operands, u)
+    for cycles in (1, ONE_SECOND):  # the first time kernels are loaded and memory is allocated, which may wait
+        found = None
+        with torch.no_grad():
+            for x in operands:
+                x.fill_(torch.nan)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(cycles)
+            with torch.no_grad():
+                for x, value in zip(operands, values, strict=True):
+                    x.copy_(value)
+            found = both(function, operands, u)
+            waiting = not stream.query()
+        torch.cuda.synchronize()
+        assert same_bits(found, wanted)
+    assert waiting
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_device_of_the_operands_is_used(current, rng):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("missing: a second GPU")
+    with torch.cuda.device(current):
+        for index in (0, 1):
+            check(masked("paired", rng, **SHARED), rng, f"cuda:{index}")
+            assert torch.cuda.current_device() == current
+
+
+@pytest.mark.parametrize("form", TABLE)
+def test_a_cuda_graph_of_forward_and_backward(form, rng):
+    case, found = masked(form, rng, **SHARED), []
+    operands, function = sent(case)
+    u = torch.randn(case.output_shape, device="cuda")
+
+    def step():
+        found[:] = both(function, operands, u)
+
+    replay = captured(lambda: step, torch.cuda.Stream())
+    for _ in range(3):
+        with torch.no_grad():
+            for x in (*operands, u):
+                x.normal_()
+        wanted = both(function, operands, u)
+        assert not same_bits(found, wanted)
+        replay()
+        assert same_bits(found, wanted)
+
+
+@pytest.mark.parametrize("form", TABLE)
+def test_compile(form, rng):
+    case = masked(form, rng)
+    operands, function = sent(case)
+    u = torch.randn(case.output_shape, device="cuda")
+
+    def surrounded(*x):
+        return function(*(z.sin() for z in x)).exp()
+
+    torch.compiler.reset()
+    found = both(torch.compile(surrounded, fullgraph=True), operands, u)
+    for got, want in zip(found, both(surrounded, operands, u), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+NAMES = ("fusion_weights", "factors[0]", "factors[1]")
+
+
+@pytest.mark.parametrize("records", [False, True])
+@pytest.mark.parametrize("left_behind", NAMES)
+def test_operands_on_different_devices(left_behind, records):
+    operands = {name: torch.randn(5, device="cpu" if name == left_behind else "cuda") for name in NAMES}
+    for x in operands.values():
+        x.requires_grad_(records)
+    with pytest.raises(ValueError, match=r"is on (cpu, expected cuda:0|cuda:0, expected cpu), where factors\[0\] is"):
+        fs.fusion_sum(*operands.values())
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_a_mask_on_the_cpu(records):
+    w, f, g = (torch.randn(shape, device="cuda", requires_grad=records) for shape in (5, (3, 5), (3, 5)))
+    with pytest.raises(ValueError, match=r"present\[1\]: is on cpu, expected cuda:0, where factors\[1\] is"):
+        fs.fusion_sum(w, f, g, present=[None, torch.ones(3, dtype=torch.bool)])
+
+
+def test_a_grad_output_on_the_cpu():
+    w, f, g = (torch.randn(shape, device="cuda") for shape in (5, (3, 5), (3, 5)))
+    with pytest.raises(ValueError, match=r"grad_output: is on cpu, expected cuda:0"):
+        fs.fusion_sum_grad(torch.ones(3), w, f, g)
