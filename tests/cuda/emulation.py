@@ -82,7 +82,8 @@ def build(
     name
         The folder to build in.
     sources
-        What to compile instead of all of csrc/cuda; it defines ``fusionsum_cuda``.
+        What to compile instead of all of csrc/cuda; it defines ``fusionsum_cuda``. Relative paths are from csrc, or
+        from its copy with the bug.
 
     Returns
     -------
@@ -106,6 +107,7 @@ def build(
             plant(bug, _SOURCES, root)
         if sources is None:
             sources = sorted([*(root / "cuda").glob("*.cu"), *(root / "cuda").glob("*.cpp")])
+        sources = [root / source for source in sources]
         plain = variant == "plain"
         harness = [_HERE / "recorder.cpp", *([] if plain else [_HERE / "driver.cpp"])]
         headers = b"".join(

@@ -1,5 +1,7 @@
 """Bugs planted into copies of the CUDA sources, to test the tests: what each changes, and which stages must notice.
 
+    python -m tests.cuda.planted                the table in docs/cuda_verification.md
+
 The product's sources know nothing of them. ``emulation.build`` and the PTX stage take a bug by name.
 """
 
@@ -9,21 +11,124 @@ import pathlib
 import shutil
 from dataclasses import dataclass
 
-__all__ = ["BUGS", "Bug", "plant"]
+__all__ = ["BUGS", "STAGES", "Bug", "plant", "table"]
+
+
+STAGES = ("plain", "address", "thread", "ptx")
 
 
 @dataclass(frozen=True)
 class Bug:
-    """One replacement in one file; `stages` are those that catch it."""
+    """One replacement in one file; `stages` are those that catch it, each with a part of what it says then."""
 
     name: str
     file: str  # relative to csrc
     old: str  # found exactly once
     new: str
-    stages: tuple[str, ...]
+    stages: tuple[tuple[str, str], ...]  # the first is the one to run where time is short
 
 
-BUGS: tuple[Bug, ...] = ()
+_KERNEL, _PLAN = "cuda/kernel.cuh", "cuda/plan.cpp"
+BUGS = (
+    Bug(
+        "no barrier between the steps of strided_sum",
+        _KERNEL,
+        "half /= 2) {\n    __syncthreads();",
+        "half /= 2) {",
+        (("thread", "data race"), ("plain", "wrong results"), ("ptx", "race")),
+    ),
+    Bug(
+        "no second barrier in segment_sum",
+        _KERNEL,
+        "    __syncthreads();\n  }\n  return x;",
+        "  }\n  return x;",
+        (("thread", "data race"), ("ptx", "race")),
+    ),
+    Bug(
+        "a packet too many",
+        _KERNEL,
+        ": p.packets_per_tile;",
+        ": p.packets_per_tile + 1;",
+        (("address", "heap-buffer-overflow"), ("plain", "wrong results"), ("ptx", "out of bounds")),
+    ),
+    Bug(
+        "a scale read one row past the end",
+        _KERNEL,
+        "row < end ? splat_product",
+        "row <= end ? splat_product",
+        (("address", "heap-buffer-overflow"), ("ptx", "out of bounds")),
+    ),
+    Bug(
+        "a shuffle in a divergent branch",
+        _KERNEL,
+        "if (!each) continue;",
+        "if (!each || !here) continue;",
+        (("ptx", "sync mask"), ("plain", "a lane exits that is named in the mask")),
+    ),
+    Bug(
+        "the last level of a run not added",
+        _KERNEL,
+        "if ((terms += U) < kSummed && row0 + U * t.groups < t.end) continue;",
+        "if ((terms += U) < kSummed) continue;",
+        (("plain", "wrong results"), ("ptx", "different bits")),
+    ),
+    Bug(
+        "the last columns in no tile",
+        _PLAN,
+        "tiles = divide_up(packets, lanes);",
+        "tiles = std::max<int64_t>(1, packets / lanes);",
+        (("plain", "wrong results"), ("ptx", "different bits")),
+    ),
+    Bug(
+        "derivatives stored with another operand",
+        _KERNEL,
+        "put(out[k], i, partial[k]);",
+        "put(out[k], i, partial[N - 1 - k]);",
+        (("ptx", "different bits"), ("plain", "wrong results")),
+    ),
+    Bug(
+        "splits that store the same partial sum",
+        _KERNEL,
+        "o.sums[(t.split * p.units + unit) * p.cols + col + i]",
+        "o.sums[unit * p.cols + col + i]",
+        (("thread", "data race"), ("plain", "wrong results"), ("ptx", "block race")),
+    ),
+    Bug(
+        "tiles that store the same partial sum",
+        _KERNEL,
+        "o.sums[(t.tile * p.units + unit) * p.run + r]",
+        "o.sums[unit * p.run + r]",
+        (("ptx", "block race"), ("plain", "wrong results"), ("thread", "data race")),
+    ),
+    Bug(
+        "sums that do not start at zero",
+        _KERNEL,
+        "    FORM_UNROLL(8)\n    for (int i = 0; i < W; ++i) own[i * kThreads] = 0;\n",
+        "",
+        (("ptx", "uninitialised"), ("plain", "wrong results")),
+    ),
+    Bug(
+        "the first stride for all dims in combine",
+        "cuda/kernel_any.cu",
+        "* c.stride[d];",
+        "* c.stride[0];",
+        (("address", "heap-buffer-overflow"), ("plain", "exit code -"), ("ptx", "out of bounds")),
+    ),
+    Bug(
+        "a derivative where a factor is absent",
+        _KERNEL,
+        "partial[k] = is_present[k] ? partial[k] * slope[k] : T(0);",
+        "partial[k] = partial[k] * slope[k];",
+        (("plain", "wrong results"), ("ptx", "different bits")),
+    ),
+    Bug(
+        "packets of arrays that are not aligned",
+        _PLAN,
+        "reinterpret_cast<uintptr_t>(data) % 16 == 0",
+        "reinterpret_cast<uintptr_t>(data) % 4 == 0",
+        (("plain", "a misaligned access"),),
+    ),
+)
 
 
 def plant(bug: Bug, sources: pathlib.Path, copy: pathlib.Path) -> None:
@@ -50,3 +155,18 @@ def plant(bug: Bug, sources: pathlib.Path, copy: pathlib.Path) -> None:
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(sources, copy)
     (copy / bug.file).write_text(text.replace(bug.old, bug.new))
+
+
+def table() -> str:
+    """Return the bugs and what each stage says of them, in Markdown; in bold, the stage that CI runs."""
+    rows = [("planted bug", *STAGES), ("---",) * (1 + len(STAGES))]
+    for bug in BUGS:
+        says = dict(bug.stages)
+        ours = bug.stages[0][0]
+        cells = [f"**{says[stage]}**" if stage == ours else says.get(stage, "–") for stage in STAGES]
+        rows.append((bug.name, *cells))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+if __name__ == "__main__":
+    print(table(), end="")
