@@ -226,6 +226,7 @@ print(one, t.tasks() - before)
 
 INTERRUPTED = """
 import os, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
 import numpy as np, fusionsum as fs
 from fusionsum.backend import native
 sent = []
