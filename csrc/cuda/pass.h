@@ -74,8 +74,8 @@ using PassKernel = void(const Pass);
 // The kernels for one way to store varying operands.
 constexpr int kCounts = 5;  // of varying operands: 1, 2, 3, 4, any
 struct Kernels {
-  // [varying operands - 1, or the last][derivatives of varying operands][activations, masks, constants]; null: the next
-  // more general one
+  // [varying operands - 1, or the last][derivatives of varying operands][activations, masks, constants]; null where
+  // plan.cpp's instance_of never looks
   PassKernel *rows[kCounts][2][2], *columns[kCounts][2][2];
   int width;  // columns in a packet
 };
