@@ -350,13 +350,13 @@ bool parse(Call& c, py::handle grad_output, py::handle weights, py::handle facto
   if (count < 1 || count > kMaxFactors) return false;
   c.framework = framework_of(item(factors, 0));
   if (c.framework == Framework::none || (c.framework == Framework::torch && trusted.ptr() != Py_True && watched())) return false;
-  const auto read_floats = [&](py::handle object, Array& to) {
-    return read(object, c.framework, to) && !to.boolean && (&to < c.given + 2 || to.device == c.device());
-  };
+  const auto read_floats = [&](py::handle object, Array& to) { return read(object, c.framework, to) && !to.boolean; };
   if (!weights.is_none() && !read_floats(weights, c.given[c.operands++])) return false;
   c.factors_from = c.operands;
   for (size_t m = 0; m < count; ++m)
     if (!read_floats(item(factors, m), c.given[c.operands++])) return false;
+  for (int k = 2; k < c.operands; ++k)
+    if (!(c.given[k].device == c.device())) return false;
   if (c.on_cuda() && !has_cuda()) return false;
 
   // The broadcast shape and the dtypes. Operands of no dims have no say in the output's dtype unless all are such.
@@ -417,7 +417,8 @@ bool parse(Call& c, py::handle grad_output, py::handle weights, py::handle facto
   if (p.sum_dim >= 0) u.dims &= ~(1u << p.sum_dim);
   if (!grad_output.is_none()) {
     Array& g = c.given[0];
-    if (!read_floats(grad_output, g) || !(g.device == c.device()) || g.ndim != c.output_ndim || !std::equal(g.shape, g.shape + g.ndim, c.output_shape)) return false;
+    if (!read_floats(grad_output, g) || !(g.device == c.device()) || g.ndim != c.output_ndim) return false;
+    if (!std::equal(g.shape, g.shape + g.ndim, c.output_shape)) return false;
     u.data = g.data;
     u.dtype = g.dtype;
     p.wide = p.wide || g.dtype == DType::f64;

@@ -3,13 +3,13 @@
 //
 // Included inside an instruction set's namespace (simd_<isa>.h), which supplies for its V: Scalar<V> and, by the names below,
 // madd (a*b+c, fused where that is cheap), fused (a*b+c rounded once), abs, copysign, at_least, at_most, select,
-// select_negative (by the sign of its first argument) and scaled (a * 2^n, rounded once, for the n of exp_of_negative). Errors are measured
-// by tests/test_kernel.py.
+// select_negative (by the sign of its first argument) and scaled (a * 2^n, rounded once, for the n of exp_of_negative). Errors
+// are measured by tests/test_kernel.py.
 
-#if defined(__CUDACC__)
-#define FORM_UNROLL(count) _Pragma("unroll")
-#else
 #define FORM_PRAGMA(text) _Pragma(#text)
+#if defined(__CUDACC__)
+#define FORM_UNROLL(count) FORM_PRAGMA(unroll)
+#else
 #define FORM_UNROLL(count) FORM_PRAGMA(GCC unroll count)
 #endif
 
@@ -19,13 +19,13 @@ template <int N, class V>
 FORM_INLINE V partial_products(V c, const V* v, V* partial, int count) {
   const int n = N ? N : count;
   V prefix = c;
-FORM_UNROLL(8)
+  FORM_UNROLL(8)
   for (int k = 0; k < n; ++k) {
     partial[k] = prefix;
     if (k + 1 < n) prefix = prefix * v[k];
   }
   V suffix = v[n - 1];
-FORM_UNROLL(8)
+  FORM_UNROLL(8)
   for (int k = n - 2; k >= 0; --k) {
     partial[k] = partial[k] * suffix;
     suffix = suffix * v[k];
@@ -63,7 +63,7 @@ FORM_INLINE Exp<V> exp_of_negative(V x) {
   V r = madd(n, V{} - T(C::ln2_hi), x);
   r = madd(n, V{} - T(C::ln2_lo), r);
   V q = V{} + T(kInverseFactorial[C::exp_terms]);
-FORM_UNROLL(16)
+  FORM_UNROLL(16)
   for (int i = C::exp_terms - 1; i >= 0; --i) q = madd(q, r, V{} + T(kInverseFactorial[i]));
   const V p = madd(r * r, q, r);
   const V scale = scaled(V{} + T(1), n);
@@ -124,7 +124,7 @@ FORM_INLINE Value<V> gelu_value(V x) {
   const V t = (a - T(4)) * (a + T(1)) * inverse;
   const auto coefficient = [&](int i) { return V{} + (sizeof(T) == 4 ? T(kTail32[i < 11 ? i : 0]) : T(kTail64[i])); };
   V r = coefficient(C::tail_terms - 1);
-FORM_UNROLL(32)
+  FORM_UNROLL(32)
   for (int i = C::tail_terms - 2; i >= 0; --i) r = madd(r, t, coefficient(i));
   const V square = a * a, error = fused(a, a, V{} - square);
   V e = exp_of_negative(square * T(-0.5)).e;

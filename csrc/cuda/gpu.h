@@ -15,8 +15,7 @@
 
 #define FORM_INLINE __device__ __forceinline__
 #define GPU_SHARED(type, name, count) __shared__ type name[count]
-#define GPU_PRAGMA(text) _Pragma(#text)
-#define GPU_UNROLL(count) GPU_PRAGMA(unroll(count))
+#define GPU_UNROLL(count) FORM_PRAGMA(unroll(count))
 
 template <class Kernel, class Parameters>
 cudaError_t gpu_launch(Kernel* kernel, dim3 grid, dim3 block, cudaStream_t stream, const Parameters& parameters) {

@@ -16,15 +16,13 @@ constexpr int64_t kStreamBytes = int64_t{32} << 20;  // gradients larger than th
 constexpr int kMaxLanesOfRow = 32;                    // one warp, or else the whole block
 constexpr int kRowsPerGroup = 8;                      // at least, before a run is split further
 
-bool row_dim(const Problem& p, int vector, int d) { return d < p.ndim && d != vector; }
-
 uint32_t row_dims(const Problem& p, int vector) { return ((1u << p.ndim) - 1) & ~(1u << vector); }
 
 // The row dims along which the mask varies and the operand does not.
 uint32_t masked_dims(const Problem& p, const Operand& o, int vector) {
   uint32_t dims = 0;
   for (int d = 0; o.mask && d < p.ndim; ++d)
-    if (row_dim(p, vector, d) && o.mask_stride[d] != 0 && !has(o, d)) dims |= 1u << d;
+    if (d != vector && o.mask_stride[d] != 0 && !has(o, d)) dims |= 1u << d;
   return dims;
 }
 
@@ -95,7 +93,7 @@ Choice choose(const Problem& p, int vector) {
     }
   };
   for (int d = 0; d < p.ndim; ++d)
-    if (row_dim(p, vector, d)) consider(1u << d);
+    if (d != vector) consider(1u << d);
   consider(0);
   for (int k = 0; k < p.operands; ++k) consider(rows & ~p.operand[k].dims);
   if (best.served) return best;
