@@ -304,6 +304,16 @@ def test_low_rank_initialisation_is_the_papers():
     assert 0.6 < fusion.fusion_weights.std() / math.sqrt(2 / 65) < 1.4
 
 
+@pytest.mark.parametrize("init", ["published", "additive"])
+def test_low_rank_fusion_starts_near_a_sum_only_if_additive(init):
+    """Of what two modalities change in the output, little is their interaction, or nearly all."""
+    fusion = LowRankFusion((32, 32), 64, 16, init=init, dtype=F64)
+    x, y, nothing = torch.randn(256, 32, dtype=F64), torch.randn(256, 32, dtype=F64), torch.zeros(256, 32, dtype=F64)
+    first, second = fusion(x, nothing) - fusion(nothing, nothing), fusion(nothing, y) - fusion(nothing, nothing)
+    interaction = (fusion(x, y) - fusion(nothing, nothing) - first - second).std() / (first + second).std()
+    assert interaction < 0.5 if init == "additive" else interaction > 2
+
+
 def test_cp_bilinear_starts_with_the_variance_of_bilinear():
     inputs = torch.randn(512, 40), torch.randn(512, 90)
     ours, theirs = (layer(*inputs).std() for layer in (CPBilinear(40, 90, 64, 200), torch.nn.Bilinear(40, 90, 64)))
@@ -405,6 +415,7 @@ def test_rows_of_equal_signed_roots_have_finite_gradients_at_zero():
         (lambda: MUTAN((5, 3.0), 6, 7), TypeError, r"input_dims\[1\]: expected an integer, got float"),
         (lambda: LowRankFusion((5, 3), -1, 7), ValueError, "output_dim: expected at least 1, got -1"),
         (lambda: LowRankFusion((5, 3), 6, True), TypeError, "rank: expected an integer, got bool"),
+        (lambda: LowRankFusion((5, 3), 6, 7, init="one"), ValueError, "init: expected 'published' or 'additive', got"),
         (lambda: CPBilinear(5, 3, 6, 0), ValueError, "rank: expected at least 1, got 0"),
         (lambda: MFB((5, 3), 6, 7, factor=0), ValueError, "factor: expected at least 1, got 0"),
         (lambda: MLB((5, 3), 6, 7, activ_input="selu"), ValueError, "activ_input: expected one of None, .*got 'selu'"),

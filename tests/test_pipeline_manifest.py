@@ -104,6 +104,16 @@ def test_jsonl_and_csv_hold_the_same(tmp_path):
     assert (one.lines, other.lines) == ([2, 3, 4, 5, 6, 7], [1, 3, 5, 7, 9, 11])
 
 
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_only_ends_of_lines_end_a_row(tmp_path, name):
+    words = "one\u2028two\x85three\x1cfour"
+    row = {"id": "a", "split": "train", "label": "x", "words": words}
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    if name == "m.csv":
+        text = ",".join(row) + "\n" + ",".join(row.values()) + "\n"
+    assert checked(tmp_path, text, name=name).column("words") == [words]
+
+
 @pytest.mark.parametrize("line", ["{", "[1]", '{"id": [1]}'])
 def test_bad_lines_of_jsonl(tmp_path, line):
     with pytest.raises(ManifestError, match=r"m\.jsonl:2: "):

@@ -5,7 +5,9 @@ What lives elsewhere: the layers, and with each its equation and its initialisat
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +56,10 @@ def product(
     A linear map may follow, and product and map would be one sum, the mixing form. That one does not store the product,
     but forms it again in backward: a step took 1.1 to 1.25 times as long (B = 512 to 8192, n = 500 to 1200).
     """
+    plain = weights is None and activations is None and all(mask is None for mask in present or ())
+    if plain and len(factors) <= 2:
+        # Nothing to fuse, and torch's own multiplication takes from 0.4 (B = 64, n = 16) to 1.4 times as long (32768, 512).
+        return functools.reduce(operator.mul, factors)
     factors = [z.unsqueeze(-2) for z in factors]
     return fusion_sum(weights, *factors, activations=activations, present=present, absent=absent, dim=-2)
 

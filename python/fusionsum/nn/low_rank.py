@@ -34,6 +34,8 @@ class LowRankFusion(FusionLayer):
         Whether to add `fusion_bias`. The appended 1 is part of the method and always there.
     activations : None, str or sequence of (None or str), optional
         Applied to the projections, as in `fusionsum.fusion_sum`.
+    init : {"published", "additive"}, optional
+        How parameters are drawn: as the authors' code does, or so that the layer starts near a sum over modalities.
     device, dtype : optional
         Of the parameters, as for every torch module.
 
@@ -51,11 +53,16 @@ class LowRankFusion(FusionLayer):
     TypeError
         If a size is not an integer.
     ValueError
-        If a size is less than 1, or there are no or more than eight modalities.
+        If a size is less than 1, `init` is unknown, or there are no or more than eight modalities.
 
     Notes
     -----
     A missing modality's projection counts as 1: the layer of the others remains.
+
+    The published biases start near 0, so that at first there is little but the product of all modalities. Additive, which
+    is ours: they start at 1, and fusion weights have the standard deviation ``1 / sqrt(rank)``, so that there is at first
+    little but a linear map of each modality. Where each says something alone that learns far better; where only their
+    interaction does, hardly at all (docs/pipeline.md has the figures).
 
     References
     ----------
@@ -85,11 +92,14 @@ class LowRankFusion(FusionLayer):
         *,
         bias: bool = True,
         activations: str | Sequence[str | None] | None = None,
+        init: str = "published",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_dims, output_dim=output_dim, rank=rank)
-        self.activations = activations
+        if init not in ("published", "additive"):
+            raise ValueError(f"init: expected 'published' or 'additive', got {init!r}")
+        self.activations, self.init = activations, init
         self.factors = nn.ModuleList(
             nn.Linear(d, rank * output_dim, device=device, dtype=dtype) for d in self.input_dims
         )
@@ -101,13 +111,16 @@ class LowRankFusion(FusionLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the factors and weights as the paper's code does, and set the bias to 0."""
+        """Draw all parameters anew, as `init` says, and set the bias to 0."""
         for d, linear in zip(self.input_dims, self.factors, strict=True):
             # What xavier_normal_ makes of the paper's (rank, d + 1, output_dim) tensor, its appended 1 included.
             std = math.sqrt(2 / ((d + 1 + self.rank) * self.output_dim))
             nn.init.normal_(linear.weight, std=std)
             nn.init.normal_(linear.bias, std=std)
-        nn.init.xavier_normal_(self.fusion_weights)
+            if self.init == "additive":
+                nn.init.ones_(linear.bias)
+        std = math.sqrt(2 / (1 + self.rank)) if self.init == "published" else math.sqrt(1 / self.rank)
+        nn.init.normal_(self.fusion_weights, std=std)
         if self.fusion_bias is not None:
             nn.init.zeros_(self.fusion_bias)
 
@@ -137,7 +150,7 @@ class LowRankFusion(FusionLayer):
         """Name the sizes in `repr`."""
         return (
             f"input_dims={self.input_dims}, output_dim={self.output_dim}, rank={self.rank}, "
-            f"bias={self.fusion_bias is not None}, activations={self.activations!r}"
+            f"bias={self.fusion_bias is not None}, activations={self.activations!r}, init={self.init!r}"
         )
 
 

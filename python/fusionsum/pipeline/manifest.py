@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
 import math
 from collections import defaultdict
@@ -92,7 +93,7 @@ def read(path: Path) -> Manifest:
 
 
 def _from_csv(path: Path, text: str) -> Manifest:
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows, lines, problems = [], [], []
     columns: list[str] = []
     try:
@@ -116,7 +117,7 @@ def _from_csv(path: Path, text: str) -> Manifest:
 
 def _from_jsonl(path: Path, text: str) -> Manifest:
     rows, lines, problems = [], [], []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 and the like are no ends of lines
         if not line.strip():
             continue
         try:
