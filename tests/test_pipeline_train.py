@@ -14,6 +14,7 @@ from conftest import missing
 try:
     import torch
     from torch import nn
+    from tqdm import tqdm
 
     from fusionsum.pipeline import CheckpointError, train
     from fusionsum.pipeline.config import Train
@@ -61,11 +62,11 @@ def task():
     return rows, {"train": index[:30], "validation": index[30:]}
 
 
-def run(settings=SETTINGS, checkpoint=None, identity=IDENTITY):
+def run(settings=SETTINGS, checkpoint=None, identity=IDENTITY, bar=None):
     torch.manual_seed(1)
     rows, chosen = task()
     model = FusionModel({"a": Encoder(), "b": Encoder()}, Sum())
-    history = train.train(model, "classification", rows, chosen, settings, identity, ["a", "b"], checkpoint)
+    history = train.train(model, "classification", rows, chosen, settings, identity, ["a", "b"], checkpoint, bar)
     return model, history
 
 
@@ -118,7 +119,11 @@ def test_early_stopping_keeps_the_best_weights(monkeypatch):
         return next(values)
 
     monkeypatch.setattr(train, "mean_loss", loss)
-    model, history = run(dataclasses.replace(SETTINGS, patience=2))
+    with tqdm(total=6 * 4, disable=True) as bar:
+        counted = []
+        monkeypatch.setattr(bar, "update", lambda n=1: counted.append(n))
+        model, history = run(dataclasses.replace(SETTINGS, patience=2), bar=bar)
+    assert sum(counted) == 6 * 4  # the steps that were saved, too
     assert [entry["validation_loss"] for entry in history] == [3.0, 1.0, 2.0, 1.5]
     assert all(torch.equal(model.state_dict()[k], v) for k, v in weights[1].items())
     assert not model.training

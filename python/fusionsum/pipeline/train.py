@@ -220,6 +220,8 @@ def train(
             _write_log(checkpoint.with_suffix(".csv"), history)
     if board is not None:
         board.close()
+    if bar is not None:
+        bar.update((settings.epochs - len(history)) * steps)  # what early stopping saved
     model.eval()
     return history
 
