@@ -132,6 +132,25 @@ def test_from_files_to_a_report(folder, tmp_path, task):
         assert [row["id"] for row in csv.DictReader(file)] == [f"row{i}" for i in range(made_up.ROWS)]
 
 
+def test_verdicts_say_who_wins_and_by_how_much():
+    predictor = MultimodalPredictor({"modalities": {"a": {"kind": "text"}, "b": {"kind": "text"}}})
+    said = {
+        "fused": [0.5, 0.6, 0.7],
+        "mlp": [0.4, 0.5, 0.6],
+        "score-sum": [0.7, 0.8, 0.9],
+        "concat-linear": [0.7, 0.5, 0.9],
+        "late-product": [0.2, 0.7, 0.6],
+    }
+    results = {"test": {name: {"all": {"accuracy": values}} for name, values in said.items()}}
+    first, second = verdicts(predictor, results)
+    assert "; it beats concat-MLP, equal parameters (by 0.100); loses to score sum (by 0.200); " in first
+    assert first.endswith("cannot be told from concat linear (better by 0.100), late product (worse by 0.100).")
+    assert second == "On “test” a simple sum of the unimodal models’ scores is better than learned fusion."
+    results["test"]["score-sum"]["all"]["accuracy"] = said["concat-linear"]
+    (only,) = verdicts(predictor, results)
+    assert "loses" not in only
+
+
 def test_the_made_up_task_is_learned_and_predicted(folder, tmp_path):
     train = {"seeds": 1, "epochs": 40, "patience": 0}
     options = {"fusion": {"layer": "LateFusion"}, "train": train, "baselines": []}

@@ -183,7 +183,8 @@ def verdicts(predictor: MultimodalPredictor, results: Results) -> list[str]:
             difference = interval((sign * (ours - np.array(models[name]["all"][metric]))).tolist())
             unsure = difference.half is None or abs(difference.mean) <= difference.half
             verb = "cannot be told from" if unsure else "beats" if difference.mean > 0 else "loses to"
-            groups[verb].append(f"{label(predictor, name)} (by {abs(difference.mean):.3f})")
+            which = ("better by " if difference.mean < 0 else "worse by ") if unsure else "by "
+            groups[verb].append(f"{label(predictor, name)} ({which}{abs(difference.mean):.3f})")
         parts = [f"{verb} {', '.join(names)}" for verb, names in groups.items() if names]
         mean = interval(ours.tolist())
         sentence = f"On “{split}”, {label(predictor, FUSED)} reaches {readable(metric)} {mean}"
