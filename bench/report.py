@@ -136,10 +136,17 @@ def _error(value: float | None) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Left the roofline, each row under the bandwidth of its own working set; right the ratios, with the floors."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), width_ratios=(3, 2), layout="constrained")
-    _draw_roofline(left, result)
-    _draw_ratios(right, result)
+    """Left the roofline, each row under the bandwidth of its own working set; right the ratios, with the floors.
+
+    Layers are not in the roofline: what they are counted as having to do is what the published code does.
+    """
+    sums = [row for row in result["rows"] if row["memory_floor"]]
+    if sums:
+        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), width_ratios=(3, 2), layout="constrained")
+        _draw_roofline(left, result["limits"], sums)
+    else:
+        figure, right = plt.subplots(figsize=(7, 6), layout="constrained")
+    _draw_ratios(right, result["rows"][::-1])
     machine, threads = result["machine"], result["settings"]["threads"]
     name = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {threads} threads"
     figure.suptitle(f"fusion_sum on {name}")
@@ -147,8 +154,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_roofline(axes: Any, result: dict[str, Any]) -> None:
-    limits, rows = result["limits"], result["rows"]
+def _draw_roofline(axes: Any, limits: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     peak, roof = limits["gflop_per_s"], limits["read_gb_per_s"]
     low, high = 0.12, 4 * peak / roof
     axes.plot([low, peak / roof, high], [low * roof, peak, peak], color=GREY, lw=1)
@@ -216,8 +222,8 @@ def _apart(values: list[float]) -> list[float]:
     return spread
 
 
-def _draw_ratios(axes: Any, result: dict[str, Any]) -> None:
-    rows = result["rows"][::-1]
+def _draw_ratios(axes: Any, rows: list[dict[str, Any]]) -> None:
+    greatest = 1.0
     for offset, phase, against, colour in (
         (0.25, FORWARD, "naive", OURS),
         (0.0, BOTH, "naive", PALE),
@@ -228,11 +234,15 @@ def _draw_ratios(axes: Any, result: dict[str, Any]) -> None:
             found = row["phases"].get(phase, {}).get("contenders", {}).get(against)
             if found is None:
                 continue
-            axes.barh(i + offset, found["ratio"]["median"], 0.22, color=colour, label=label)
+            ratio = found["ratio"]["median"]
+            axes.barh(i + offset, ratio - 1, 0.22, left=1, color=colour, label=label)
+            greatest = max(greatest, ratio)
             label = None
             for floor in row["floors"]:
                 if (floor["phase"], floor["against"]) == (phase, against):
                     axes.plot([floor["ratio"]] * 2, [i + offset - 0.12, i + offset + 0.12], color="black", lw=1.5)
+    if greatest > 100:  # torch.nn.Bilinear would hide all else
+        axes.set_xscale("log")
     axes.axvline(1, color="black", lw=0.6)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_xlabel("times as fast (black: the floor)")
