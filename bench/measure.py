@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -102,13 +101,10 @@ def contenders(row: Row, machine: Cpu, compiled: bool) -> tuple[dict[str, Conten
         for contender in entered.values():
             contender.output_bytes = contender.forward().nbytes
         return entered, skipped
-    if not compiled:
-        skipped["torch.compile"] = "--quick"
-    elif not shutil.which(machine.compiler):
-        skipped["torch.compile"] = f"no compiler ({machine.compiler})"
+    if reason := _uncompiled(machine, compiled):
+        skipped["torch.compile"] = reason
     else:
-        torch.compiler.reset()  # else a row whose code was compiled for another shape gets dynamic shapes
-        entered["torch.compile"] = Contender(partial(torch.compile(naive), *given, *masks), given)
+        entered["torch.compile"] = Contender(partial(_compiled(naive), *given, *masks), given)
     if row.dtype != torch.float32:
         wide = [x.float() for x in operands]
         entered["our float32"] = Contender(partial(ours, *wide, **keywords), wide)
@@ -125,14 +121,25 @@ def contenders(row: Row, machine: Cpu, compiled: bool) -> tuple[dict[str, Conten
     return entered, skipped
 
 
-def layer_contenders(row: LayerRow, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+def _uncompiled(machine: Cpu, wanted: bool) -> str:
+    """Say why torch.compile is left out; nothing if it is not."""
+    if not wanted:
+        return "--quick"
+    return "" if shutil.which(machine.compiler) else f"no compiler ({machine.compiler})"
+
+
+def _compiled(code: Callable[..., Any]) -> Callable[..., Any]:
+    torch.compiler.reset()  # else a row whose code was compiled for another shape gets dynamic shapes
+    return torch.compile(code)
+
+
+def layer_contenders(row: LayerRow, machine: Cpu, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
     """Ours and the others, in training mode; each has its own gradients of all parameters and inputs to form."""
     layer, parameters, inputs = row.build()
     entered = {"ours": Contender(partial(layer, *inputs), [*layer.parameters(), *inputs])}
-    codes = dict(row.codes)
-    if compiled and shutil.which(os.environ.get("CXX", "g++")):
-        torch.compiler.reset()
-        codes["torch.compile"] = torch.compile(codes["naive"])
+    codes, reason = dict(row.codes), _uncompiled(machine, compiled)
+    if not reason:
+        codes["torch.compile"] = _compiled(codes["naive"])
     for name, code in codes.items():
         dense = "dense" in parameters and name in ("naive", "torch.compile")  # torch.nn.Bilinear's, of L3
         used = [parameters[key] for key in (("dense", "bias") if dense else row.parameters)]
@@ -141,7 +148,7 @@ def layer_contenders(row: LayerRow, compiled: bool) -> tuple[dict[str, Contender
     for contender in entered.values():
         contender.operands = [x for x in contender.operands if x.requires_grad]
         contender.output_bytes, contender.grad_output = output.nbytes, torch.ones_like(output)
-    return entered, {} if "torch.compile" in codes else {"torch.compile": "--quick, or no C++ compiler"}
+    return entered, {"torch.compile": reason} if reason else {}
 
 
 def layer_errors(row: LayerRow) -> dict[str, dict[str, float]]:
@@ -233,10 +240,8 @@ def compare(machine: Cpu, ours: Call, others: dict[str, Call], pairs: int, least
     try:
         for name, call in others.items():
             calls = _calls(machine, call, least)
-            (
-                machine.seconds(ours, our_calls),
-                machine.seconds(call, calls),
-            )  # malloc has now seen this sequence and faults no more
+            for each, count in ((ours, our_calls), (call, calls)):  # malloc sees this sequence, and faults no more
+                machine.seconds(each, count)
             seconds, faults = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(pairs):
                 our_seconds.append(machine.seconds(ours, our_calls))
@@ -260,7 +265,7 @@ def measure(row: Row | LayerRow, machine: Cpu, pairs: int, threads: int, compile
         bar.set_description(f"{row.name} agreement")
         torch.tanh(torch.ones(1))  # torch's first tanh, if on two threads, was off by 1e-3 in 1 of 20 processes
         if isinstance(row, LayerRow):
-            (entered, skipped), error = layer_contenders(row, compiled), layer_errors(row)
+            (entered, skipped), error = layer_contenders(row, machine, compiled), layer_errors(row)
         else:
             entered, skipped = contenders(row, machine, compiled)
             error = errors(row, machine, entered)
@@ -291,13 +296,9 @@ def _phase(
     row: Row | LayerRow, phase: str, machine: Cpu, entered: dict[str, Contender], transfer: dict[str, Call], pairs: int
 ) -> dict[str, Any]:
     with torch.no_grad() if phase == FORWARD else contextlib.nullcontext():
-        calls = {
-            name: machine.prepared(row, partial(contender.prepared, phase))
-            for name, contender in entered.items()
-            if not (
-                phase == BACKWARD and name == "torch.compile"
-            )  # it reuses the memory of what it saved, so goes once
-        }
+        # Backward alone is repeated; torch.compile's reuses the memory of what it saved, so goes once.
+        timed = {name: c for name, c in entered.items() if phase != BACKWARD or name != "torch.compile"}
+        calls = {name: machine.prepared(row, partial(c.prepared, phase)) for name, c in timed.items()}
         others = {name: call for name, call in calls.items() if name != "ours"}
         if phase in transfer:
             others["limit"] = transfer[phase]

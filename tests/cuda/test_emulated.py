@@ -7,10 +7,8 @@ a GPU (``test_on_gpu.py``).
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -27,33 +25,22 @@ def plain():
     return emulation.build("plain")
 
 
+def passes(file, chosen, **environment):
+    """Run the chosen tests of a file in a process of their own."""
+    arguments = ["-q", "-p", "no:cacheprovider", "-k", chosen, str(conftest.TESTS / f"test_{file}.py")]
+    conftest.run_python(f"import pytest; raise SystemExit(pytest.main({arguments!r}))", timeout=600, **environment)
+
+
 @pytest.mark.parametrize("file", ["kernel", "form", "layouts"])
 def test_what_the_kernels_of_the_cpu_are_tested_for(file, plain):
     """Those test files again, in a process whose arrays go to the emulated library."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     left_out = "not counts_beyond and not 1000000 and not instruction"  # minutes each, or about the CPU
-    done = subprocess.run(
-        [*command, "-k", left_out, str(conftest.TESTS / f"test_{file}.py")],
-        env=os.environ | {"FUSIONSUM_TEST_DEVICE": "emulated", "FUSIONSUM_EMULATED": str(plain)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    passes(file, left_out, FUSIONSUM_TEST_DEVICE="emulated", FUSIONSUM_EMULATED=str(plain))
 
 
 def test_tensors_take_the_same_road(plain):
     """What the tests on a GPU go through, with tensors of the CPU."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "test_exact", str(conftest.TESTS / "test_kernel.py")],
-        env=os.environ | {"FUSIONSUM_TEST_DEVICE": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    passes("kernel", "test_exact", FUSIONSUM_TEST_DEVICE="cpu")
 
 
 def test_every_kernel_is_right_to_the_bit_under_every_schedule(plain):
