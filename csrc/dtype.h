@@ -1,7 +1,7 @@
-// The list of dtypes, and their conversions one value at a time. Vector conversions are each instruction set's own.
+// The types of the list of dtypes (lists.h), and their conversions one value at a time. Vector conversions are each instruction
+// set's own.
 //
-// Included inside an instruction set's namespace (simd_<isa>.h): no symbol compiled with that set's flags may be shared.
-#define FUSIONSUM_DTYPES(X) X(f64, double) X(f32, float) X(bf16, Bf16) X(f16, F16)
+// Included inside an instruction set's namespace (cpu/simd/<isa>.h): no symbol compiled with that set's flags may be shared.
 
 struct Bf16 {
   uint16_t bits;
@@ -12,9 +12,9 @@ struct F16 {
 
 // Calls f(pointer of the right type) for a dtype.
 template <class F>
-FORM_INLINE void with_dtype(DType dtype, const void* p, F f) {
+FUSIONSUM_INLINE void with_dtype(DType dtype, const void* p, F f) {
   switch (dtype) {
-#define CASE(name, type)            \
+#define CASE(name, type, ...)       \
   case DType::name:                 \
     f(static_cast<const type*>(p)); \
     break;
@@ -25,21 +25,21 @@ FORM_INLINE void with_dtype(DType dtype, const void* p, F f) {
   }
 }
 
-FORM_INLINE uint32_t bits_of(float x) {
+FUSIONSUM_INLINE uint32_t bits_of(float x) {
   uint32_t u;
   __builtin_memcpy(&u, &x, 4);
   return u;
 }
-FORM_INLINE float float_of(uint32_t u) {
+FUSIONSUM_INLINE float float_of(uint32_t u) {
   float x;
   __builtin_memcpy(&x, &u, 4);
   return x;
 }
 
-FORM_INLINE double widen(double x) { return x; }
-FORM_INLINE float widen(float x) { return x; }
-FORM_INLINE float widen(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-FORM_INLINE float widen(F16 x) {
+FUSIONSUM_INLINE double widen(double x) { return x; }
+FUSIONSUM_INLINE float widen(float x) { return x; }
+FUSIONSUM_INLINE float widen(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+FUSIONSUM_INLINE float widen(F16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
   if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | (rest & 0x3ffu) << 13 | ((rest & 0x3ffu) ? 0x400000u : 0u));
   // A subnormal half times 2^-24 is exact in float, and so is the shift of exponents for the others.
@@ -48,13 +48,13 @@ FORM_INLINE float widen(F16 x) {
 }
 
 // Round to nearest, ties to even, as the hardware does; NaN stays a quiet NaN.
-FORM_INLINE void narrow(double x, double* to) { *to = x; }
-FORM_INLINE void narrow(double x, float* to) { *to = static_cast<float>(x); }
-FORM_INLINE void narrow(float x, Bf16* to) {
+FUSIONSUM_INLINE void narrow(double x, double* to) { *to = x; }
+FUSIONSUM_INLINE void narrow(double x, float* to) { *to = static_cast<float>(x); }
+FUSIONSUM_INLINE void narrow(float x, Bf16* to) {
   const uint32_t u = bits_of(x);
   to->bits = static_cast<uint16_t>(x != x ? (u >> 16) | 0x40u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
-FORM_INLINE void narrow(float x, F16* to) {
+FUSIONSUM_INLINE void narrow(float x, F16* to) {
   const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, rest = u & 0x7fffffffu;
   uint32_t half;
   if (rest > 0x7f800000u) {
@@ -69,12 +69,12 @@ FORM_INLINE void narrow(float x, F16* to) {
   to->bits = static_cast<uint16_t>(sign | half);
 }
 // From a float64 the 16-bit types round once: to odd in float32 first, which leaves the second rounding its ties.
-FORM_INLINE float round_to_odd(double x) {
+FUSIONSUM_INLINE float round_to_odd(double x) {
   const float f = static_cast<float>(x);
   if (static_cast<double>(f) == x || x != x || (bits_of(f) & 0x7fffffffu) == 0x7f800000u) return f;
   const bool away = (static_cast<double>(f) > x) == (x > 0);
   const uint32_t truncated = bits_of(f) - (away ? 1u : 0u);
   return float_of(truncated | 1u);
 }
-FORM_INLINE void narrow(double x, Bf16* to) { narrow(round_to_odd(x), to); }
-FORM_INLINE void narrow(double x, F16* to) { narrow(round_to_odd(x), to); }
+FUSIONSUM_INLINE void narrow(double x, Bf16* to) { narrow(round_to_odd(x), to); }
+FUSIONSUM_INLINE void narrow(double x, F16* to) { narrow(round_to_odd(x), to); }

@@ -1,14 +1,21 @@
-// What both planners, plan.cpp and cuda/plan.cpp, ask of a problem's loop space and of its operands.
+// What both planners, cpu/sum/plan.cpp and cuda/sum/plan.cpp, ask of a problem's loop space and of its operands.
 #pragma once
 #include <algorithm>
 
-#include "fusion.h"
+#include "sum.h"
 
 namespace fusionsum {
 
 constexpr int64_t kSummed = 16;  // rows summed in the working precision, before sums are added in float64: 64 cost 6 ulp
 
-constexpr int64_t item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+constexpr int64_t item_size(DType dtype) {
+  constexpr int64_t kBytes[] = {
+#define BYTES(name, type, python, bytes) bytes,
+      FUSIONSUM_DTYPES(BYTES)
+#undef BYTES
+  };
+  return kBytes[static_cast<int>(dtype)];
+}
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

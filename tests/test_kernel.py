@@ -1,7 +1,7 @@
 """The kernels (csrc/cpu) against the oracle: error bounds, sizes near every edge, special values, instruction sets.
 
 What lives elsewhere: memory, that is layouts, guard pages and big offsets (``test_layouts.py``), the activations' own
-error (``test_form.py``), the arguments (``test_api.py``), threads, forks and signals (``test_parallel.py``).
+error (``test_formula.py``), the arguments (``test_api.py``), threads, forks and signals (``test_parallel.py``).
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def test_every_instruction_set(isa):
             "-q",
             "-k",
             "not beyond and not 1000000",  # seconds each, of what does not depend on the set
-            *(str(TESTS / f"test_{name}.py") for name in ("kernel", "form", "layouts")),
+            *(str(TESTS / f"test_{name}.py") for name in ("kernel", "formula", "layouts")),
         ],
         env=os.environ | {"FUSIONSUM_ISA": isa},
         capture_output=True,

@@ -1,7 +1,7 @@
 // The C interface of the CUDA library, libfusionsum_cuda: a library of its own, without Python, that _core loads when the first
 // CUDA tensor arrives (bindings.cpp), so that a machine without a driver never notices.
 #pragma once
-#include "../fusion.h"
+#include "../sum.h"
 
 namespace fusionsum {
 

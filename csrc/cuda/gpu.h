@@ -1,21 +1,21 @@
 // One source, two compilers: nvcc, or g++ with the emulator of tests/cuda, in which every CUDA thread is a fiber.
 //
-// What lives here: the vocabulary (form.h's, for one number per thread) and the few words that differ. Kernels use no inline
+// What lives here: the vocabulary (formula.h's, for one number per thread) and the few words that differ. Kernels use no inline
 // PTX, no raw __shared__ and no <<<>>>.
 #pragma once
 #include <cmath>
 #include <cstdint>
 
-#include "../fusion.h"
+#include "../sum.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#define FORM_INLINE __device__ __forceinline__
+#define FUSIONSUM_INLINE __device__ __forceinline__
 #define GPU_SHARED(type, name, count) __shared__ type name[count]
-#define GPU_UNROLL(count) FORM_PRAGMA(unroll(count))
+#define GPU_UNROLL(count) FUSIONSUM_PRAGMA(unroll(count))
 
 template <class Kernel, class Parameters>
 cudaError_t gpu_launch(Kernel* kernel, dim3 grid, dim3 block, cudaStream_t stream, const Parameters& parameters) {
@@ -27,11 +27,11 @@ cudaError_t gpu_launch(Kernel* kernel, dim3 grid, dim3 block, cudaStream_t strea
 #else
 #include "emulator.h"
 
-#define FORM_INLINE inline
+#define FUSIONSUM_INLINE inline
 #define GPU_UNROLL(count)
 #endif
 
-#define FORM_FUSES
+#define FUSIONSUM_FUSES
 #define GPU_LOOP GPU_UNROLL(1)
 
 namespace fusionsum {
@@ -39,6 +39,6 @@ namespace cuda {
 #include "../dtype.h"
 #include "../scalar.h"
 
-#include "../form.h"
+#include "../formula.h"
 }  // namespace cuda
 }  // namespace fusionsum

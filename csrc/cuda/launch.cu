@@ -4,7 +4,7 @@
 
 #include "cuda.h"
 #include "gpu.h"
-#include "plan.h"
+#include "sum/plan.h"
 
 namespace fusionsum {
 namespace cuda {

@@ -106,7 +106,7 @@ def build(
             root = folder / "csrc"
             plant(bug, _SOURCES, root)
         if sources is None:
-            sources = sorted([*(root / "cuda").glob("*.cu"), *(root / "cuda").glob("*.cpp")])
+            sources = sorted([*(root / "cuda").rglob("*.cu"), *(root / "cuda").rglob("*.cpp")])
         sources = [root / source for source in sources]
         plain = variant == "plain"
         harness = [_HERE / "recorder.cpp", *([] if plain else [_HERE / "driver.cpp"])]

@@ -28,7 +28,7 @@ class Bug:
     stages: tuple[tuple[str, str], ...]  # the first is the one to run where time is short
 
 
-_KERNEL, _PLAN = "cuda/kernel.cuh", "cuda/plan.cpp"
+_KERNEL, _PLAN = "cuda/sum/kernel.cuh", "cuda/sum/plan.cpp"
 BUGS = (
     Bug(
         "no barrier between the steps of strided_sum",
@@ -103,13 +103,13 @@ BUGS = (
     Bug(
         "sums that do not start at zero",
         _KERNEL,
-        "    FORM_UNROLL(8)\n    for (int i = 0; i < W; ++i) own[i * kThreads] = 0;\n",
+        "    FUSIONSUM_UNROLL(8)\n    for (int i = 0; i < W; ++i) own[i * kThreads] = 0;\n",
         "",
         (("ptx", "uninitialised"), ("plain", "wrong results")),
     ),
     Bug(
         "the first stride for all dims in combine",
-        "cuda/kernel_any.cu",
+        "cuda/sum/kernel_any.cu",
         "* c.stride[d];",
         "* c.stride[0];",
         (("address", "heap-buffer-overflow"), ("plain", "exit code -"), ("ptx", "out of bounds")),

@@ -26,7 +26,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BUDGETS = Path(__file__).with_name("budgets.json")
-THREADS = 256  # of every block: csrc/cuda/pass.h
+THREADS = 256  # of every block: csrc/cuda/sum/pass.h
 
 # Per multiprocessor: warps, blocks, bytes of shared memory, and of these what the system takes from each block. All have
 # 65536 registers, given out by 256 to a warp, in four equal parts. CUDA Programming Guide 13.0, "Compute Capabilities".

@@ -21,8 +21,8 @@ import pytest
 from conftest import Case, Form, check_both, run_python
 from tests.cuda import cases, emulation, planted, ptx, sass
 
-KERNELS = (pathlib.Path("cuda/kernel_any.cu"), pathlib.Path(__file__).with_name("two_factors.cu"))
-SOURCES = (*KERNELS, pathlib.Path("cuda/launch.cu"), pathlib.Path("cuda/plan.cpp"))
+KERNELS = (pathlib.Path("cuda/sum/kernel_any.cu"), pathlib.Path(__file__).with_name("two_factors.cu"))
+SOURCES = (*KERNELS, pathlib.Path("cuda/launch.cu"), pathlib.Path("cuda/sum/plan.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--ptx", "-arch=compute_80")  # as in CMakeLists.txt
 # What a sanitizer says in a line. Of ThreadSanitizer only races in kernels: it stumbles over memory too, depending on
 # what lies beside an array, and takes what is freed after a failed launch for a race with threads that did not end.
@@ -126,7 +126,7 @@ def complaints(stage: str, bug: planted.Bug | None, request: pytest.FixtureReque
     if stage == "ptx":
         sass.require_tool("nvcc")
         right = build("plain", None)
-        library = build("plain", bug) if bug and bug.file == "cuda/plan.cpp" else right
+        library = build("plain", bug) if bug and bug.file == "cuda/sum/plan.cpp" else right
         folder = sass.ROOT / "build" / "cuda-ptx" / (bug.name if bug else "two_factors")
         folder.mkdir(parents=True, exist_ok=True)
         csrc = folder / "csrc" if bug else sass.ROOT / "csrc"

@@ -3,7 +3,7 @@
 // Together with launch.cu, plan.cpp and kernel_any.cu this is a library. Two packed varying operands of float32 have
 // kernels here, any that are not packed have kernel_any.cu's; other packed calls have none: test_planted.py makes no
 // such call.
-#include "cuda/kernel.cuh"
+#include "cuda/sum/kernel.cuh"
 
 namespace fusionsum {
 namespace cuda {

@@ -2,15 +2,15 @@
 #pragma once
 #include <immintrin.h>
 
-#include "../fusion.h"
+#include "../../sum.h"
 
 #define FUSIONSUM_ISA avx2
-#define FORM_INLINE inline __attribute__((always_inline))
+#define FUSIONSUM_INLINE inline __attribute__((always_inline))
 
 namespace fusionsum {
 namespace FUSIONSUM_ISA {
 namespace {
-#include "../dtype.h"
+#include "../../dtype.h"
 
 // Vector types of GCC and Clang: the arithmetic operators are theirs.
 typedef float F32 __attribute__((vector_size(32)));
@@ -124,7 +124,7 @@ inline F64 scaled(F64 a, F64 n) {
   return a * _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52)) * 0x1p-512;
 }
 
-#include "../form.h"
+#include "../../formula.h"
 }  // namespace
 }  // namespace FUSIONSUM_ISA
 }  // namespace fusionsum

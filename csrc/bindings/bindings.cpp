@@ -1,4 +1,4 @@
-// The only pybind11 file: NumPy arrays and torch tensors become a Problem (fusion.h), outputs are allocated, kernels called.
+// The only pybind11 file: NumPy arrays and torch tensors become a Problem (sum.h), outputs are allocated, kernels called.
 //
 // A call that is not wholly as it should be is declined: NotImplemented goes back, api.py finds the error and words it. So the
 // checks here return false and say nothing. Torch tensors cross through the DLPack C exchange API where torch has it (>= 2.10:
@@ -10,9 +10,9 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/cuda.h"
-#include "dispatch.h"
-#include "parallel.h"
+#include "../cuda/cuda.h"
+#include "../cpu/dispatch.h"
+#include "../cpu/parallel.h"
 
 namespace py = pybind11;
 
@@ -253,7 +253,12 @@ bool watched() {
 
 // ---- a call ----------------------------------------------------------------------------------------------------------------
 
-constexpr const char* kActivations[] = {nullptr, "tanh", "sigmoid", "relu", "silu", "gelu"};  // as enum Activation
+constexpr const char* kActivations[] = {  // as enum Activation
+    nullptr,
+#define NAME(name) #name,
+    FUSIONSUM_ACTIVATIONS(NAME)
+#undef NAME
+};
 
 bool read_activation(py::handle name, Activation& to) {
   if (!name.is_none() && !PyUnicode_Check(name.ptr())) return false;

@@ -1,14 +1,14 @@
 // The scalar vocabulary: a vector of one. Portable C++; the fallback on every machine, and the baseline of the tests.
 #pragma once
-#include "../fusion.h"
+#include "../../sum.h"
 
 #define FUSIONSUM_ISA scalar
-#define FORM_INLINE inline
+#define FUSIONSUM_INLINE inline
 
 namespace fusionsum {
 namespace FUSIONSUM_ISA {
 namespace {
-#include "../dtype.h"
+#include "../../dtype.h"
 
 template <class T>
 struct Simd {
@@ -26,8 +26,8 @@ inline float load_wide(const F16* p) { return widen(*p); }
 inline void store_narrow(Bf16* p, float v, bool) { narrow(v, p); }
 inline void store_narrow(F16* p, float v, bool) { narrow(v, p); }
 
-#include "../scalar.h"
-#include "../form.h"
+#include "../../scalar.h"
+#include "../../formula.h"
 }  // namespace
 }  // namespace FUSIONSUM_ISA
 }  // namespace fusionsum

@@ -1,10 +1,10 @@
 // Tiles: rows brought into the working precision, and the three inner loops over them, once, over the vocabulary of an
 // instruction set (simd_<isa>.h, included before this file).
 //
-// Shape letters: N vector operands, `rows` by `cols` entries of each. What lives elsewhere: the arithmetic (form.h), the walk
+// Shape letters: N vector operands, `rows` by `cols` entries of each. What lives elsewhere: the arithmetic (formula.h), the walk
 // that makes the tiles (kernel.inl). Everything is in an unnamed namespace, so that no code compiled for one instruction set
 // is ever linked into another.
-#include "../plan.h"
+#include "plan.h"
 
 namespace fusionsum {
 namespace FUSIONSUM_ISA {
@@ -184,7 +184,7 @@ struct Access {
 
 // Runs step(access, i) on whole vectors along the columns, then on the part that is left.
 template <class T, class Step>
-FORM_INLINE void along(int64_t i, int64_t cols, Step step) {
+FUSIONSUM_INLINE void along(int64_t i, int64_t cols, Step step) {
   constexpr int kWidth = Simd<T>::width;
   for (; i + kWidth <= cols; i += kWidth) step(Access<T, false>{kWidth}, i);
   if (i < cols) step(Access<T, true>{static_cast<int>(cols - i)}, i);
@@ -193,7 +193,7 @@ FORM_INLINE void along(int64_t i, int64_t cols, Step step) {
 // N is known at compile time, or kAnyCount and read from the tile.
 constexpr int kAnyCount = kMaxOperands;
 template <class T, class S, int N>
-FORM_INLINE int count_of(const Tile<T, S>& t) {
+FUSIONSUM_INLINE int count_of(const Tile<T, S>& t) {
   return N == kAnyCount ? t.operands : N;
 }
 constexpr int at_least_one(int n) { return n ? n : 1; }  // arrays of nothing are not C++
@@ -211,11 +211,11 @@ struct Rows {
   const S *in[at_least_one(N)], *next[at_least_one(N)];
 
   template <class T>
-  FORM_INLINE Rows(const Tile<T, S>& t, int n, int64_t r) {
+  FUSIONSUM_INLINE Rows(const Tile<T, S>& t, int n, int64_t r) {
     for (int k = 0; k < n; ++k) in[k] = t.in_row(k, r);
     for (int k = 0; k < n; ++k) next[k] = t.masked && r + 1 < t.rows ? t.in_row(k, r + 1) : in[k] + kAhead;
   }
-  FORM_INLINE void prefetch(int n, int64_t i) const {
+  FUSIONSUM_INLINE void prefetch(int n, int64_t i) const {
     for (int k = 0; k < n; ++k) __builtin_prefetch(next[k] + i);
   }
 };

@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "plan.h"
+#include "sum/plan.h"
 
 namespace fusionsum {
 

@@ -10,7 +10,7 @@
 #include <memory>
 #include <new>
 
-#include "parallel.h"
+#include "../parallel.h"
 
 namespace fusionsum {
 namespace {

@@ -19,14 +19,14 @@ struct Place {
 
 // index / size, for what is not negative and below 2^52, given 1 / size: the estimate is off by one at most. An integer division
 // is a call, for which registers are spilled.
-FORM_INLINE int64_t quotient(int64_t index, int64_t size, double inverse) {
+FUSIONSUM_INLINE int64_t quotient(int64_t index, int64_t size, double inverse) {
   const int64_t estimate = static_cast<int64_t>(static_cast<double>(index) * inverse), rest = index - estimate * size;
   return estimate + (rest >= size) - (rest < 0);
 }
 
 // Adds the offsets of N operands, from `first_operand` on, at an index into the row dims [first, first + count), flattened.
 template <int N>
-FORM_INLINE void locate(const Pass& p, int operands, int first_operand, int first, int count, int64_t index, Place (&at)[N]) {
+FUSIONSUM_INLINE void locate(const Pass& p, int operands, int first_operand, int first, int count, int64_t index, Place (&at)[N]) {
   GPU_LOOP
   for (int d = first + count - 1; d >= first; --d) {
     int64_t digit = index;
@@ -34,7 +34,7 @@ FORM_INLINE void locate(const Pass& p, int operands, int first_operand, int firs
       index = quotient(index, p.size[d], p.inverse_size[d]);
       digit -= index * p.size[d];
     }
-    FORM_UNROLL(16)
+    FUSIONSUM_UNROLL(16)
     for (int k = 0; k < N; ++k) {
       if (k >= operands) break;
       const PassOperand& o = p.operand[first_operand + k];
@@ -44,12 +44,12 @@ FORM_INLINE void locate(const Pass& p, int operands, int first_operand, int firs
     }
   }
 }
-FORM_INLINE Place in_unit(const Pass& p, int k, int64_t unit) {
+FUSIONSUM_INLINE Place in_unit(const Pass& p, int k, int64_t unit) {
   Place at[1] = {{0, 0, 0}};
   locate<1>(p, 1, k, 0, p.unit_dims, unit, at);
   return at[0];
 }
-FORM_INLINE Place in_row(const Pass& p, int k, int64_t unit, int64_t row) {
+FUSIONSUM_INLINE Place in_row(const Pass& p, int k, int64_t unit, int64_t row) {
   Place at[1] = {in_unit(p, k, unit)};
   locate<1>(p, 1, k, p.unit_dims, p.run_dims, row, at);
   return at[0];
@@ -61,7 +61,7 @@ struct Thread {
   int part, tile, split;
   int64_t begin, end, first_unit, unit_step;  // of the run; and units, in steps of all blocks' slots
 
-  FORM_INLINE explicit Thread(const Pass& p) {
+  FUSIONSUM_INLINE explicit Thread(const Pass& p) {
     const int index = static_cast<int>(threadIdx.x), per_slot = p.lanes_log2 + p.groups_log2;
     lanes = 1 << p.lanes_log2;
     groups = 1 << p.groups_log2;
@@ -83,16 +83,16 @@ struct Thread {
 
 // Takes the first of W values, moves the others down and puts one last: an array in registers has no run-time index.
 template <int W, class T>
-FORM_INLINE T rotate(T (&x)[W], T last) {
+FUSIONSUM_INLINE T rotate(T (&x)[W], T last) {
   const T first = x[0];
-  FORM_UNROLL(8)
+  FUSIONSUM_UNROLL(8)
   for (int i = 0; i + 1 < W; ++i) x[i] = x[i + 1];
   x[W - 1] = last;
   return first;
 }
 
 template <class T>
-FORM_INLINE Value<T> activated(Activation activation, T x) {
+FUSIONSUM_INLINE Value<T> activated(Activation activation, T x) {
   switch (activation) {
 #define CASE(name)       \
   case Activation::name: \
@@ -110,10 +110,10 @@ struct Entry {
   T y, dy;
   bool present;
 
-  FORM_INLINE double derivative(double partial) const { return present ? partial * dy : 0.0; }
+  FUSIONSUM_INLINE double derivative(double partial) const { return present ? partial * dy : 0.0; }
 };
 template <class T, bool kExtra>
-FORM_INLINE Entry<T> entry(const PassOperand& o, int64_t at, int64_t mask_at) {
+FUSIONSUM_INLINE Entry<T> entry(const PassOperand& o, int64_t at, int64_t mask_at) {
   if (kExtra && o.mask && !o.mask[mask_at]) return {o.absent_is_one ? T(1) : T(0), T(0), false};
   if (!o.data) return {T(1), T(1), true};
   const T x = Storage<Any<T>>::load(o, at).value;
@@ -122,14 +122,14 @@ FORM_INLINE Entry<T> entry(const PassOperand& o, int64_t at, int64_t mask_at) {
 }
 
 template <class T, bool kExtra>
-FORM_INLINE Entry<T> splat_entry(const Pass& p, int k, int64_t unit, int64_t row) {
+FUSIONSUM_INLINE Entry<T> splat_entry(const Pass& p, int k, int64_t unit, int64_t row) {
   const Place at = in_row(p, k, unit, row);
   return entry<T, kExtra>(p.operand[k], at.data, at.mask);
 }
 
 // The product of the splat operands at a row, without operand `skip`.
 template <class T, bool kExtra>
-FORM_INLINE T splat_product(const Pass& p, int64_t unit, int64_t row, int skip) {
+FUSIONSUM_INLINE T splat_product(const Pass& p, int64_t unit, int64_t row, int skip) {
   T product = T(1);
   GPU_LOOP
   for (int k = p.varying + p.shared; k < p.operands; ++k)
@@ -139,36 +139,36 @@ FORM_INLINE T splat_product(const Pass& p, int64_t unit, int64_t row, int skip) 
 
 // The same, without skipping, for U rows in steps, those before `end`.
 template <int U, bool kExtra, class T>
-FORM_INLINE void scale_rows(const Pass& p, int64_t unit, int64_t row, int step, int64_t end, T (&scale)[U]) {
+FUSIONSUM_INLINE void scale_rows(const Pass& p, int64_t unit, int64_t row, int step, int64_t end, T (&scale)[U]) {
   GPU_LOOP
   for (int u = 0; u < U; ++u, row += step) rotate<U>(scale, row < end ? splat_product<T, kExtra>(p, unit, row, -1) : T(1));
 }
 
 // x[i] = x[i] * o's value at col + i: plain values, by the widest accesses there are.
 template <class T, int W>
-FORM_INLINE void multiply_by(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
+FUSIONSUM_INLINE void multiply_by(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
   with_dtype(o.dtype, o.data, [&](const auto* p) {
     using S = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
     constexpr int kWidth = Storage<S>::width;
     if constexpr (W % kWidth == 0) {
       if (o.packed) {
-        FORM_UNROLL(8)
+        FUSIONSUM_UNROLL(8)
         for (int i = 0; i < W; i += kWidth) {
           const auto packet = Storage<S>::load(o, at.data + col + i);
-          FORM_UNROLL(8)
+          FUSIONSUM_UNROLL(8)
           for (int j = 0; j < kWidth; ++j) x[i + j] = x[i + j] * static_cast<T>(packet.get(j));
         }
         return;
       }
     }
-    FORM_UNROLL(8)
+    FUSIONSUM_UNROLL(8)
     for (int i = 0; i < W; ++i) x[i] = x[i] * static_cast<T>(wide(fetch(p + at.data + (col + i) * o.col)));
   });
 }
 
 // The same for any values.
 template <class T, int W, bool kExtra>
-FORM_INLINE void times(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
+FUSIONSUM_INLINE void times(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
   if (kExtra && (o.mask || o.activation != Activation::none)) {
     GPU_LOOP
     for (int i = 0; i < W; ++i) rotate<W>(x, x[0] * entry<T, kExtra>(o, at.data + (col + i) * o.col, at.mask + (col + i) * o.mask_col).y);
@@ -178,8 +178,8 @@ FORM_INLINE void times(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
 }
 // The product of the shared operands at W columns of a unit, without operand `skip`.
 template <class T, int W, bool kExtra>
-FORM_INLINE void shared_product(const Pass& p, int64_t unit, int64_t col, int skip, T (&x)[W]) {
-  FORM_UNROLL(8)
+FUSIONSUM_INLINE void shared_product(const Pass& p, int64_t unit, int64_t col, int skip, T (&x)[W]) {
+  FUSIONSUM_UNROLL(8)
   for (int i = 0; i < W; ++i) x[i] = T(1);
   GPU_LOOP
   for (int k = p.varying; k < p.varying + p.shared; ++k)
@@ -201,17 +201,17 @@ struct Row {
   bool here;                 // is there such a row?
   Packet packet[N];
 
-  FORM_INLINE static int count(const Pass& p) { return N < kAnyCount ? N : p.varying; }
+  FUSIONSUM_INLINE static int count(const Pass& p) { return N < kAnyCount ? N : p.varying; }
 
   // `base` is where the unit is. Many operands' bases would not fit the registers: they are found again for each row.
   static constexpr bool kBased = N < 4;
-  FORM_INLINE void locate(const Pass& p, const Place (&base)[N], int64_t unit, int64_t row, bool is_here) {
+  FUSIONSUM_INLINE void locate(const Pass& p, const Place (&base)[N], int64_t unit, int64_t row, bool is_here) {
     here = is_here;
-    FORM_UNROLL(16)
+    FUSIONSUM_UNROLL(16)
     for (int k = 0; k < N; ++k) at[k] = kBased ? base[k] : Place{0, 0, 0};
     if (!kBased && here) cuda::locate<N>(p, count(p), 0, 0, p.unit_dims, unit, at);
     if (here) cuda::locate<N>(p, count(p), 0, p.unit_dims, p.run_dims, row, at);
-    FORM_UNROLL(16)
+    FUSIONSUM_UNROLL(16)
     for (int k = 0; k < N; ++k) {
       const PassOperand& o = p.operand[k];
       present[k] = here && k < count(p);
@@ -220,8 +220,8 @@ struct Row {
     }
   }
 
-  FORM_INLINE void load(const Pass& p, int64_t col) {
-    FORM_UNROLL(16)
+  FUSIONSUM_INLINE void load(const Pass& p, int64_t col) {
+    FUSIONSUM_UNROLL(16)
     for (int k = 0; k < N; ++k) {
       const PassOperand& o = p.operand[k];
       if (present[k] && (!kExtra || o.data)) {
@@ -233,10 +233,10 @@ struct Row {
   }
 
   // The product of the row's values at `column`, from x; where asked for, partial[k] = c * the others * the own slope.
-  FORM_INLINE T multiply(const Pass& p, int64_t column, T c, T (&x)[N], T (&partial)[N]) const {
+  FUSIONSUM_INLINE T multiply(const Pass& p, int64_t column, T c, T (&x)[N], T (&partial)[N]) const {
     T slope[N];
     bool is_present[N];
-    FORM_UNROLL(16)
+    FUSIONSUM_UNROLL(16)
     for (int k = 0; k < N; ++k) {
       is_present[k] = present[k];
       if (!kExtra) continue;
@@ -252,13 +252,13 @@ struct Row {
     if constexpr (kGrad) {
       const T product = partial_products<N>(c, x, partial, N);
       if (kExtra) {
-        FORM_UNROLL(16)
+        FUSIONSUM_UNROLL(16)
         for (int k = 0; k < N; ++k) partial[k] = is_present[k] ? partial[k] * slope[k] : T(0);
       }
       return product;
     } else {
       T product = x[0];
-      FORM_UNROLL(16)
+      FUSIONSUM_UNROLL(16)
       for (int k = 1; k < N; ++k) product = product * x[k];
       return product;
     }
@@ -267,22 +267,22 @@ struct Row {
   // Calls use(i, product, shared[i]) for the W columns from `col` and stores the derivatives, which are multiplied by `shared`
   // and `scale`. In kernels with activations i is 0, and `use` has to rotate what it indexes.
   template <class Use>
-  FORM_INLINE void differentiate(const Pass& p, int64_t col, T (&shared)[W], T scale, Use use) {
+  FUSIONSUM_INLINE void differentiate(const Pass& p, int64_t col, T (&shared)[W], T scale, Use use) {
     Packet out[N];
     const auto one = [&](int i, int step, auto take, auto put, T c) {
       T x[N], partial[N];
-      FORM_UNROLL(16)
+      FUSIONSUM_UNROLL(16)
       for (int k = 0; k < N; ++k) x[k] = take(packet[k], i);
       const T product = multiply(p, col + step, kGrad ? c * scale : T(1), x, partial);
       if (kGrad) {
-        FORM_UNROLL(16)
+        FUSIONSUM_UNROLL(16)
         for (int k = 0; k < N; ++k) put(out[k], i, partial[k]);
       }
       use(i, product, c);
     };
     if (kExtra) {
       if (kGrad) {
-        FORM_UNROLL(16)
+        FUSIONSUM_UNROLL(16)
         for (int k = 0; k < N; ++k) out[k] = Packet{};
       }
       GPU_UNROLL(W <= 4 ? W : 1)
@@ -291,12 +291,12 @@ struct Row {
         one(0, i, [](Packet& from, int) { return from.take(); }, [](Packet& to, int, T value) { to.push(value); }, c);
       }
     } else {
-      FORM_UNROLL(8)
+      FUSIONSUM_UNROLL(8)
       for (int i = 0; i < W; ++i)
         one(i, i, [](Packet& from, int j) { return from.get(j); }, [](Packet& to, int j, T value) { to.set(j, value); }, shared[i]);
     }
     if constexpr (kGrad) {
-      FORM_UNROLL(16)
+      FUSIONSUM_UNROLL(16)
       for (int k = 0; k < N; ++k) {
         const PassOperand& o = p.operand[k];
         if (k < count(p) && o.target == Target::each) Store::store(o, at[k].grad + col * (W > 1 ? 1 : o.grad_col), out[k], p.stream);
@@ -308,7 +308,7 @@ struct Row {
 // ---- sums over threads, in a fixed order -------------------------------------------------------------------------------------
 
 // Over each aligned segment of 2^log2 threads; the first of the segment has the sum. Every thread of the block must call it.
-FORM_INLINE double segment_sum(double x, int log2, double* buffer) {
+FUSIONSUM_INLINE double segment_sum(double x, int log2, double* buffer) {
   const int width = 1 << log2, index = static_cast<int>(threadIdx.x);
   GPU_LOOP
   for (int step = width < 32 ? width / 2 : 16; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
@@ -327,13 +327,13 @@ FORM_INLINE double segment_sum(double x, int log2, double* buffer) {
 // x[i * kThreads + thread], i < W: sums over the threads with the same index modulo `lanes`, of each aligned segment of
 // lanes * count. `which` is the thread's place among the count; those with 0 have the sums.
 template <int W>
-FORM_INLINE void strided_sum(double* x, int lanes, int count, int which) {
+FUSIONSUM_INLINE void strided_sum(double* x, int lanes, int count, int which) {
   double* const own = x + threadIdx.x;
   GPU_LOOP
   for (int half = count / 2; half; half /= 2) {
     __syncthreads();
     if (which < half) {
-      FORM_UNROLL(8)
+      FUSIONSUM_UNROLL(8)
       for (int i = 0; i < W; ++i) own[i * kThreads] += own[i * kThreads + half * lanes];
     }
   }
@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __gri
       R row[U];
       T scale[U];
       double sum[U];
-      FORM_UNROLL(4)
+      FUSIONSUM_UNROLL(4)
       for (int u = 0; u < U; ++u) {
         const int64_t r = row0 + u * t.groups + t.group;
         row[u].locate(p, base, unit, r, unit_here && r < t.end);
@@ -388,17 +388,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __gri
         GPU_LOOP
         for (int terms = 0; terms < kMaxTerms && packet < packets; terms += W, packet += t.lanes) {
           const int64_t col = first_col + packet * W;
-          FORM_UNROLL(4)
+          FUSIONSUM_UNROLL(4)
           for (int u = 0; u < U; ++u)
             if (row[u].here) row[u].load(p, col);
           T shared[W];
           shared_product<T, W, kExtra>(p, unit, col, -1, shared);
-          FORM_UNROLL(4)
+          FUSIONSUM_UNROLL(4)
           for (int u = 0; u < U; ++u) {
             if (row[u].here) row[u].differentiate(p, col, shared, scale[u], [&](int, T product, T c) { s[u] = madd(product, c, s[u]); });
           }
         }
-        FORM_UNROLL(4)
+        FUSIONSUM_UNROLL(4)
         for (int u = 0; u < U; ++u) sum[u] += static_cast<double>(s[u]);
       }
       GPU_LOOP
@@ -461,7 +461,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
   for (int64_t unit0 = t.first_unit; unit0 < p.units; unit0 += t.unit_step) {
     const int64_t unit = unit0 + t.slot;
     const bool here = unit < p.units && col < p.cols;
-    FORM_UNROLL(8)
+    FUSIONSUM_UNROLL(8)
     for (int i = 0; i < W; ++i) own[i * kThreads] = 0;
     if (here) {
       Place base[N] = {};
@@ -473,7 +473,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
       for (int64_t row0 = t.begin + t.group; row0 < t.end; row0 += U * t.groups) {
         R row[U];
         T scale[U];
-        FORM_UNROLL(4)
+        FUSIONSUM_UNROLL(4)
         for (int u = 0; u < U; ++u) {
           const int64_t r = row0 + u * t.groups;
           row[u].locate(p, base, unit, r, r < t.end);
@@ -481,7 +481,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
           scale[u] = 1;
         }
         scale_rows<U, kExtra>(p, unit, row0, t.groups, t.end, scale);
-        FORM_UNROLL(4)
+        FUSIONSUM_UNROLL(4)
         for (int u = 0; u < U; ++u) {
           if (!row[u].here) continue;
           row[u].differentiate(p, col, shared, scale[u], [&](int i, T product, T) {
@@ -493,7 +493,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
           });
         }
         if ((terms += U) < kSummed && row0 + U * t.groups < t.end) continue;
-        FORM_UNROLL(8)
+        FUSIONSUM_UNROLL(8)
         for (int i = 0; i < W; ++i) {
           own[i * kThreads] += static_cast<double>(level[i]);
           level[i] = 0;

@@ -10,7 +10,7 @@
 // derivatives of varying operands on the way. A sum that more than one block has a share in goes to float64 partial sums, and
 // `combine` adds these in order.
 #pragma once
-#include "../space.h"
+#include "../../space.h"
 
 namespace fusionsum {
 namespace cuda {

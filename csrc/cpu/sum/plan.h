@@ -1,4 +1,4 @@
-// A plan: one problem (fusion.h) brought into the order in which the kernels run through it.
+// A plan: one problem (sum.h) brought into the order in which the kernels run through it.
 //
 // One dim is the vector dim, of `cols` entries. All the others are flattened, in order, into `rows`. Rows are cut into
 // row_slots, columns into col_slots; a slot (row, col) is one task, and its size depends on the problem alone, never on the
@@ -7,7 +7,7 @@
 // What lives here: the plan and the function that makes and runs it (plan.cpp). What lives elsewhere: the loops that carry it
 // out (cpu/kernel.inl).
 #pragma once
-#include "space.h"
+#include "../../space.h"
 
 namespace fusionsum {
 

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Comb
   const int64_t entry = static_cast<int64_t>(blockIdx.x) * kCombined + lane;
   double sum = 0;
   if (entry < c.entries) {
-    FORM_UNROLL(8)
+    FUSIONSUM_UNROLL(8)
     for (int64_t part = group; part < c.parts; part += kThreads / kCombined) sum += c.sums[part * c.entries + entry];
   }
   buffer[index] = sum;

@@ -1,4 +1,4 @@
-"""The activations of csrc/form.h and their derivatives, in units in the last place, over the whole range of a dtype.
+"""The activations of csrc/formula.h and their derivatives, in units in the last place, over the whole range of a dtype.
 
 What lives elsewhere: NaN, infinities and signs of zero (``test_kernel.py``).
 """

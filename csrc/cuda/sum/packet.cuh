@@ -5,30 +5,30 @@
 #pragma once
 #include <type_traits>
 
-#include "gpu.h"
+#include "../gpu.h"
 #include "pass.h"
 
 namespace fusionsum {
 namespace cuda {
 
-FORM_INLINE double fetch(const double* p) { return __ldg(p); }
-FORM_INLINE float fetch(const float* p) { return __ldg(p); }
-FORM_INLINE Bf16 fetch(const Bf16* p) { return {__ldg(&p->bits)}; }
-FORM_INLINE F16 fetch(const F16* p) { return {__ldg(&p->bits)}; }
+FUSIONSUM_INLINE double fetch(const double* p) { return __ldg(p); }
+FUSIONSUM_INLINE float fetch(const float* p) { return __ldg(p); }
+FUSIONSUM_INLINE Bf16 fetch(const Bf16* p) { return {__ldg(&p->bits)}; }
+FUSIONSUM_INLINE F16 fetch(const F16* p) { return {__ldg(&p->bits)}; }
 
-FORM_INLINE double wide(double x) { return x; }
-FORM_INLINE float wide(float x) { return x; }
-FORM_INLINE float wide(Bf16 x) { return widen(x); }
-FORM_INLINE void narrow_fast(double x, double* to) { *to = x; }
-FORM_INLINE void narrow_fast(float x, float* to) { *to = x; }
+FUSIONSUM_INLINE double wide(double x) { return x; }
+FUSIONSUM_INLINE float wide(float x) { return x; }
+FUSIONSUM_INLINE float wide(Bf16 x) { return widen(x); }
+FUSIONSUM_INLINE void narrow_fast(double x, double* to) { *to = x; }
+FUSIONSUM_INLINE void narrow_fast(float x, float* to) { *to = x; }
 #if defined(__CUDA_ARCH__)
-FORM_INLINE float wide(F16 x) { return __half2float(__ushort_as_half(x.bits)); }
-FORM_INLINE void narrow_fast(float x, F16* to) { to->bits = __half_as_ushort(__float2half_rn(x)); }
-FORM_INLINE void narrow_fast(float x, Bf16* to) { to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+FUSIONSUM_INLINE float wide(F16 x) { return __half2float(__ushort_as_half(x.bits)); }
+FUSIONSUM_INLINE void narrow_fast(float x, F16* to) { to->bits = __half_as_ushort(__float2half_rn(x)); }
+FUSIONSUM_INLINE void narrow_fast(float x, Bf16* to) { to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 #else
-FORM_INLINE float wide(F16 x) { return widen(x); }
-FORM_INLINE void narrow_fast(float x, F16* to) { narrow(x, to); }
-FORM_INLINE void narrow_fast(float x, Bf16* to) { narrow(x, to); }
+FUSIONSUM_INLINE float wide(F16 x) { return widen(x); }
+FUSIONSUM_INLINE void narrow_fast(float x, F16* to) { narrow(x, to); }
+FUSIONSUM_INLINE void narrow_fast(float x, Bf16* to) { narrow(x, to); }
 #endif
 
 // Sixteen bytes of S in four registers. Values are taken out and put in at compile-time places, or at the ends: a register
@@ -41,7 +41,7 @@ struct Storage {
   struct Packet {
     uint32_t word[4];
 
-    FORM_INLINE T get(int i) const {
+    FUSIONSUM_INLINE T get(int i) const {
       if constexpr (sizeof(S) == 2) {
         return wide(S{static_cast<uint16_t>(word[i / 2] >> (16 * (i % 2)))});
       } else {
@@ -50,7 +50,7 @@ struct Storage {
         return value;
       }
     }
-    FORM_INLINE void set(int i, T x) {
+    FUSIONSUM_INLINE void set(int i, T x) {
       S value;
       narrow_fast(x, &value);
       if constexpr (sizeof(S) == 2) {
@@ -59,35 +59,35 @@ struct Storage {
         __builtin_memcpy(&word[i * sizeof(S) / 4], &value, sizeof(S));
       }
     }
-    FORM_INLINE T take() {
+    FUSIONSUM_INLINE T take() {
       const T first = get(0);
       push(first);
       return first;
     }
-    FORM_INLINE void push(T x) {
+    FUSIONSUM_INLINE void push(T x) {
       if constexpr (sizeof(S) == 2) {
         for (int j = 0; j < 3; ++j) word[j] = word[j] >> 16 | word[j + 1] << 16;
         word[3] >>= 16;
       } else {
         constexpr int kWords = sizeof(S) / 4;
-        FORM_UNROLL(4)
+        FUSIONSUM_UNROLL(4)
         for (int j = 0; j + kWords < 4; ++j) word[j] = word[j + kWords];
       }
       set(width - 1, x);
     }
   };
 
-  FORM_INLINE static Packet all(T x) {
+  FUSIONSUM_INLINE static Packet all(T x) {
     Packet packet{};
-    FORM_UNROLL(8)
+    FUSIONSUM_UNROLL(8)
     for (int i = 0; i < width; ++i) packet.set(i, x);
     return packet;
   }
-  FORM_INLINE static Packet load(const PassOperand& o, int64_t at) {
+  FUSIONSUM_INLINE static Packet load(const PassOperand& o, int64_t at) {
     const uint4 v = __ldg(reinterpret_cast<const uint4*>(static_cast<const S*>(o.data) + at));
     return {{v.x, v.y, v.z, v.w}};
   }
-  FORM_INLINE static void store(const PassOperand& o, int64_t at, const Packet& packet, bool stream) {
+  FUSIONSUM_INLINE static void store(const PassOperand& o, int64_t at, const Packet& packet, bool stream) {
     uint4* const to = reinterpret_cast<uint4*>(static_cast<S*>(o.grad) + at);
     const uint4 v = make_uint4(packet.word[0], packet.word[1], packet.word[2], packet.word[3]);
     if (stream) {
@@ -100,7 +100,7 @@ struct Storage {
 
 // Rounds once.
 template <class V>
-FORM_INLINE void store_value(DType dtype, void* grad, int64_t at, V value) {
+FUSIONSUM_INLINE void store_value(DType dtype, void* grad, int64_t at, V value) {
   with_dtype(dtype, grad, [&](const auto* p) {
     using S = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
     narrow(value, const_cast<S*>(p) + at);
@@ -117,19 +117,19 @@ struct Storage<Any<Working>> {
 
   struct Packet {
     T value;
-    FORM_INLINE T get(int) const { return value; }
-    FORM_INLINE void set(int, T x) { value = x; }
-    FORM_INLINE T take() { return value; }
-    FORM_INLINE void push(T x) { value = x; }
+    FUSIONSUM_INLINE T get(int) const { return value; }
+    FUSIONSUM_INLINE void set(int, T x) { value = x; }
+    FUSIONSUM_INLINE T take() { return value; }
+    FUSIONSUM_INLINE void push(T x) { value = x; }
   };
 
-  FORM_INLINE static Packet all(T x) { return {x}; }
-  FORM_INLINE static Packet load(const PassOperand& o, int64_t at) {
+  FUSIONSUM_INLINE static Packet all(T x) { return {x}; }
+  FUSIONSUM_INLINE static Packet load(const PassOperand& o, int64_t at) {
     Packet packet;
     with_dtype(o.dtype, o.data, [&](const auto* p) { packet.value = static_cast<T>(wide(fetch(p + at))); });
     return packet;
   }
-  FORM_INLINE static void store(const PassOperand& o, int64_t at, const Packet& packet, bool) {
+  FUSIONSUM_INLINE static void store(const PassOperand& o, int64_t at, const Packet& packet, bool) {
     store_value(o.dtype, o.grad, at, packet.value);
   }
 };

@@ -1,31 +1,31 @@
 // The mathematics, once: the product of operands with each of its partial derivatives, and the activations with theirs.
 // Templated on the value type V: one number, or a vector of them in any instruction set.
 //
-// Included inside an instruction set's namespace (simd_<isa>.h), which supplies for its V: Scalar<V> and, by the names below,
+// Included inside an instruction set's namespace (cpu/simd/<isa>.h), which supplies for its V: Scalar<V> and, by the names below,
 // madd (a*b+c, fused where that is cheap), fused (a*b+c rounded once), abs, copysign, at_least, at_most, select,
 // select_negative (by the sign of its first argument) and scaled (a * 2^n, rounded once, for the n of exp_of_negative). Errors
 // are measured by tests/test_kernel.py.
 
-#define FORM_PRAGMA(text) _Pragma(#text)
+#define FUSIONSUM_PRAGMA(text) _Pragma(#text)
 #if defined(__CUDACC__)
-#define FORM_UNROLL(count) FORM_PRAGMA(unroll)
+#define FUSIONSUM_UNROLL(count) FUSIONSUM_PRAGMA(unroll)
 #else
-#define FORM_UNROLL(count) FORM_PRAGMA(GCC unroll count)
+#define FUSIONSUM_UNROLL(count) FUSIONSUM_PRAGMA(GCC unroll count)
 #endif
 
 // partial[k] = c * prod_{j != k} v[j], by prefixes and suffixes: dividing the product by v[k] would fail at zeros.
 // Returns prod_j v[j], without c. Count N at compile time, or N = 0 and `count`.
 template <int N, class V>
-FORM_INLINE V partial_products(V c, const V* v, V* partial, int count) {
+FUSIONSUM_INLINE V partial_products(V c, const V* v, V* partial, int count) {
   const int n = N ? N : count;
   V prefix = c;
-  FORM_UNROLL(8)
+  FUSIONSUM_UNROLL(8)
   for (int k = 0; k < n; ++k) {
     partial[k] = prefix;
     if (k + 1 < n) prefix = prefix * v[k];
   }
   V suffix = v[n - 1];
-  FORM_UNROLL(8)
+  FUSIONSUM_UNROLL(8)
   for (int k = n - 2; k >= 0; --k) {
     partial[k] = partial[k] * suffix;
     suffix = suffix * v[k];
@@ -53,7 +53,7 @@ struct Exp {
 
 // For x <= 0. x = n ln 2 + r, |r| <= ln 2 / 2; p = exp(r) - 1 by its Taylor series, to below 0.1 ulp: 7 terms f32, 13 f64.
 template <class V>
-FORM_INLINE Exp<V> exp_of_negative(V x) {
+FUSIONSUM_INLINE Exp<V> exp_of_negative(V x) {
   using T = Scalar<V>;
   using C = Constants<T>;
   constexpr double kInverseFactorial[] = {1. / 2,     1. / 6,      1. / 24,      1. / 120,      1. / 720,       1. / 5040,
@@ -63,7 +63,7 @@ FORM_INLINE Exp<V> exp_of_negative(V x) {
   V r = madd(n, V{} - T(C::ln2_hi), x);
   r = madd(n, V{} - T(C::ln2_lo), r);
   V q = V{} + T(kInverseFactorial[C::exp_terms]);
-  FORM_UNROLL(16)
+  FUSIONSUM_UNROLL(16)
   for (int i = C::exp_terms - 1; i >= 0; --i) q = madd(q, r, V{} + T(kInverseFactorial[i]));
   const V p = madd(r * r, q, r);
   const V scale = scaled(V{} + T(1), n);
@@ -76,7 +76,7 @@ struct Value {
 };
 
 template <class V>
-FORM_INLINE Value<V> tanh_value(V x) {
+FUSIONSUM_INLINE Value<V> tanh_value(V x) {
   using T = Scalar<V>;
   const Exp<V> e = exp_of_negative(abs(x) * T(-2));
   const V q = T(1) / (e.em1 + T(2));
@@ -84,20 +84,20 @@ FORM_INLINE Value<V> tanh_value(V x) {
 }
 
 template <class V>
-FORM_INLINE Value<V> sigmoid_value(V x) {
+FUSIONSUM_INLINE Value<V> sigmoid_value(V x) {
   using T = Scalar<V>;
   const V e = exp_of_negative(abs(x) * T(-1)).e, q = T(1) / (e + T(1));
   return {select_negative(x, e * q, q), e * q * q};
 }
 
 template <class V>
-FORM_INLINE Value<V> relu_value(V x) {  // NaN stays NaN, with derivative 1, as in torch
+FUSIONSUM_INLINE Value<V> relu_value(V x) {  // NaN stays NaN, with derivative 1, as in torch
   using T = Scalar<V>;
   return {select(x <= T(0), V{}, x), select(x <= T(0), V{}, V{} + T(1))};
 }
 
 template <class V>
-FORM_INLINE Value<V> silu_value(V x) {
+FUSIONSUM_INLINE Value<V> silu_value(V x) {
   const Value<V> s = sigmoid_value(x);
   return {x * s.y, madd(x, s.dy, s.y)};
 }
@@ -106,7 +106,7 @@ FORM_INLINE Value<V> silu_value(V x) {
 // interpolation at Chebyshev points over 0 <= a <= 40, relative error 1.1e-8 (f32) and 6.2e-17 (f64). gelu(x) = x Q(-x).
 // a^2 is kept to twice the precision, or its rounding would cost exp(-a^2/2) dozens of ulp.
 template <class V>
-FORM_INLINE Value<V> gelu_value(V x) {
+FUSIONSUM_INLINE Value<V> gelu_value(V x) {
   using T = Scalar<V>;
   using C = Constants<T>;
   constexpr float kTail32[] = {0.4720532081f,   -0.09670346417f, 0.01399953672f,    0.028599866f,
@@ -124,7 +124,7 @@ FORM_INLINE Value<V> gelu_value(V x) {
   const V t = (a - T(4)) * (a + T(1)) * inverse;
   const auto coefficient = [&](int i) { return V{} + (sizeof(T) == 4 ? T(kTail32[i < 11 ? i : 0]) : T(kTail64[i])); };
   V r = coefficient(C::tail_terms - 1);
-  FORM_UNROLL(32)
+  FUSIONSUM_UNROLL(32)
   for (int i = C::tail_terms - 2; i >= 0; --i) r = madd(r, t, coefficient(i));
   const V square = a * a, error = fused(a, a, V{} - square);
   V e = exp_of_negative(square * T(-0.5)).e;
@@ -137,6 +137,3 @@ FORM_INLINE Value<V> gelu_value(V x) {
   // x - x Q(x) rounds once, and beyond 40 is x itself, infinity included.
   return {select_negative(x, x * tail, fused(V{} - a, tail, x)), madd(x, e * T(0.39894228040143267794), phi)};
 }
-
-// One line per activation: adding one is a line here, in fusion.h and in reference.py.
-#define FUSIONSUM_ACTIVATIONS(X) X(tanh) X(sigmoid) X(relu) X(silu) X(gelu)

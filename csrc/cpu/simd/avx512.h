@@ -2,15 +2,15 @@
 #pragma once
 #include <immintrin.h>
 
-#include "../fusion.h"
+#include "../../sum.h"
 
 #define FUSIONSUM_ISA avx512
-#define FORM_INLINE inline __attribute__((always_inline))
+#define FUSIONSUM_INLINE inline __attribute__((always_inline))
 
 namespace fusionsum {
 namespace FUSIONSUM_ISA {
 namespace {
-#include "../dtype.h"
+#include "../../dtype.h"
 
 // Vector types of GCC and Clang: the arithmetic operators are theirs.
 typedef float F32 __attribute__((vector_size(64)));
@@ -116,7 +116,7 @@ inline F64 at_most(F64 x, F64 bound) { return _mm512_min_pd(bound, x); }
 inline F32 scaled(F32 a, F32 n) { return _mm512_scalef_ps(a, n); }
 inline F64 scaled(F64 a, F64 n) { return _mm512_scalef_pd(a, n); }
 
-#include "../form.h"
+#include "../../formula.h"
 }  // namespace
 }  // namespace FUSIONSUM_ISA
 }  // namespace fusionsum

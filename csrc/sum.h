@@ -1,4 +1,4 @@
-// The contract: what crosses from the bindings to the kernels. Plain data, no functions, nothing but <cstdint>.
+// The contract: what crosses from the bindings to the kernels. Plain data, no functions, nothing but <cstdint> and the lists.
 //
 // A fusion sum, its gradient, and the gradient of that are one thing: a product of operands over a loop space, of which some
 // operands ask for the derivative. Operand 0 is grad_output u, then the weights if any, then the factors. The derivative of
@@ -6,14 +6,19 @@
 //     grad_k = sum over the dims that k does not have of  phi_k'(z_k) * prod_{j != k} phi_j(z_j),
 // and the forward pass is the derivative with respect to u, at u = 1. So planner and kernels know one loop only.
 //
-// What lives elsewhere: the arithmetic (form.h), the order of loops (plan.h), the choice of instruction set (dispatch.h).
+// What lives elsewhere: the arithmetic (formula.h), the order of loops (cpu/sum/plan.h, cuda/sum/plan.h), the choice of
+// instruction set (cpu/dispatch.h).
 #pragma once
 #include <cstdint>
 
+#include "lists.h"
+
 namespace fusionsum {
 
-enum class DType : uint8_t { f64, f32, bf16, f16 };                                // the list with its types: dtype.h
-enum class Activation : uint8_t { none, tanh, sigmoid, relu, silu, gelu };        // the order of reference.ACTIVATIONS
+#define ENUMERATOR(name, ...) name,
+enum class DType : uint8_t { FUSIONSUM_DTYPES(ENUMERATOR) };
+enum class Activation : uint8_t { none, FUSIONSUM_ACTIVATIONS(ENUMERATOR) };
+#undef ENUMERATOR
 
 constexpr int kMaxFactors = 8;
 constexpr int kMaxOperands = kMaxFactors + 2;

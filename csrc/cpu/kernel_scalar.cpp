@@ -1,2 +1,0 @@
-#include "simd_scalar.h"
-#include "kernel.inl"
