@@ -488,12 +488,13 @@ void carry_out(const Call& c) {
   if (c.on_cuda() || cuda.emulated) return carry_out_cuda(c);
   int64_t entries = 1;
   for (int i = 0; i < c.problem.ndim; ++i) entries *= c.problem.size[i];
+  Workspace workspace;
   bool done;
   if (entries < (1 << 14)) {  // a few microseconds: less than letting go of the GIL may cost
-    done = run(c.problem, active_isa(), [] { return false; });
+    done = execute(c.problem, active_isa().sum, workspace, [] { return false; });
   } else {
     py::gil_scoped_release no_gil;
-    done = run(c.problem, active_isa(), ctrl_c);
+    done = execute(c.problem, active_isa().sum, workspace, ctrl_c);
   }
   if (!done) throw py::error_already_set();
 }

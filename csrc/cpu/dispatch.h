@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "sum/plan.h"
+#include "isa.h"
 
 namespace fusionsum {
 

@@ -1,8 +1,8 @@
 // Tiles: rows brought into the working precision, and the three inner loops over them, once, over the vocabulary of an
-// instruction set (simd_<isa>.h, included before this file).
+// instruction set (simd/<isa>.h, included before this file).
 //
-// Shape letters: N vector operands, `rows` by `cols` entries of each. What lives elsewhere: the arithmetic (formula.h), the walk
-// that makes the tiles (kernel.inl). Everything is in an unnamed namespace, so that no code compiled for one instruction set
+// Shape letters: N varying operands (space.h), `rows` by `cols` entries of each. What lives elsewhere: the arithmetic (formula.h), the walk
+// that makes the tiles (walk.inl). Everything is in an unnamed namespace, so that no code compiled for one instruction set
 // is ever linked into another.
 #include "plan.h"
 
@@ -129,7 +129,7 @@ inline void activate(Activation activation, const T* x, T* y, T* dy, int64_t col
 template <class T, class S>
 struct Tile {
   int64_t rows, cols;
-  int operands;                           // N: those that differ from row to row
+  int operands;                           // N: the varying ones
   const S* in[kMaxOperands];
   int64_t in_step[kMaxOperands];          // from row to row
   S* out[kMaxOperands];                   // where derivatives go; null: not asked for
@@ -138,9 +138,9 @@ struct Tile {
   S* const* out_rows[kMaxOperands];
   bool stream[kMaxOperands];              // store out[k] past the caches
   bool masked;                            // rows may lie anywhere
-  const T* shared;                        // the product of the operands that are the same for all rows; null: none
-  T* shared_out;                          // += its derivative; null: not asked for
-  const T* scale;                         // per row: the product of the operands that are the same for all columns
+  const T* uniform;                       // the product of the uniform operands, a row for all rows; null: none
+  T* uniform_out;                         // += its derivative; null: not asked for
+  const T* scale;                         // per row: the product of the splat operands
   double* sum;                            // per row: += sum over the columns of the product, without scale
 
   const S* in_row(int k, int64_t r) const { return in_rows[k] ? in_rows[k][r] : in[k] + r * in_step[k]; }
@@ -230,13 +230,13 @@ void dot(const Tile<T, S>& t) {
     const Rows<S, N> rows(t, n, r);
     const auto add = [&](V s, auto access, int64_t i) {
       rows.prefetch(n, i);
-      if (n == 0) return s + access.load(t.shared + i);
+      if (n == 0) return s + access.load(t.uniform + i);
       V p = access.load(rows.in[0] + i);
       for (int k = 1; k < n; ++k) {
-        if (k + 1 == n && !t.shared) return madd(p, access.load(rows.in[k] + i), s);
+        if (k + 1 == n && !t.uniform) return madd(p, access.load(rows.in[k] + i), s);
         p = p * access.load(rows.in[k] + i);
       }
-      return t.shared ? madd(p, access.load(t.shared + i), s) : s + p;
+      return t.uniform ? madd(p, access.load(t.uniform + i), s) : s + p;
     };
     // Four sums hide the latency of the fma; two loads a cycle feed no more. None takes more than 32 terms in T.
     constexpr int64_t kPiece = 32 * 4 * L::width;
@@ -257,7 +257,7 @@ void dot(const Tile<T, S>& t) {
   }
 }
 
-// shared_out += sum over the rows of scale times the product: the forward pass where outputs are contiguous.
+// uniform_out += sum over the rows of scale times the product: the forward pass where outputs are contiguous.
 template <class T, class S, int N>
 void accumulate(const Tile<T, S>& t) {
   using V = typename Simd<T>::V;
@@ -271,7 +271,7 @@ void accumulate(const Tile<T, S>& t) {
       scale[j] = V{} + t.scale[r + j];
       for (int k = 0; k < n; ++k) in[j][k] = t.in_row(k, r + j);
     }
-    T* const out = t.shared_out;
+    T* const out = t.uniform_out;
     along<T>(0, t.cols, [&](auto access, int64_t i) {
       V s = access.load(out + i);
       for (int j = 0; j < kRows; ++j) {
@@ -288,7 +288,7 @@ void accumulate(const Tile<T, S>& t) {
 }
 
 // Derivatives of all operands that ask for one, in one pass; with kSum, the products' sums too.
-template <class T, class S, int N, bool kShared, bool kSum>
+template <class T, class S, int N, bool kUniform, bool kSum>
 void differentiate(const Tile<T, S>& t) {
   using L = Simd<T>;
   using V = typename L::V;
@@ -307,18 +307,18 @@ void differentiate(const Tile<T, S>& t) {
       rows.prefetch(n, i);
       V v[N], partial[N];
       for (int k = 0; k < n; ++k) v[k] = access.load(rows.in[k] + i);
-      const V shared = kShared ? access.load(t.shared + i) : V{} + T(1);
-      const V product = partial_products<N == kAnyCount ? 0 : N>(kShared ? scale * shared : scale, v, partial, n);
+      const V uniform = kUniform ? access.load(t.uniform + i) : V{} + T(1);
+      const V product = partial_products<N == kAnyCount ? 0 : N>(kUniform ? scale * uniform : scale, v, partial, n);
       for (int k = 0; k < n; ++k)
         if (out[k]) access.store(out[k] + i, partial[k], stream[k]);
-      if (t.shared_out) access.store(t.shared_out + i, madd(scale, product, access.load(t.shared_out + i)), false);
-      if (kSum) sum = kShared ? madd(product, shared, sum) : sum + product;
+      if (t.uniform_out) access.store(t.uniform_out + i, madd(scale, product, access.load(t.uniform_out + i)), false);
+      if (kSum) sum = kUniform ? madd(product, uniform, sum) : sum + product;
     });
     if (kSum) t.sum[r] += static_cast<double>(L::sum(sum));
   }
 }
 
-// One to four operands that differ from row to row have loops of their own; any other count shares one.
+// One to four varying operands have loops of their own; any other count shares one.
 template <class T, class S>
 using Inner = void (*)(const Tile<T, S>&);
 
@@ -333,15 +333,15 @@ inline Inner<T, S> accumulate_for(int n) {
                                    accumulate<T, S, 4>};
   return n <= 4 ? table[n] : accumulate<T, S, kAnyCount>;
 }
-template <class T, class S, bool kShared, bool kSum>
+template <class T, class S, bool kUniform, bool kSum>
 inline Inner<T, S> differentiate_for(int n) {
-  constexpr Inner<T, S> table[] = {differentiate<T, S, 1, kShared, kSum>, differentiate<T, S, 2, kShared, kSum>,
-                                   differentiate<T, S, 3, kShared, kSum>, differentiate<T, S, 4, kShared, kSum>};
-  return n <= 4 ? table[n - 1] : differentiate<T, S, kAnyCount, kShared, kSum>;
+  constexpr Inner<T, S> table[] = {differentiate<T, S, 1, kUniform, kSum>, differentiate<T, S, 2, kUniform, kSum>,
+                                   differentiate<T, S, 3, kUniform, kSum>, differentiate<T, S, 4, kUniform, kSum>};
+  return n <= 4 ? table[n - 1] : differentiate<T, S, kAnyCount, kUniform, kSum>;
 }
 template <class T, class S>
-inline Inner<T, S> differentiate_for(int n, bool shared, bool sum) {
-  return shared ? (sum ? differentiate_for<T, S, true, true>(n) : differentiate_for<T, S, true, false>(n))
+inline Inner<T, S> differentiate_for(int n, bool uniform, bool sum) {
+  return uniform ? (sum ? differentiate_for<T, S, true, true>(n) : differentiate_for<T, S, true, false>(n))
                 : (sum ? differentiate_for<T, S, false, true>(n) : differentiate_for<T, S, false, false>(n));
 }
 
