@@ -29,14 +29,14 @@ void do_range(int64_t thread, void* context) {
 
 char* Workspace::reserve(int64_t bytes) {
   if (bytes > size_) {
-    memory_.reset();
-    size_ = 0;
+    large_.reset();
+    size_ = sizeof small_;
     bytes = in_cache_lines(bytes);
-    memory_.reset(static_cast<char*>(std::aligned_alloc(kCacheLine, static_cast<size_t>(bytes))));
-    if (!memory_) throw std::bad_alloc();
+    large_.reset(static_cast<char*>(std::aligned_alloc(kCacheLine, static_cast<size_t>(bytes))));
+    if (!large_) throw std::bad_alloc();
     size_ = bytes;
   }
-  return memory_.get();
+  return large_ ? large_.get() : small_;
 }
 
 int threads_for(int64_t tasks) { return tasks == 1 ? 1 : static_cast<int>(std::min<int64_t>(get_num_threads(), tasks)); }

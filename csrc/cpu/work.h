@@ -8,6 +8,8 @@
 
 namespace fusionsum {
 
+constexpr int64_t kCacheLine = 128;  // two, which some processors fetch together
+
 // Memory for one call. Its owner is whoever makes the call: planners say how much they need, kernels never allocate.
 class Workspace {
  public:
@@ -18,11 +20,11 @@ class Workspace {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
-  std::unique_ptr<char, Free> memory_;
-  int64_t size_ = 0;
+  alignas(kCacheLine) char small_[4096];  // enough for small calls, of which an allocation is a tenth
+  std::unique_ptr<char, Free> large_;
+  int64_t size_ = sizeof small_;
 };
 
-constexpr int64_t kCacheLine = 64;
 constexpr int64_t in_cache_lines(int64_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
 
 // Tasks may run in any order and at the same time; the slices of one task run in order.

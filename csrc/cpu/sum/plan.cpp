@@ -213,46 +213,53 @@ void classify(Plan& plan) {
 // Gives each piece of a thread's scratch memory its place.
 void lay_out(Plan& plan) {
   Scratch& s = plan.scratch;
-  s = Scratch{};
   const int64_t item = plan.wide ? 8 : 4, width = std::min(kBlock, plan.cols), tile = std::min(kBlock, kGroup * width);
-  const auto take = [&](bool wanted, int64_t entries, int64_t size) {
-    const int64_t place = s.bytes;
-    if (wanted) s.bytes += in_cache_lines(entries * size);
+  int64_t end = 0;
+  const auto take = [&](int64_t entries, int64_t size) {
+    const int64_t place = end;
+    end += in_cache_lines(entries * size);
     return place;
   };
-  s.sum = take(true, kGroup, 8);
-  s.scale = take(true, kGroup, item);
-  bool finishes = false, constant = false;
+  s.sum = take(kGroup, sizeof(double));
+  s.scale = take(kGroup, item);
+  bool finishes = plan.sums_rows, constant = false;
   for (int k = 0; k < plan.operands; ++k) {
     PlanOperand& o = plan.operand[k];
     const bool has_slope = o.activation != Activation::none;
     if (o.kind == Kind::splat) {
-      o.value = take(true, kGroup, item);
-      o.slope = take(has_slope, kGroup, item);
+      o.value = take(kGroup, item);
+      if (has_slope) o.slope = take(kGroup, item);
     } else if (o.kind == Kind::uniform) {
-      o.value = take(o.data && !o.in_place, width, item);
+      if (o.data && !o.in_place) o.value = take(width, item);
     } else {
-      o.value = take(!o.in_place, tile, item);
-      o.slope = take(has_slope && o.target == Target::store, tile, item);
-      o.derivative = take(o.target != Target::none && !o.grad_in_place, tile, item);
+      if (!o.in_place) o.value = take(tile, item);
+      if (has_slope && o.target == Target::store) o.slope = take(tile, item);
+      if (o.target != Target::none && !o.grad_in_place) o.derivative = take(tile, item);
       constant = constant || !o.data;
     }
-    finishes = finishes || o.target == Target::run || o.target == Target::partial || (o.kind == Kind::uniform && o.target != Target::none);
+    finishes = finishes || o.target == Target::run || o.target == Target::partial;
   }
-  s.in_rows = take(plan.masked, plan.varyings * kGroup, sizeof(void*));
-  s.out_rows = take(plan.masked, plan.varyings * kGroup, sizeof(void*));
-  s.absent = take(plan.masked, width, item);
-  s.trash = take(plan.masked, width, item);
-  s.zeros = take(plan.masked, width, item);
-  s.ones = take(constant, width, item);
-  s.product = take(plan.uniforms > 1, width, item);
-  s.short_sum = take(plan.sums_rows, width, item);
-  s.long_sum = take(plan.sums_rows, width, 8);
-  s.own = take(plan.sums_rows, width, item);
-  s.finished = take(finishes, width, item);
-  s.data = take(finishes, width, item);
-  s.slope = take(finishes, width, item);
-  s.total = take(finishes, width, 8);
+  if (constant) s.ones = take(width, item);
+  if (plan.uniforms > 1) s.product = take(width, item);
+  if (plan.masked) {
+    s.in_rows = take(plan.varyings * kGroup, sizeof(void*));
+    s.out_rows = take(plan.varyings * kGroup, sizeof(void*));
+    s.absent = take(width, item);
+    s.trash = take(width, item);
+    s.zeros = take(width, item);
+  }
+  if (plan.sums_rows) {
+    s.short_sum = take(width, item);
+    s.long_sum = take(width, sizeof(double));
+    s.own = take(width, item);
+  }
+  if (finishes) {
+    s.finished = take(width, item);
+    s.data = take(width, item);
+    s.slope = take(width, item);
+    s.total = take(width, sizeof(double));
+  }
+  s.bytes = end;
 }
 
 struct Pass {
@@ -262,55 +269,53 @@ struct Pass {
   int64_t parts;
 };
 
+int64_t parts_of(const Plan& plan, const PlanOperand& o) {
+  return std::clamp<int64_t>(o.sums_size * tasks_with_sums(plan, o) / kTaskCost, 1, kMaxTasks);
+}
+
 bool execute_pass(Plan& plan, const SumKernels& kernels, Workspace& workspace, bool (*interrupted)()) {
+  const int64_t tasks = plan.row_tasks * plan.col_tasks;
+  int threads = threads_for(tasks);
   int64_t sums = 0;
-  for (int k = 0; k < plan.operands; ++k) sums += plan.operand[k].sums_size * tasks_with_sums(plan, plan.operand[k]);
+  for (int k = 0; k < plan.operands; ++k) {
+    const PlanOperand& o = plan.operand[k];
+    sums += o.sums_size * tasks_with_sums(plan, o);
+    if (o.target == Target::partial) threads = std::max(threads, threads_for(parts_of(plan, o)));
+  }
   const int64_t sums_bytes = in_cache_lines(sums * static_cast<int64_t>(sizeof(double)));
-
-  Pass pass{&plan, &kernels, 0, 1};
-  Work walks{};
-  walks.tasks = plan.row_tasks * plan.col_tasks;
-  walks.slices = plan.slices;
-  walks.slice_cost = plan.rows_per_slice * plan.cols_per_slice * plan.operands;
-  walks.threads = threads_for(walks.tasks);
-  walks.scratch_bytes = plan.scratch.bytes;
-  walks.slice = [](const void* context, int64_t task, int64_t slice, char* scratch) {
-    const Pass& pass = *static_cast<const Pass*>(context);
-    pass.kernels->walk[pass.plan->wide](*pass.plan, task, slice, scratch);
-  };
-  walks.context = &pass;
-
-  Work combines = walks;
-  combines.slices = 1;
-  combines.slice = [](const void* context, int64_t part, int64_t, char* scratch) {
-    const Pass& pass = *static_cast<const Pass*>(context);
-    pass.kernels->combine[pass.plan->wide](*pass.plan, pass.operand, part, pass.parts, scratch);
-  };
-  const auto parts = [&](const PlanOperand& o) {
-    return std::clamp<int64_t>(o.sums_size * tasks_with_sums(plan, o) / kTaskCost, 1, kMaxTasks);
-  };
-  int threads = walks.threads;
-  for (int k = 0; k < plan.operands; ++k)
-    if (plan.operand[k].target == Target::partial) threads = std::max(threads, threads_for(parts(plan.operand[k])));
-
   char* const memory = workspace.reserve(sums_bytes + threads * plan.scratch.bytes);
   double* next = reinterpret_cast<double*>(memory);
   for (int k = 0; k < plan.operands; ++k) {
     PlanOperand& o = plan.operand[k];
-    if (!o.sums_size) continue;
-    o.sums = next;
+    o.sums = o.sums_size ? next : nullptr;
     next += o.sums_size * tasks_with_sums(plan, o);
   }
-  walks.scratch = combines.scratch = memory + sums_bytes;
 
-  if (!carry_out(walks, interrupted)) return false;
+  Pass pass{&plan, &kernels, 0, 1};
+  Work work{tasks,
+            plan.slices,
+            plan.rows_per_slice * plan.cols_per_slice * plan.operands,
+            threads,
+            memory + sums_bytes,
+            plan.scratch.bytes,
+            [](const void* context, int64_t task, int64_t slice, char* scratch) {
+              const Pass& pass = *static_cast<const Pass*>(context);
+              pass.kernels->walk[pass.plan->wide](*pass.plan, task, slice, scratch);
+            },
+            &pass};
+  if (!carry_out(work, interrupted)) return false;
+
+  work.slices = 1;
+  work.slice = [](const void* context, int64_t part, int64_t, char* scratch) {
+    const Pass& pass = *static_cast<const Pass*>(context);
+    pass.kernels->combine[pass.plan->wide](*pass.plan, pass.operand, part, pass.parts, scratch);
+  };
   for (pass.operand = 0; pass.operand < plan.operands; ++pass.operand) {
     const PlanOperand& o = plan.operand[pass.operand];
     if (o.target != Target::partial) continue;
-    combines.tasks = pass.parts = parts(o);
-    combines.threads = std::min(threads, threads_for(pass.parts));
-    combines.slice_cost = divide_up(o.sums_size * tasks_with_sums(plan, o), pass.parts);
-    if (!carry_out(combines, interrupted)) return false;
+    work.tasks = pass.parts = parts_of(plan, o);
+    work.slice_cost = divide_up(o.sums_size * tasks_with_sums(plan, o), pass.parts);
+    if (!carry_out(work, interrupted)) return false;
   }
   return true;
 }

@@ -203,11 +203,12 @@ struct Count {
   static constexpr int value = N;
 };
 
-// One row of each operand, and what to ask memory for meanwhile: kAhead entries on, or the next row where rows are masked
-// and it may lie anywhere. Worth 20% where one operand streams (2 threads, 1 KB rows), nothing where two do.
-constexpr int64_t kAhead = 512;
-template <class S, int N>
+// One row of each operand, and what to ask memory for meanwhile: kAhead bytes on, or the next row where rows are masked and it
+// may lie anywhere. The processor's own prefetcher stops at each page; 8 KB under way, of all operands together, hide the latency
+// of memory (Zen 5, 2 threads: one operand reads 1.35 times as fast as with 1 KB, two of 16 bits 1.2 times as fast).
+template <class S, int N, bool kStores = false>
 struct Rows {
+  static constexpr int64_t kAhead = (kStores ? 4096 : 8192) / at_least_one(N) / static_cast<int64_t>(sizeof(S));
   const S *in[at_least_one(N)], *next[at_least_one(N)];
 
   template <class T>
@@ -275,6 +276,7 @@ void accumulate(const Tile<T, S>& t) {
     along<T>(0, t.cols, [&](auto access, int64_t i) {
       V s = access.load(out + i);
       for (int j = 0; j < kRows; ++j) {
+        for (int k = 0; k < n; ++k) __builtin_prefetch(in[j][k] + i + Rows<S, N>::kAhead);
         V p = scale[j];
         for (int k = 0; k + 1 < n; ++k) p = p * access.load(in[j][k] + i);
         s = n ? madd(p, access.load(in[j][n - 1] + i), s) : s + p;
@@ -294,7 +296,7 @@ void differentiate(const Tile<T, S>& t) {
   using V = typename L::V;
   const int n = count_of<T, S, N>(t);
   for (int64_t r = 0; r < t.rows; ++r) {
-    const Rows<S, N> rows(t, n, r);
+    const Rows<S, N, true> rows(t, n, r);
     S* out[N];
     bool stream[N];
     for (int k = 0; k < n; ++k) {
