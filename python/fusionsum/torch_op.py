@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.utils import _pytree
@@ -48,8 +49,12 @@ _any_requires_grad = torch._C._any_requires_grad
 
 
 def _layered() -> bool:
-    """Tell whether way 3 is needed. A compiler traces functorch itself, and cannot trace jvp rules."""
-    return (_functorch_active() or forward_ad._current_level >= 0) and not is_compiling()
+    """Tell whether way 3 is needed. A compiler traces functorch itself, and cannot trace jvp rules.
+
+    torch 2.10 calls the ops' vmap rules, on fake tensors, while a compiler traces and `is_compiling` is false.
+    """
+    layered = _functorch_active() or forward_ad._current_level >= 0
+    return layered and not is_compiling() and TracingContext.try_get() is None
 
 
 def fusion_sum(
