@@ -22,7 +22,7 @@ class _Tensors:
     """The native module with arrays carried to a device as tensors of the same strides, where torch has such."""
 
     def __init__(self, native: Any) -> None:
-        importlib.import_module("fusionsum.torch_op")  # by whose import the module can read tensors
+        importlib.import_module("fusionsum.tensors")  # by whose import the module can read tensors
         self._native, self._torch = native, importlib.import_module("torch")
 
     def __getattr__(self, name: str) -> Any:
