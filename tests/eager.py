@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.func import jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusionsum as fs
 from conftest import ACTIVATIONS, FORMS, Case
@@ -64,6 +66,32 @@ def simple(*shape: int, requires_grad: bool = False, dtype=torch.float64) -> lis
     """Weights (n,) and two factors (..., n)."""
     shapes = (shape[-1:], shape, shape)
     return [torch.randn(s, dtype=dtype).requires_grad_(requires_grad) for s in shapes]
+
+
+class Passing(TorchDispatchMode):
+    """A mode that watches and changes nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def by_every_way(function, *operands: torch.Tensor) -> list[torch.Tensor]:
+    """Return output and derivatives, by every way that a call of tensors takes."""
+    found = [function(*operands)]
+    x = [a.clone().requires_grad_() for a in operands]
+    output = function(*x)
+    u = torch.ones_like(output)
+    found += [output, *torch.autograd.grad(output, x, u)]
+    first = torch.autograd.grad(function(*x), x, u, create_graph=True)
+    found += [*first, *torch.autograd.grad(first, x, [torch.ones_like(d) for d in first])]
+    with Passing():
+        output = function(*x)
+        found += [output, *torch.autograd.grad(output, x, u)]
+    found += [*jvp(function, operands, tuple(map(torch.ones_like, operands))), *vjp(function, *operands)[1](u)]
+    found.append(vmap(function)(*(torch.stack([a, 2 * a]) for a in operands)))
+    output = torch.compile(function, backend="aot_eager", fullgraph=True)(*x)
+    found += [output, *torch.autograd.grad(output, x, u)]
+    return [a.detach() for a in found]
 
 
 class Fused(torch.nn.Module):

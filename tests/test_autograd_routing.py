@@ -20,8 +20,8 @@ import torch._dynamo.testing
 from torch.func import grad, vmap
 
 import fusionsum as fs
-from conftest import require_native, run_python
-from eager import Fused, simple
+from conftest import FORMS, require_native, run_python
+from eager import Fused, by_every_way, fused, simple, to_torch
 from fusionsum import call, contraction
 from fusionsum.autograd import routing
 
@@ -136,6 +136,16 @@ def test_autocast(dtype):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("form", ["paired", "vector output", "mixing", "all pairs", "candidates"])
+def test_autocast_changes_nothing(form, rng):
+    torch._dynamo.reset()
+    operands, options = to_torch(FORMS[form].case(rng, "float32", activations="gelu"))
+    wanted = by_every_way(fused(options), *operands)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = by_every_way(fused(options), *operands)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint(reentrant):
     module, x = Fused(), torch.randn(5, 4, requires_grad=True)
@@ -160,7 +170,7 @@ def test_ddp(tmp_path):
     """Fresh interpreters, on the loopback interface: forking one that has threads, as torch's does, may hang."""
     code = """
 import os, torch, torch.distributed as dist
-from eager import Fused
+from eager import by_every_way, fused, to_torch, Fused
 
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])

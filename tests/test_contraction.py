@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ from conftest import (
     random,
     require_native,
     run_python,
+    same_bits,
 )
+from eager import Passing, by_every_way
 from fusionsum import contraction, reference, tensors
 
 # torch's own, on its first use of inductor
@@ -258,12 +261,8 @@ def test_every_way_leads_here(products, rng):
     wanted = torch.einsum("n,bn,cn->bc", w, f[:, 0], g)
     u = torch.randn_like(wanted)
 
-    class Pass(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            return func(*args, **(kwargs or {}))
-
     def moded():
-        with Pass():
+        with Passing():
             return fs.fusion_sum(w, f, g)
 
     compiled = torch.compile(fs.fusion_sum, backend="aot_eager", fullgraph=True)
@@ -304,6 +303,20 @@ def test_derivatives_of_every_order(form, products, rng, monkeypatch):
         assert gradcheck(function, given, check_forward_ad=True)
         assert gradgradcheck(function, given)
         assert products
+
+
+@pytest.mark.parametrize("form", ["all pairs", "mixing"])
+@pytest.mark.parametrize("rows", [2 * contraction.BATCH + rest for rest in (0, 1, 3, 7)])
+def test_autocast_changes_nothing(rows, form, products, rng):
+    torch._dynamo.reset()
+    case = SPLIT[form].case(rng, "float32", **SIZES | {"B": rows, "O": 9})
+    weights, factors, *_ = arguments(case)
+    given = [partial(fs.fusion_sum, dim=case.dim), weights, *factors]
+    wanted = by_every_way(*given)
+    assert products
+    with torch.autocast("cpu", torch.bfloat16):
+        found = by_every_way(*given)
+    assert all(same_bits(a.numpy(), b.numpy()) for a, b in zip(found, wanted, strict=True))
 
 
 # ---- memory and bits -------------------------------------------------------------------------------------------------
