@@ -6,12 +6,14 @@ the records name (``derivatives.py``, ``vmap.py``).
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import contraction, tensors
+from .. import contraction, reference, tensors
 from ..call import Call, check
 from . import derivatives, schema, vmap
 from .registration import Operation, register
@@ -68,6 +70,16 @@ def _sum_vmap(size: int, in_dims: Any, *given: Any) -> tuple[Tensor, int]:
     return vmap.fusion_sum(size, schema.call_of(in_dims), schema.call_of(given))
 
 
+def _sum_decomposition(*given: Any) -> Tensor:
+    """Evaluate the formula at the top of ``reference.py`` by torch's own operations, which store the whole product."""
+    call = schema.call_of(given)
+    wide = getattr(torch, reference.accumulator(call.arrays))
+    values = [] if call.fusion_weights is None else [call.fusion_weights.to(wide)]
+    for z, activation, mask in zip(call.factors, call.activations, call.present, strict=True):
+        values.append(reference.value(torch, z.to(wide), activation, mask, call.absent))
+    return functools.reduce(operator.mul, values).sum(call.dim).to(tensors.result_dtype(call))
+
+
 register(
     Operation(
         name="fusion_sum",
@@ -77,6 +89,7 @@ register(
         backward=_sum_backward,
         jvp=_sum_jvp,
         vmap=_sum_vmap,
+        decomposition=_sum_decomposition,
     )
 )
 

@@ -126,6 +126,11 @@ def register(operation: Operation) -> None:
         return operation.vmap(info.batch_size, in_dims, *inputs)
 
     torch.library.register_vmap(qualified, vmap, lib=_library)
+    if operation.decomposition is not None:
+        # The ONNX exporter takes this table whole; compilers and torch.export take entries by name, and none of these. Fake
+        # tensors of symbolic sizes would take it too, if `meta_table` did not have the operation.
+        torch._decomp.decomposition_table[_overload(name)] = operation.decomposition
+        torch._decomp.meta_table[_overload(name)] = operation.fake
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
