@@ -1,8 +1,8 @@
 """`fusion_sum` and `fusion_sum_grad`: the public functions.
 
 What lives here: the routing of a call by the type of its arrays. What lives elsewhere: the checks and their messages
-(``call.py``), tensors (``autograd/``, imported when the first one arrives), NumPy without native code (``reference.py``),
-the kernels (``csrc/``).
+(``call.py``), tensors (``autograd/``, imported once torch is: ``autoload.py``), NumPy without native code
+(``reference.py``), the kernels (``csrc/``).
 
 A valid call of arrays goes to the native module unchecked: it parses the arguments itself and declines (NotImplemented)
 all that it does not take.
@@ -18,10 +18,11 @@ from . import reference
 from .backend import native
 from .call import Call, check, is_tensor
 
-autograd: Any = None  # imported when the first tensor arrives; an import statement in each call would cost 0.3 us
+autograd: Any = None  # an import statement in each call would cost 0.3 us
 
 
-def _for_tensors() -> Any:
+def adopt_autograd() -> Any:
+    """Import the package that takes tensors, and keep it for the calls to come."""
     global autograd
     from . import autograd as package
 
@@ -94,7 +95,7 @@ def fusion_sum(
     array([6.])
     """
     if factors and is_tensor(factors[0]):
-        package = _for_tensors() if autograd is None else autograd
+        package = adopt_autograd() if autograd is None else autograd
         return package.fusion_sum(fusion_weights, factors, activations, present, absent, dim)
     if native is not None:
         output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim, False)
@@ -149,7 +150,7 @@ def fusion_sum_grad(
     """
     needs = [fusion_weights is not None] + [True] * len(factors)
     if factors and is_tensor(factors[0]):
-        package = _for_tensors() if autograd is None else autograd
+        package = adopt_autograd() if autograd is None else autograd
         return package.fusion_sum_grad(grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
     if isinstance(grad_output, np.generic):  # as a sum without other dims returns
         grad_output = np.asarray(grad_output)

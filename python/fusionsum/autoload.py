@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 import warnings
 
+from . import api
+
 
 def register_if_torch_is_imported() -> None:
     """Register the operations unless torch is missing, or only half imported: at its end, torch itself calls."""
@@ -22,7 +24,7 @@ def register_if_torch_is_imported() -> None:
 def register() -> None:
     """Register the operations; an error becomes a warning, for neither import may fail by it."""
     try:
-        from . import autograd  # noqa: F401
+        api.adopt_autograd()
     except Exception as error:
         warnings.warn(
             f"fusionsum could not register its operations with torch: {type(error).__name__}: {error}",
