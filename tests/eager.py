@@ -35,7 +35,7 @@ def fused(options: dict, weighted: bool = True):
 
 
 def naive(options: dict, weighted: bool = True):
-    """Write what a user would, with ``torch.where`` for what is absent."""
+    """Write the sum as a user would, with ``torch.where`` for absent factors."""
 
     def function(*operands):
         product, factors = (operands[0], operands[1:]) if weighted else (1, operands)

@@ -109,8 +109,7 @@ def backends() -> dict[str, str]:
 def set_num_threads(count: int) -> None:
     """Set how many threads the native kernels use; results do not depend on it.
 
-    With torch imported, torch's pool does the work and ``torch.set_num_threads`` is what counts; this function
-    then calls it.
+    With torch imported, torch's pool does the work, and this function calls ``torch.set_num_threads``.
 
     Parameters
     ----------

@@ -86,7 +86,7 @@ def check(
     *,
     grad_output: Any = None,
 ) -> Call:
-    """Raise an error that names the argument, what came and what was expected; or return a valid call, normalised."""
+    """Return a valid call, normalised; for any other, raise an error that names the argument, its value and a valid one."""
     if not 1 <= len(factors) <= reference.MAX_FACTORS:
         raise ValueError(f"factors: expected 1 to {reference.MAX_FACTORS} arrays, got {len(factors)}")
     like = _kind(factors[0])
@@ -167,8 +167,8 @@ def _per_factor(name: str, given: Any, count: int, single: tuple[type, ...]) -> 
     if given is None or isinstance(given, single):
         return [given] * count
     if not isinstance(given, (list, tuple)):
-        what = "None, a name or a sequence of them" if single else "None or a sequence of boolean arrays"
-        raise TypeError(f"{name}: expected {what}, got {type(given).__name__}")
+        valid = "None, a name or a sequence of them" if single else "None or a sequence of boolean arrays"
+        raise TypeError(f"{name}: expected {valid}, got {type(given).__name__}")
     if len(given) != count:
         raise ValueError(f"{name}: expected {count} entries, one per factor, got {len(given)}")
     return list(given)
@@ -183,12 +183,12 @@ def _check_mask(name: str, mask: Any, of: str, factor: Any, shape: tuple[int, ..
     if mask.ndim > factor.ndim:
         raise ValueError(f"{name}: expected at most the {factor.ndim} dims of {of}, got shape {tuple(mask.shape)}")
     aligned = reference.aligned_shape(tuple(mask.shape), factor.ndim)
-    target = shape[len(shape) - factor.ndim :]
-    for axis, (n, full) in enumerate(zip(aligned, target, strict=True)):
+    full_shape = shape[len(shape) - factor.ndim :]
+    for axis, (n, full) in enumerate(zip(aligned, full_shape, strict=True)):
         summed = axis - factor.ndim == dim
         if n != 1 and (n != full or summed):
             expected = "1, for the terms are present or absent together" if summed else f"1 or {full}"
             raise ValueError(
                 f"{name}: shape {tuple(mask.shape)} does not fit the leading dims of {of}, shape {tuple(factor.shape)} "
-                f"broadcast to {target}: expected size {expected} at axis {axis}, got {n}"
+                f"broadcast to {full_shape}: expected size {expected} at axis {axis}, got {n}"
             )

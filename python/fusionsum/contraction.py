@@ -27,15 +27,18 @@ from . import reference, tensors
 from .call import Call, check
 
 LEAST_WORK = 2**22  # multiply-adds: below, the kernels take less time than the preparations here, some 0.2 ms
-TILE_BYTES = 2**25  # of a product, and of a block of U or F: a call takes a few of these
-LEAST_ROWS = 512  # in a tile where there are several: below, BLAS is bound by memory, and too much is formed again
+TILE_BYTES = 2**25  # of a tile of P or Q, and of a block of U or F: a call holds a few of each at a time
+LEAST_ROWS = (
+    512  # of a tile, if a side has several: with fewer, BLAS is bound by memory, and tiles are formed too often
+)
 
 # MKL cuts a product of matrices as the number of threads suggests, along the terms too, and the bits follow. In a batch it
 # gives each item to one thread if there are at least as many items as threads. So products go to it as batches of 8 items,
 # of two rows or more (of one, it takes other ways): the same bits for up to 8 threads, in random products with its AVX-512
-# and its AVX2 code. Beyond 8 threads they may differ. C1 and C2 take 0 to 13% longer for it (batches of 4: 0 to 7%).
+# and its AVX2 code. Beyond 8 threads they may differ. The bench's C1 and C2 take 0 to 13% longer for it (batches of 4: 0 to
+# 7%).
 BATCH = 8
-LEAST_EXTENT = 2 * BATCH  # of either side; and of the terms, since with few, forming P costs as much as multiplying it
+LEAST_EXTENT = 2 * BATCH  # rows of either side, and terms: with few terms, forming P costs as much as multiplying by it
 
 Tile = tuple[slice, ...]
 
@@ -93,7 +96,7 @@ def fusion_sum_grad(grad_output: Tensor, call: Call, split: Split, needs: Sequen
 
 
 def _is_large(fusion_weights: Any, factors: Sequence[Any]) -> bool:
-    """Tell whether a call, which may be invalid, may split and has the least work."""
+    """Tell whether a call, which may be invalid, has operands that may split, and at least `LEAST_WORK`."""
     try:
         deepest = 0 if fusion_weights is None else fusion_weights.ndim
         for z in factors:
@@ -102,12 +105,12 @@ def _is_large(fusion_weights: Any, factors: Sequence[Any]) -> bool:
         if deepest < 3:  # the terms, and one dim per side
             return False
         given = factors if fusion_weights is None else (fusion_weights, *factors)
-        if any(x.ndim == deepest and 1 not in x.shape for x in given):  # it varies with both sides
+        if any(x.ndim == deepest and 1 not in x.shape for x in given):  # an operand that varies with both sides
             return False
         sizes = itertools.zip_longest(*(reversed(x.shape) for x in given), fillvalue=1)
         return math.prod(map(max, sizes)) >= LEAST_WORK
     except AttributeError:
-        return False  # not an array: who evaluates the call says so
+        return False  # an operand is no array: the checks, which come later, say which
 
 
 def is_plain(*given: Any) -> bool:
@@ -137,9 +140,9 @@ def _split(call: Call, grad_output: Any) -> Split | None:
     terms, entries = shape[call.dim], TILE_BYTES // wide.itemsize
     most = entries // max(terms, LEAST_ROWS)
     extents = [min(most, _extent(shape, axes)) for axes, _ in halves]
-    if extents[0] < extents[1] == most:  # left as it is, right in tiles
+    if extents[0] < extents[1] == most:  # the left side in one tile, the right side in several
         limits = [most, entries // max(terms, extents[0])]
-    else:  # where there is a choice, rows of the output: they are contiguous
+    else:  # the left side may be in several tiles: they are rows of the output, which are contiguous
         limits = [entries // max(terms, extents[1]), most]
     sides = []
     for (axes, members), limit in zip(halves, limits, strict=True):
@@ -186,7 +189,7 @@ def _halves(
             and min(*extents, shape[dim]) >= LEAST_EXTENT
             and (best is None or sum(extents) < best[0])
         ):
-            smaller = extents[1] < extents[0]  # the half with fewer rows, which `of_terms` multiply more cheaply
+            smaller = extents[1] < extents[0]  # the half with fewer rows: to multiply it by `of_terms` is less work
             of_halves = [sorted(half + of_terms * (i == smaller)) for i, (_, half) in enumerate(halves)]
             best = sum(extents), list(zip(outer, of_halves, strict=True))
     return None if best is None else best[1]
@@ -239,7 +242,9 @@ class _Product(NamedTuple):
         masks = [None if mask is None else _within(mask, tile) for mask in self.masks]
         weighted = self.side.members[0] == 0 and len(blocks) > 1
         weights = blocks[0] if weighted else None
-        if functools.reduce(torch.promote_types, [x.dtype for x in blocks]) != self.wide:  # the weights make it so
+        if (
+            functools.reduce(torch.promote_types, [x.dtype for x in blocks]) != self.wide
+        ):  # weights of that dtype widen it
             weights = blocks[0].to(self.wide) if weighted else blocks[0].new_ones(1, dtype=self.wide)
         names = tuple(self.activations[weighted:])
         return Call(weights, tuple(blocks[weighted:]), names, tuple(masks[weighted:]), self.absent, -1)
@@ -280,11 +285,11 @@ def _forward(call: Call, split: Split) -> Tensor:
     output = call.factors[0].new_empty(call.output_shape, dtype=dtype)
     matrix = output.squeeze()  # to the axes of both sides
     left, right = (_product(call, split, side) for side in split.sides)
-    for those in right.side.tiles:
-        columns = right.formed(those)
-        for these in left.side.tiles:
-            rows = left.formed(these)
-            block = matrix[these + those].view(len(rows), len(columns))
+    for column_tile in right.side.tiles:
+        columns = right.formed(column_tile)
+        for row_tile in left.side.tiles:
+            rows = left.formed(row_tile)
+            block = matrix[row_tile + column_tile].view(len(rows), len(columns))
             direct = dtype == split.wide and block.is_contiguous()
             result = block if direct else rows.new_empty(block.shape)
             _multiply(rows, columns.T, result)
@@ -302,26 +307,28 @@ def _backward(grad_output: Tensor, call: Call, split: Split, needs: Sequence[boo
         wanted = [needs[k] for k in side.members]
         if not any(wanted):
             continue
-        as_found = len(side.tiles) == 1 and call.dim == -1
+        as_found = len(side.tiles) == 1 and call.dim == -1  # then a tile's gradients are the operands', as they lie
         for k, x, want in zip(side.members, product.operands, wanted, strict=True):
             if want and not as_found:
                 grads[k] = torch.empty(operands[k].shape, dtype=x.dtype, device=x.device)
         kept = other.formed(other.side.tiles[0]) if len(other.side.tiles) == 1 else None
         seen = set()
-        for these in side.tiles:
-            d_product = matrix.new_empty([part.stop - part.start for part in these] + [terms], dtype=split.wide)
-            for i, those in enumerate(other.side.tiles):
-                factor = other.formed(those) if kept is None else kept
+        for tile in side.tiles:
+            d_product = matrix.new_empty([part.stop - part.start for part in tile] + [terms], dtype=split.wide)
+            for i, other_tile in enumerate(other.side.tiles):
+                factor = other.formed(other_tile) if kept is None else kept
                 if product is left:
-                    block = matrix[these + those].reshape(-1, len(factor))
+                    block = matrix[tile + other_tile].reshape(-1, len(factor))
                 else:
-                    block = matrix[those + these].reshape(len(factor), -1).T
+                    block = matrix[other_tile + tile].reshape(len(factor), -1).T
                 _multiply(block.to(split.wide), factor, d_product.view(-1, terms), add=i > 0)
             if product.is_an_operand:
                 found: Sequence[Any] = [d_product]
             else:
-                of_tile = product.call(these)
-                lacking = 1 + len(of_tile.factors) - len(wanted)  # weights, which are not among the members
+                of_tile = product.call(tile)
+                lacking = (
+                    1 + len(of_tile.factors) - len(wanted)
+                )  # 1 if the call has no weights, or only ones that widen
                 found = tensors.fusion_sum_grad(d_product, of_tile, [False] * lacking + wanted)[lacking:]
             for k, d in zip(side.members, found, strict=True):
                 if as_found and d is not None:
@@ -329,8 +336,8 @@ def _backward(grad_output: Tensor, call: Call, split: Split, needs: Sequence[boo
                 if as_found or d is None:
                     continue
                 to = _view(grads[k], len(split.shape), side.axes, call.dim)
-                key = k, tuple(part.start for part, n in zip(these, to.shape, strict=False) if n != 1)
-                to = _within(to, these)
+                key = k, tuple(part.start for part, n in zip(tile, to.shape, strict=False) if n != 1)
+                to = _within(to, tile)
                 to.add_(d.view(to.shape)) if key in seen else to.copy_(d.view(to.shape))
                 seen.add(key)
     return tuple(d if d is None else d.to(x.dtype) for d, x in zip(grads, operands, strict=True))
@@ -338,7 +345,7 @@ def _backward(grad_output: Tensor, call: Call, split: Split, needs: Sequence[boo
 
 def _multiply(a: Tensor, b: Tensor, to: Tensor, add: bool = False) -> None:
     """Put the product of two matrices into a contiguous one, or add it."""
-    if a.device.type != "cpu":  # cuBLAS repeats itself; torch leaves TF32 off, unless told otherwise for all products
+    if a.device.type != "cpu":  # cuBLAS gives the same bits in every run; TF32 is off unless torch is told otherwise
         to.addmm_(a, b, beta=int(add))
         return
     a, b = (x if _for_blas(x) else x.contiguous() for x in (a, b))
@@ -347,13 +354,13 @@ def _multiply(a: Tensor, b: Tensor, to: Tensor, add: bool = False) -> None:
     if rows:
         items = a[:whole].unflatten(0, (BATCH, rows))
         to[:whole].view(BATCH, rows, -1).baddbmm_(items, b.expand(BATCH, -1, -1), beta=beta)
-    if whole < len(a):  # the last rows, and one more: as a batch of copies
+    if whole < len(a):  # the rows left over, and one before them, as a batch of copies of this same product
         start = max(0, whole - 1)
         last = torch.bmm(a[start:].expand(BATCH, -1, -1), b.expand(BATCH, -1, -1))[0, whole - start :]
         to[whole:] = to[whole:] + last if add else last
 
 
 def _for_blas(x: Tensor) -> bool:
-    """Tell whether BLAS takes a matrix as it lies; torch.bmm takes another one item by item."""
+    """Tell whether BLAS takes a matrix as it lies; torch.bmm would take a batch of any other matrix item by item."""
     inner, outer = sorted(zip(x.stride(), x.shape, strict=True))
     return inner[0] == 1 and outer[0] >= inner[1]

@@ -136,7 +136,7 @@ def _operands(
     return operands
 
 
-@np.errstate(all="ignore")  # like the kernels and torch, quiet about what NaN and infinities do
+@np.errstate(all="ignore")  # NaN and infinities give no warnings, as in the kernels and torch
 def fusion_sum(fusion_weights: Any, factors: Any, activations: Any, present: Any, absent: str, dim: int) -> np.ndarray:
     """Evaluate the formula at the top of this file; `dim` counts from the last axis, negatively."""
     given = [*([] if fusion_weights is None else [fusion_weights]), *factors]

@@ -30,7 +30,7 @@ def _plain(given: tuple[Any, ...]) -> Call:
 
 
 def _output_shape(call: Call, grad_output: Any = None) -> tuple[Any, ...]:
-    """Check what the sizes permit. Symbols are left to torch, and the kernel checks: NumPy's rules would fix them."""
+    """Return the output's shape; check the call unless its sizes are symbolic: the checks would fix them."""
     given = [x for x in (*call.arrays, *call.masks, grad_output) if x is not None]
     if all(isinstance(n, int) for x in given for n in x.shape):
         return check(*call, grad_output=grad_output).output_shape

@@ -24,7 +24,7 @@ _registered: dict[str, Operation] = {}
 
 
 class Operation(NamedTuple):
-    """All that torch is told of an operation. `inputs` are those of the schema, lists where it has lists.
+    """All that torch is told of an operation. Its functions take the arguments of the schema, `inputs`, in their order.
 
     An output is a tensor or a list of tensors, and so are its gradient and its tangent.
     """
@@ -127,8 +127,8 @@ def register(operation: Operation) -> None:
 
     torch.library.register_vmap(qualified, vmap, lib=_library)
     if operation.decomposition is not None:
-        # The ONNX exporter takes this table whole; compilers and torch.export take entries by name, and none of these. Fake
-        # tensors of symbolic sizes would take it too, if `meta_table` did not have the operation.
+        # The ONNX exporter decomposes every operation in this table; compilers and torch.export only those on lists of
+        # their own. On fake tensors of symbolic sizes torch would too, if `meta_table` had no entry for the operation.
         torch._decomp.decomposition_table[_overload(name)] = operation.decomposition
         torch._decomp.meta_table[_overload(name)] = operation.fake
 

@@ -92,7 +92,7 @@ def fusion_sum_grad(
 def _checked(
     fusion_weights: Any, factors: Any, activations: Any, present: Any, absent: Any, dim: Any, grad_output: Any = None
 ) -> Call:
-    if is_compiling():  # sizes may be symbols; the operations' fake implementations check what they can
+    if is_compiling():  # sizes may be symbolic; the operations' fake implementations check the call if they are not
         return spread(fusion_weights, factors, activations, present, absent, dim)
     return check(fusion_weights, factors, activations, present, absent, dim, grad_output=grad_output)
 

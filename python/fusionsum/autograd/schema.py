@@ -14,7 +14,7 @@ CALL = "Tensor? fusion_weights, Tensor[] factors, str[] activations, Tensor?[] p
 
 
 def arguments(call: Call) -> tuple[Any, ...]:
-    """Return what an operation takes for a call."""
+    """Return the arguments with which an operation takes a call."""
     names = [name or "" for name in call.activations]
     return call.fusion_weights, list(call.factors), names, list(call.present), call.absent, call.dim
 
