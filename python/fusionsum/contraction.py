@@ -41,6 +41,7 @@ BATCH = 8
 LEAST_EXTENT = 2 * BATCH  # rows of either side, and terms: with few terms, forming P costs as much as multiplying by it
 
 Tile = tuple[slice, ...]
+_PLAIN = Tensor, torch.nn.Parameter
 
 
 class Side(NamedTuple):
@@ -107,6 +108,8 @@ def _is_large(fusion_weights: Any, factors: Sequence[Any]) -> bool:
         given = factors if fusion_weights is None else (fusion_weights, *factors)
         if any(x.ndim == deepest and 1 not in x.shape for x in given):  # an operand that varies with both sides
             return False
+        if any(type(x) not in _PLAIN for x in given):  # fake tensors: comparing symbolic sizes would fix them
+            return False
         sizes = itertools.zip_longest(*(reversed(x.shape) for x in given), fillvalue=1)
         return math.prod(map(max, sizes)) >= LEAST_WORK
     except AttributeError:
@@ -116,7 +119,7 @@ def _is_large(fusion_weights: Any, factors: Sequence[Any]) -> bool:
 def is_plain(*given: Any) -> bool:
     """Tell whether kernels may read the memory of these tensors as theirs: no subclass, no lazy sign, no lazy zero."""
     return all(
-        type(x) in (Tensor, torch.nn.Parameter)
+        type(x) in _PLAIN
         and x.layout is torch.strided
         and x.device.type in ("cpu", "cuda")
         and not (x.is_neg() or x._is_zerotensor())
