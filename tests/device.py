@@ -23,10 +23,10 @@ CUDA_KERNELS = DEVICE in ("emulated", "cuda")
 
 
 class _Tensors:
-    """The native module with arrays carried to a device as tensors of the same strides, where torch has such."""
+    """The native module with arrays carried to a device as tensors, of the same strides unless those are negative."""
 
     def __init__(self, native: Any) -> None:
-        importlib.import_module("fusionsum.torch_op")  # by whose import the module can read tensors
+        importlib.import_module("fusionsum.tensors")  # by whose import the module can read tensors
         self._native, self._torch = native, importlib.import_module("torch")
 
     def __getattr__(self, name: str) -> Any:
@@ -36,7 +36,7 @@ class _Tensors:
         if array is None:
             return None
         torch, narrow, shape = self._torch, array.dtype == ml_dtypes.bfloat16, array.shape
-        array = array[tuple(slice(None if step else 1) for step in array.strides)]  # what is repeated is sent once
+        array = array[tuple(slice(None if step else 1) for step in array.strides)]  # repeated entries are sent once
         values = torch.from_numpy(np.array(array.view(np.uint16) if narrow else array))
         values = (values.view(torch.bfloat16) if narrow else values).to(DEVICE)
         strides = [step // array.itemsize for step in array.strides]

@@ -1,6 +1,7 @@
 """Every bad argument, and the meaning of masks, dims of size 0 and dtypes, on the kernels and on the reference alike.
 
-What lives elsewhere: accuracy (``test_kernel.py``), the formula (``test_reference.py``), tensors (test_torch_op).
+What lives elsewhere: accuracy (``test_kernel.py``), the formula (``test_reference.py``), tensors
+(``test_autograd_routing.py``).
 """
 
 from __future__ import annotations

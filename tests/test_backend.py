@@ -240,18 +240,3 @@ import fusionsum as fs
 print(fs.backends()["cuda"])
 """
     assert run_python(code + SUM, **DEFAULTS).strip() == "not usable: it is broken"
-
-
-@pytest.mark.parametrize(("device", "said"), [("cuda:0", "move them to the CPU"), ("mps", "expected cpu or cuda")])
-def test_a_tensor_where_there_are_no_kernels_is_an_error_that_says_what_to_do(device, said):
-    torch = pytest.importorskip("torch")
-    from fusionsum import torch_op
-
-    place = torch.device(device)
-
-    class Far(torch.Tensor):
-        device = place
-
-    with pytest.raises(ValueError, match=said) as error:
-        torch_op._array(torch.ones(3).as_subclass(Far))
-    assert device in str(error.value)

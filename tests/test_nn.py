@@ -1,7 +1,7 @@
 """`fusionsum.nn`: the layers against the formulas of their papers, and what every torch module has to bear.
 
 What lives elsewhere: the formulas and the table of layers (``published.py``), the sum inside them (``test_kernel.py``),
-autograd (``test_torch_op.py``).
+autograd (``test_autograd_derivatives.py``).
 """
 
 from __future__ import annotations

@@ -70,11 +70,13 @@ def test_sdist_has_what_a_build_needs_and_nothing_built(sdist):
 
 
 def test_wheel_without_a_compiler(pure_wheel, tmp_path):
-    """It installs, works, says on import what it lost, and where that may not be lost it refuses."""
+    """It installs, works, says on import that it has no kernels, and refuses to be imported where kernels are required."""
     assert pure_wheel.name == f"fusionsum-{fs.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(pure_wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith((".so", ".h", ".cpp"))]
-        assert "fusionsum/py.typed" in archive.namelist()
+        assert {"fusionsum/py.typed", "fusionsum_autoload/__init__.py"} <= set(archive.namelist())
+        points = archive.read(f"fusionsum-{fs.__version__}.dist-info/entry_points.txt").decode()
+        assert "[torch.backends]\nfusionsum = fusionsum_autoload:register" in points
         metadata = email.message_from_bytes(archive.read(f"fusionsum-{fs.__version__}.dist-info/METADATA"))
         archive.extractall(tmp_path)
     assert metadata["Name"] == "fusionsum"

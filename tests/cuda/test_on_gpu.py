@@ -14,8 +14,8 @@ import device
 import fusionsum as fs
 from bench.gpu import captured
 from conftest import DTYPES, FORMS, MIXED, TABLE, check_backward, check_both, check_forward, missing, random
+from eager import MASKS, fused, to_torch
 from fusionsum import api, backend, reference
-from test_torch_op import MASKS, fused, to_torch
 from tests.cuda import cases
 
 if not torch.cuda.is_available():
