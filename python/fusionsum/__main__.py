@@ -24,7 +24,7 @@ def _version(package: str) -> str:
 
 
 def info() -> int:
-    """Print what is installed, what is usable and why not, and run the self-test; return 1 if it fails."""
+    """Print versions, backends (why one is not usable), threads and the self-test's result; return 1 if it fails."""
     print(f"fusionsum {__version__}, Python {platform.python_version()}, {platform.machine()}, {platform.platform()}")
     print(f"numpy {np.__version__}, torch {_version('torch')}")
     for name, state in backends().items():
@@ -47,10 +47,10 @@ def info() -> int:
 
 
 def demo(out: Path, seeds: int, steps: int) -> None:
-    """Run the five-step pipeline on digits-sum."""
-    from .pipeline.demo import run
+    """Take the five steps on digits-sum; write the report."""
+    from .pipeline.demo import demonstrate
 
-    run(out, seeds, steps)
+    demonstrate(out, seeds, steps)
 
 
 def prepare(name: str, out: Path | None, source: Path | None) -> None:
@@ -73,11 +73,11 @@ def train(config: Path, out: Path, manifest: Path | None, overrides: list[str], 
 def evaluate(run: Path, manifest: Path | None, out: Path | None) -> None:
     """Measure a run's models; write metrics, plots and the report."""
     from .pipeline import MultimodalPredictor
-    from .pipeline.report import verdicts
+    from .pipeline.report import verdicts, write_report
 
-    predictor = MultimodalPredictor.load(run)
-    results = predictor.evaluate(manifest, out or run)
-    print("\n".join(verdicts(predictor, results)))
+    evaluation = MultimodalPredictor.load(run).evaluate(manifest)
+    write_report(out or run, evaluation)
+    print("\n".join(verdicts(evaluation)))
     print(f"Written to {(out or run) / 'report.html'}.")
 
 
@@ -120,7 +120,7 @@ def _positive(text: str) -> int:
     return value
 
 
-_positive.__name__ = "positive integer"  # what argparse calls the type in its error
+_positive.__name__ = "positive integer"  # the type's name in argparse's error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,8 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, help="folder of the run")
     verb.add_argument("--manifest", type=Path, help="instead of the configuration's")
     verb.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b=c", help="override a key")
-    verb.add_argument("--on-error", choices=["raise", "skip"], help="what to do about unreadable items (raise)")
-    verb.add_argument("--resume", action="store_true", help="continue an interrupted run, to the same weights")
+    verb.add_argument(
+        "--on-error", choices=["raise", "skip"], help="stop at unreadable items, or leave out their rows (raise)"
+    )
+    verb.add_argument("--resume", action="store_true", help="continue an interrupted training, to the same weights")
     verb = commands.add_parser("evaluate", help="measure a run's models, write its report")
     verb.add_argument("run", type=Path, help="folder of the run")
     verb.add_argument("--manifest", type=Path, help="evaluate on these rows instead of the run's test splits")
