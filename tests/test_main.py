@@ -102,6 +102,7 @@ def test_self_test_runs_the_backend_in_use(both_backends):
         (["demo", "--steps", "many"], "argument --steps: invalid positive integer value: 'many'"),
         (["demo", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["nonsense"], "invalid choice: 'nonsense'"),
+        (["bench"], "invalid choice: 'bench'"),  # the repository's, not the package's: python -m bench
         (["train", "x.yaml"], "the following arguments are required: --out"),
         (["predict", "x"], "the following arguments are required: --manifest"),
         (["train", "x.yaml", "--out", "y", "--on-error", "skp"], "argument --on-error: invalid choice: 'skp'"),
@@ -184,16 +185,6 @@ def test_bad_input_is_one_message_and_status_1(arguments, message, tmp_path, mon
     assert message in said
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
-
-
-def test_bench_passes_its_options_and_status_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert command.main(["bench"]) == 1
-    assert "repository" in capsys.readouterr().err
-    folder = tmp_path / "bench"
-    folder.mkdir()
-    (folder / "__main__.py").write_text("import sys; sys.exit(3 if sys.argv[1:] == ['--quick', '-h'] else 4)")
-    assert command.main(["bench", "--quick", "-h"]) == 3
 
 
 def test_exit_status_of_the_process():

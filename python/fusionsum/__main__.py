@@ -1,10 +1,9 @@
-"""The command line: ``fusionsum info`` (also ``python -m fusionsum``), the demo, the pipeline's verbs, the benchmark."""
+"""The command line: ``fusionsum info`` (also ``python -m fusionsum``), the demo, the pipeline's verbs."""
 
 from __future__ import annotations
 
 import argparse
 import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -90,14 +89,6 @@ def predict(run: Path, manifest: Path, out: Path | None) -> None:
     print(f"{len(predictions)} predictions written to {place}.")
 
 
-def bench(arguments: list[str]) -> int:
-    """Run the repository's benchmark with these arguments; return its exit status, or 1 outside the repository."""
-    if not Path("bench", "__main__.py").is_file():
-        print("the benchmark is not in the package: run this in the root of fusionsum's repository", file=sys.stderr)
-        return 1
-    return subprocess.run([sys.executable, "-m", "bench", *arguments], check=False).returncode
-
-
 def _reported(verb: Callable[..., None], **arguments: object) -> int:
     """Call a verb of the pipeline; return 1, with the message alone, for bad input and for packages that are missing."""
     try:
@@ -125,7 +116,7 @@ _positive.__name__ = "positive integer"  # the type's name in argparse's error
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusionsum", description="Multiplicative fusion of modalities.")
-    commands = parser.add_subparsers(dest="command", metavar="{info,demo,prepare,train,evaluate,predict,bench}")
+    commands = parser.add_subparsers(dest="command", metavar="{info,demo,prepare,train,evaluate,predict}")
     commands.add_parser("info", help="what is installed, usable and in use, and a self-test (the default)")
     verb = commands.add_parser("demo", help="train and compare fusion models on digits and number words")
     verb.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report (%(default)s)")
@@ -155,18 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("run", type=Path, help="folder of the run")
     verb.add_argument("--manifest", type=Path, required=True, help="the rows; they need no labels")
     verb.add_argument("--out", type=Path, help="a CSV file (RUN/predictions.csv)")
-    commands.add_parser("bench", add_help=False, help="the repository's benchmark; its options follow")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if args.command == "bench":
-        return bench(rest)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    """Call the command that the arguments name and return the exit status."""
+    args = _parser().parse_args(argv)
     options = vars(args)
     command = options.pop("command")
     if command == "demo":
