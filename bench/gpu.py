@@ -67,7 +67,7 @@ class Gpu(Cpu):
         return super().describe() | {"gpu": gpu}
 
     def seconds(self, call: Thunk, calls: int = 1) -> float:
-        """Time so many calls in a row between two events on the current stream."""
+        """Time a call, `calls` times in a row, between two events on the current stream; return the seconds per call."""
         start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         start.record()
         for _ in repeat(None, calls):

@@ -44,7 +44,7 @@ class LayerRow(Row):
 
     @property
     def flop(self) -> dict[str, int]:
-        """Operations of the matrix products as published, a question once for each region; backward has two for one."""
+        """Operations of the published code's matrix products, a question's once per region; backward has twice as many."""
         matrices = sum(math.prod(shape) for name, shape in self.parameters.items() if not name.startswith("fusion_"))
         forward = 2 * matrices * math.prod(self.shapes[-1][:-1])
         return {FORWARD: forward, BOTH: 3 * forward}

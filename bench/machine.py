@@ -72,7 +72,7 @@ class Cpu:
         }
 
     def seconds(self, call: Thunk, calls: int = 1) -> float:
-        """Time so many calls in a row; return the seconds of one."""
+        """Time a call, `calls` times in a row; return the seconds per call."""
         start = time.perf_counter()
         for _ in repeat(None, calls):
             call()

@@ -20,7 +20,7 @@ FORWARD, BACKWARD, BOTH = PHASES = ("forward", "backward", "forward + backward")
 
 @dataclass(frozen=True)
 class Floor:
-    """In this phase, the contender's time by ours is at least `ratio`; or, `at_most`, ours by theirs at most."""
+    """A goal: the contender's time divided by ours is at least `ratio`; `at_most`: ours by the contender's is at most."""
 
     phase: str
     against: str
@@ -28,7 +28,7 @@ class Floor:
     at_most: bool = False
 
     def passed(self, ratio: float) -> bool:
-        """Judge the contender's time by ours."""
+        """Return whether the contender's time divided by ours reaches the goal."""
         return 1 / ratio <= self.ratio if self.at_most else ratio >= self.ratio
 
 

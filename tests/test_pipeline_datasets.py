@@ -150,7 +150,7 @@ def test_tuxpaint(tmp_path, monkeypatch, capsys):
 def test_packages_are_fetched_and_unpacked_once(tmp_path, monkeypatch):
     calls = []
 
-    def run(command, cwd, **options):
+    def call(command, cwd, **options):
         calls.append(command[:2])
         if command[0] == "apt-get":
             (cwd / f"{command[2]}_1_all.deb").write_bytes(b"")
@@ -158,7 +158,7 @@ def test_packages_are_fetched_and_unpacked_once(tmp_path, monkeypatch):
             (cwd / "usr/share/doc" / command[2].rpartition("/")[2].partition("_")[0]).mkdir(parents=True)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(datasets.subprocess, "run", run)
+    monkeypatch.setattr(datasets.subprocess, "run", call)
     for _ in range(2):
         datasets.unpack(("one", "two"), tmp_path / "files", None)
     assert calls == [["apt-get", "download"], ["dpkg", "-x"]] * 2

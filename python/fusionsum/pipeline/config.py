@@ -163,7 +163,7 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
     Parameters
     ----------
     given : mapping
-        As a YAML file holds it.
+        The sections, as `yaml.safe_load` reads them from a file.
 
     Returns
     -------
@@ -172,7 +172,8 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
     Raises
     ------
     ConfigError
-        If a key or a choice is unknown, a value is of the wrong type or out of range; it suggests the nearest name.
+        If a key or a choice is unknown (the message suggests the nearest name), or a value is of the wrong type or out of
+        range.
 
     Examples
     --------

@@ -69,7 +69,7 @@ def prepare(name: str, out: Path, source: Path | None = None) -> list[Path]:
     Raises
     ------
     PrepareError
-        If there is no such data set, or its files cannot be had.
+        If `name` is unknown, or the files cannot be found or fetched.
     """
     if name not in DATA_SETS:
         raise PrepareError(unknown("data set", name, DATA_SETS))

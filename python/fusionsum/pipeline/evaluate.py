@@ -268,9 +268,9 @@ def better(metric: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """One seed's models on one split: their metrics ``[model][condition][metric]``, and what the plots show.
+    """One seed's models on one split: their metrics ``[model][condition][metric]``, and the arrays that plots need.
 
-    `labels` (N,) are the rows'; `probabilities` (N, C) are the fused model's, None where the task has no classes.
+    `labels` (N,) are the rows' labels; `probabilities` (N, C) the fused model's, None where the task has no classes.
     """
 
     metrics: dict[str, dict[str, dict[str, float]]]

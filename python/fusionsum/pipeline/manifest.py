@@ -131,11 +131,11 @@ def check(
     ----------
     manifest : Manifest
     columns : mapping of str to collection of str
-        By modality, the columns that hold it.
+        The columns of each modality.
     task : Task
-        Says whether rows have labels, what a label is, and which modalities are retrieval's target.
+        Its kind says whether rows have labels, of which type; `target` are retrieval's modalities to find.
     splits : collection of str, optional
-        The names that the column ``split`` may hold; None where no such column is needed.
+        The names that the column ``split`` may hold; None if the column is not needed.
     labelled : bool, optional
         Whether the rows are for training or evaluation; rows to predict need neither split nor label.
 

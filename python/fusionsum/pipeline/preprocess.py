@@ -116,7 +116,7 @@ def gather(
     frozen: Extractor | None = None,
     progress: bool = True,
 ) -> tuple[Items, list[Problem]]:
-    """Decode one modality's items, each distinct one once, from the cache where it is there.
+    """Return one modality's items; each distinct item is decoded once, or read from the cache.
 
     Parameters
     ----------

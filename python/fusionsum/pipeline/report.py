@@ -98,7 +98,7 @@ def write_report(folder: str | Path, evaluation: Evaluation, notes: Sequence[str
             text = io.StringIO()
             figure.savefig(text, format="svg", transparent=True)
             (plots / f"{name}.svg").write_text(text.getvalue(), encoding="utf-8")
-            drawn[name] = Markup(text.getvalue()[text.getvalue().index("<svg") :])  # our own drawing: safe as it is
+            drawn[name] = Markup(text.getvalue()[text.getvalue().index("<svg") :])  # our own drawing: no escaping
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )

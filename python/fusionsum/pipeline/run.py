@@ -60,7 +60,7 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any] | None = None) -> di
     """
     state = _read(path)
     if identity is not None:
-        if state.get("identity") is None:  # as `MultimodalPredictor.save` once wrote it
+        if state.get("identity") is None:  # files of `MultimodalPredictor.save` once lacked it
             raise CheckpointError(f"{path}: does not say of which configuration it is, so it cannot be resumed")
         if different := differences(state["identity"], identity):
             raise CheckpointError(f"{path}: is of another configuration (there, and here): {'; '.join(different)}")
