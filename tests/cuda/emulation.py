@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
-import hashlib
 import os
 import pathlib
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from tests import compiled
 from tests.cuda.planted import Bug, plant
 
 __all__ = ["SCHEDULES", "VARIANTS", "Launch", "Library", "Run", "Span", "build", "replay"]
@@ -41,26 +39,6 @@ VARIANTS = {  # "plain" is a shared library, the others programs that replay cas
     "address": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "thread": ("-O1", "-g", "-fsanitize=thread"),
 }
-
-
-def _compile(
-    source: pathlib.Path, to: pathlib.Path, flags: Sequence[str], includes: Sequence[str], headers: bytes
-) -> bool:
-    """Compile what is not up to date; return whether that was needed."""
-    digest = hashlib.sha256("\0".join(flags).encode() + headers + source.read_bytes()).hexdigest()
-    record = to.with_suffix(".digest")
-    if to.exists() and record.exists() and record.read_text() == digest:
-        return False
-    record.unlink(missing_ok=True)
-    _run(["g++", *flags, *includes, "-c", str(source), "-o", str(to)])
-    record.write_text(digest)
-    return True
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
 
 
 def build(
@@ -98,41 +76,21 @@ def build(
         If the bug's text is not found exactly once.
     """
     folder = _BUILD / (bug.name if bug else name) / variant
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with compiled.locked(folder):
         root = _SOURCES
         if bug:
             root = folder / "csrc"
             plant(bug, _SOURCES, root)
         if sources is None:
             sources = sorted([*(root / "cuda").rglob("*.cu"), *(root / "cuda").rglob("*.cpp")])
-        sources = [root / source for source in sources]
         plain = variant == "plain"
         harness = [_HERE / "recorder.cpp", *([] if plain else [_HERE / "driver.cpp"])]
-        headers = b"".join(
-            file.read_bytes()
-            for place in (root, _HERE)
-            for file in sorted(place.rglob("*"))
-            if file.suffix in (".h", ".cuh", ".inl")
+        flags = (*_FLAGS, *VARIANTS[variant], "-I", str(_HERE), "-I", str(root))
+        return compiled.link(
+            folder / ("libfusionsum_cuda.so" if plain else "driver"),
+            {root / source: (*flags, *_DEFINES) for source in sources} | dict.fromkeys(harness, flags),
+            (*VARIANTS[variant], *(["-shared", "-Wl,-z,defs"] if plain else ["-rdynamic"]), "-ldl"),
         )
-        flags = (*_FLAGS, *VARIANTS[variant])
-        includes = ("-I", str(_HERE), "-I", str(root))
-
-        def compiled(source: pathlib.Path) -> tuple[pathlib.Path, bool]:
-            to = folder / f"{source.stem}.o"
-            defines = () if source in harness else _DEFINES
-            return to, _compile(source, to, (*flags, *defines), includes, headers)
-
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compiled, [*sources, *harness]))
-        result = folder / ("libfusionsum_cuda.so" if plain else "driver")
-        if any(new for _, new in objects) or not result.exists():
-            link = ["-shared", "-Wl,-z,defs"] if plain else ["-rdynamic"]
-            new = result.with_suffix(".new")
-            _run(["g++", *VARIANTS[variant], *link, *(str(to) for to, _ in objects), "-ldl", "-o", str(new)])
-            new.replace(result)  # whoever has the old one loaded keeps it
-    return result
 
 
 def replay(
