@@ -12,8 +12,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #if defined(__linux__)
@@ -22,6 +22,10 @@
 
 namespace fusionsum {
 namespace {
+
+// Whether this thread is within a body, of whichever pool: a nested call then runs serially. If it did not, the thread
+// that holds turn_ would try to lock it again, which the standard leaves undefined.
+thread_local bool inside = false;
 
 // Threads take ranges, not single indices: what a thread read in one call, the next call finds in that core's cache.
 struct Job {
@@ -32,15 +36,16 @@ struct Job {
   std::atomic<int64_t> next{0};
 
   void work(int64_t begin, int64_t end) {
+    const bool nested = inside;
+    inside = true;
     for (int64_t i = begin; i < end; ++i) body(i, context);
+    inside = nested;
   }
   void work() {
     for (int64_t r; (r = next.fetch_add(1, std::memory_order_relaxed)) < ranges;)
       work(r * count / ranges, (r + 1) * count / ranges);
   }
 };
-
-thread_local bool inside = false;  // a nested call runs serially
 
 class Pool {
  public:
@@ -73,13 +78,12 @@ class Pool {
     try {
       std::thread([this] { serve(); }).detach();
       return true;
-    } catch (const std::system_error&) {
-      return false;  // no more threads to be had: fewer do the same work
+    } catch (const std::exception&) {
+      return false;  // no more threads to be had, or no memory for one: fewer do the same work
     }
   }
 
   void serve() {
-    inside = true;
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {

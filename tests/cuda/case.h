@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/gpu.h"
+#include "space.h"
 
 namespace emulator {
 
@@ -27,12 +27,6 @@ struct Span {
   char* begin;
   int64_t bytes;
 };
-
-inline int64_t item_size(fusionsum::DType dtype) {
-  int64_t size = 0;
-  fusionsum::cuda::with_dtype(dtype, nullptr, [&](const auto* p) { size = sizeof *p; });
-  return size;
-}
 
 // One array of a problem: a mask may vary along dims that its operand does not have.
 struct Array {
@@ -82,9 +76,9 @@ inline std::vector<Array> arrays_of(const Problem& p) {
   std::vector<Array> arrays;
   for (int k = 0; k < p.operands; ++k) {
     const Operand& o = p.operand[k];
-    if (o.data) arrays.push_back({k, Role::data, item_size(o.dtype), o.dims, o.stride});
+    if (o.data) arrays.push_back({k, Role::data, fusionsum::item_size(o.dtype), o.dims, o.stride});
     if (o.mask) arrays.push_back({k, Role::mask, 1, ~0u, o.mask_stride});
-    if (o.grad) arrays.push_back({k, Role::grad, item_size(o.dtype), o.dims, o.grad_stride});
+    if (o.grad) arrays.push_back({k, Role::grad, fusionsum::item_size(o.dtype), o.dims, o.grad_stride});
   }
   return arrays;
 }

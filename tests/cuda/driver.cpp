@@ -8,6 +8,7 @@
 
 #include "case.h"
 #include "cuda/cuda.h"
+#include "cuda/gpu.h"
 
 namespace emulator {
 namespace {

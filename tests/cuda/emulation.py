@@ -16,21 +16,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
-import hashlib
 import importlib.util
 import os
 import pathlib
 import subprocess
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pybind11
 
+from tests import compiled
 from tests.cuda.planted import Bug, plant
 
 __all__ = ["SCHEDULES", "VARIANTS", "Launch", "Library", "Run", "Span", "bindings", "build", "replay"]
@@ -49,56 +47,6 @@ VARIANTS = {  # "plain" is a shared library, the others programs that replay cas
     "address": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "thread": ("-O1", "-g", "-fsanitize=thread"),
 }
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-
-
-def _built(
-    result: pathlib.Path,
-    root: pathlib.Path,
-    sources: Sequence[tuple[pathlib.Path, Sequence[str]]],
-    link: Sequence[str],
-) -> pathlib.Path:
-    """Compile into the result's folder what is not up to date, each source with its flags, and link it."""
-    headers = b"".join(
-        file.read_bytes()
-        for place in (root, _HERE)
-        for file in sorted(place.rglob("*"))
-        if file.suffix in (".h", ".cuh", ".inl")
-    )
-
-    def compiled(source: pathlib.Path, own: Sequence[str]) -> tuple[pathlib.Path, bool]:
-        to = result.parent / ("-".join(source.parts[-3:]) + ".o")
-        flags = (*_FLAGS, *own)
-        digest = hashlib.sha256("\0".join(flags).encode() + headers + source.read_bytes()).hexdigest()
-        record = to.with_suffix(".digest")
-        if to.exists() and record.exists() and record.read_text() == digest:
-            return to, False
-        record.unlink(missing_ok=True)
-        _run(["g++", *flags, "-I", str(_HERE), "-I", str(root), "-c", str(source), "-o", str(to)])
-        record.write_text(digest)
-        return to, True
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, *zip(*sources, strict=True)))
-    if any(new for _, new in objects) or not result.exists():
-        new = result.with_suffix(".new")
-        _run(["g++", *(str(to) for to, _ in objects), *link, "-o", str(new)])
-        new.replace(result)  # whoever has the old one loaded keeps it
-    return result
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Make the folder, which one process at a time builds in."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def build(
@@ -136,7 +84,7 @@ def build(
         If the bug's text is not found exactly once.
     """
     folder = _BUILD / (bug.name if bug else name) / variant
-    with _locked(folder):
+    with compiled.locked(folder):
         root = _SOURCES
         if bug:
             root = folder / "csrc"
@@ -144,13 +92,12 @@ def build(
         if sources is None:
             sources = sorted([*(root / "cuda").rglob("*.cu"), *(root / "cuda").rglob("*.cpp")])
         plain = variant == "plain"
-        harness = ["recorder.cpp"] if plain else ["recorder.cpp", "driver.cpp"]
-        return _built(
+        harness = [_HERE / "recorder.cpp", *([] if plain else [_HERE / "driver.cpp"])]
+        flags = (*_FLAGS, *VARIANTS[variant], "-I", str(_HERE), "-I", str(root))
+        return compiled.link(
             folder / ("libfusionsum_cuda.so" if plain else "driver"),
-            root,
-            [(root / source, (*VARIANTS[variant], *_DEFINES)) for source in sources]
-            + [(_HERE / source, VARIANTS[variant]) for source in harness],
-            [*VARIANTS[variant], *(["-shared", "-Wl,-z,defs"] if plain else ["-rdynamic"]), "-ldl"],
+            {root / source: (*flags, *_DEFINES) for source in sources} | dict.fromkeys(harness, flags),
+            (*VARIANTS[variant], *(["-shared", "-Wl,-z,defs"] if plain else ["-rdynamic"]), "-ldl"),
         )
 
 
@@ -175,15 +122,12 @@ def bindings() -> Any:
     choices = [_SOURCES / "cpu" / "dispatch.cpp", _SOURCES / "cpu" / "parallel.cpp"]
     headers = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
     folder = _BUILD / "bindings"
-    with _locked(folder):
-        path = _built(
+    flags = (*_FLAGS, "-O1", "-fvisibility=hidden", "-I", str(_HERE), "-I", str(_SOURCES), *headers)
+    with compiled.locked(folder):
+        path = compiled.link(
             folder / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}",
-            _SOURCES,
-            [
-                (source, ("-O1", "-fvisibility=hidden", *headers))
-                for source in (*of_product, *choices, _HERE / "execute_emulated.cpp")
-            ],
-            ["-shared", "-pthread"],
+            dict.fromkeys((*of_product, *choices, _HERE / "execute_emulated.cpp"), flags),
+            ("-shared", "-pthread"),
         )
     spec = importlib.util.spec_from_file_location("tests.cuda._core", path)
     assert spec is not None and spec.loader is not None

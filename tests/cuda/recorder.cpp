@@ -11,6 +11,7 @@
 
 #include "case.h"
 #include "cuda/cuda.h"
+#include "cuda/gpu.h"
 
 extern "C" const fusionsum::CudaLibrary* fusionsum_cuda_product();
 
