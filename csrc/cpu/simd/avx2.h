@@ -12,9 +12,8 @@ namespace FUSIONSUM_ISA {
 namespace {
 #include "../../dtype.h"
 
-// Vector types of GCC and Clang: the arithmetic operators are theirs.
-typedef float F32 __attribute__((vector_size(32)));
-typedef double F64 __attribute__((vector_size(32)));
+#define FUSIONSUM_VECTOR_BYTES 32
+#include "vectors.h"
 
 template <class T>
 struct Simd;
@@ -51,19 +50,6 @@ struct Simd<double> {
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
   }
 };
-
-template <class V>
-struct ScalarOf;
-template <>
-struct ScalarOf<F32> {
-  using type = float;
-};
-template <>
-struct ScalarOf<F64> {
-  using type = double;
-};
-template <class V>
-using Scalar = typename ScalarOf<V>::type;
 
 inline F32 load_wide(const Bf16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
