@@ -652,29 +652,3 @@ def test_errors():
         sum_op(w, [f, g], [None, None], ["tanh"], "one", -1)
     with pytest.raises(ValueError, match=r"factors: expected 1 to 8 arrays, got 9"):
         fs.fusion_sum(w, *[f] * 9)
-
-
-def test_the_road_without_the_exchange_api():
-    """The one that bindings.cpp takes where torch does not offer it: the same results, and nothing declined."""
-    code = """
-    import torch, fusionsum as fs
-    from fusionsum import reference, torch_op
-    from fusionsum.backend import native
-    def results():
-        torch.manual_seed(0)
-        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            w, f, g = (torch.randn(*shape).to(dtype) for shape in ((5,), (4, 3, 5), (3, 5)))
-            present = [torch.tensor([[True], [False], [True], [True]]), None]
-            yield fs.fusion_sum(w, f.mT.contiguous().mT, g, present=present)
-            yield from fs.fusion_sum_grad(torch.ones(4, 2, dtype=dtype), w, f[:, ::2], g[::2], dim=2)
-    def declined(*_):
-        raise SystemExit("declined")
-    found = list(results())
-    native.forget_exchange_api()
-    reference.fusion_sum = reference.fusion_sum_grad = declined
-    for a, b in zip(found, results(), strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    print(len(found))
-    """
-    require_native()
-    assert run_python("\n".join(line[4:] for line in code.splitlines())).strip() == "16"

@@ -54,7 +54,7 @@ def load_cuda() -> str:
         address = ctypes.cast(ctypes.CDLL(path).fusionsum_cuda, ctypes.c_void_p).value
     except OSError as error:
         return str(error)
-    return native.use_cuda(address, False) or ""
+    return native.use_cuda(address) or ""
 
 
 if _override == "cuda" and load_cuda():

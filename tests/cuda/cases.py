@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+import device
 from conftest import DTYPES, MIXED, Case, Form, check_both, random, require_native
 from tests.cuda import emulation, ptx, sass
 
@@ -67,12 +68,9 @@ def both(case: Case) -> list[np.ndarray]:
 @contextmanager
 def emulated(path: pathlib.Path) -> Iterator[emulation.Library]:
     """Send NumPy arrays to an emulated build of the CUDA library."""
-    native, library = require_native(), emulation.Library(path)
-    assert native.use_cuda(library.address, True) is None
-    try:
+    library = emulation.Library(path)
+    with device.replaced(require_native(), device.emulated(library.address)):
         yield library
-    finally:
-        native.use_cuda(0, False)
 
 
 def write(library: emulation.Library, folder: pathlib.Path, chosen: Iterable[tuple[str, Case]]) -> list[pathlib.Path]:

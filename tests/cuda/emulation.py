@@ -1,13 +1,15 @@
 """The CUDA library compiled by g++ for the emulator: builds, records, cases, and their replay under sanitizers.
 
     library = emulation.Library(emulation.build("plain"))
-    _core.use_cuda(library.address, True)  # from now on NumPy arrays go to the emulated library
+    native = emulation.bindings()  # the native module, but for who executes a problem
+    native.use_cuda(library.address)  # from now on its NumPy arrays go to the emulated library
     with library.recording() as runs: ...
     with library.writing_cases(folder): ...
     emulation.replay(emulation.build("address"), folder.glob("*.case"))
 
 What lives elsewhere: CUDA's execution model (``fibers.h``, ``emulator.h``), the records (``recorder.cpp``), the
-replay's program (``driver.cpp``), planted bugs (``planted.py``). ``FUSIONSUM_EMULATOR_SCHEDULE`` sets the first schedule.
+replay's program (``driver.cpp``), the bindings' way to the library (``execute_emulated.cpp``), planted bugs
+(``planted.py``). ``FUSIONSUM_EMULATOR_SCHEDULE`` sets the first schedule.
 """
 
 from __future__ import annotations
@@ -15,17 +17,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
+import importlib.util
 import os
 import pathlib
 import subprocess
+import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
+
+import pybind11
 
 from tests.cuda.planted import Bug, plant
 
-__all__ = ["SCHEDULES", "VARIANTS", "Launch", "Library", "Run", "Span", "build", "replay"]
+__all__ = ["SCHEDULES", "VARIANTS", "Launch", "Library", "Run", "Span", "bindings", "build", "replay"]
 
 _HERE = pathlib.Path(__file__).parent
 _SOURCES = _HERE.parent.parent / "csrc"
@@ -43,24 +51,54 @@ VARIANTS = {  # "plain" is a shared library, the others programs that replay cas
 }
 
 
-def _compile(
-    source: pathlib.Path, to: pathlib.Path, flags: Sequence[str], includes: Sequence[str], headers: bytes
-) -> bool:
-    """Compile what is not up to date; return whether that was needed."""
-    digest = hashlib.sha256("\0".join(flags).encode() + headers + source.read_bytes()).hexdigest()
-    record = to.with_suffix(".digest")
-    if to.exists() and record.exists() and record.read_text() == digest:
-        return False
-    record.unlink(missing_ok=True)
-    _run(["g++", *flags, *includes, "-c", str(source), "-o", str(to)])
-    record.write_text(digest)
-    return True
-
-
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+
+
+def _built(
+    result: pathlib.Path,
+    root: pathlib.Path,
+    sources: Sequence[tuple[pathlib.Path, Sequence[str]]],
+    link: Sequence[str],
+) -> pathlib.Path:
+    """Compile into the result's folder what is not up to date, each source with its flags, and link it."""
+    headers = b"".join(
+        file.read_bytes()
+        for place in (root, _HERE)
+        for file in sorted(place.rglob("*"))
+        if file.suffix in (".h", ".cuh", ".inl")
+    )
+
+    def compiled(source: pathlib.Path, own: Sequence[str]) -> tuple[pathlib.Path, bool]:
+        to = result.parent / f"{source.stem}.o"
+        flags = (*_FLAGS, *own)
+        digest = hashlib.sha256("\0".join(flags).encode() + headers + source.read_bytes()).hexdigest()
+        record = to.with_suffix(".digest")
+        if to.exists() and record.exists() and record.read_text() == digest:
+            return to, False
+        record.unlink(missing_ok=True)
+        _run(["g++", *flags, "-I", str(_HERE), "-I", str(root), "-c", str(source), "-o", str(to)])
+        record.write_text(digest)
+        return to, True
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, *zip(*sources, strict=True)))
+    if any(new for _, new in objects) or not result.exists():
+        new = result.with_suffix(".new")
+        _run(["g++", *(str(to) for to, _ in objects), *link, "-o", str(new)])
+        new.replace(result)  # whoever has the old one loaded keeps it
+    return result
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Make the folder, which one process at a time builds in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def build(
@@ -98,41 +136,60 @@ def build(
         If the bug's text is not found exactly once.
     """
     folder = _BUILD / (bug.name if bug else name) / variant
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(folder):
         root = _SOURCES
         if bug:
             root = folder / "csrc"
             plant(bug, _SOURCES, root)
         if sources is None:
             sources = sorted([*(root / "cuda").rglob("*.cu"), *(root / "cuda").rglob("*.cpp")])
-        sources = [root / source for source in sources]
         plain = variant == "plain"
-        harness = [_HERE / "recorder.cpp", *([] if plain else [_HERE / "driver.cpp"])]
-        headers = b"".join(
-            file.read_bytes()
-            for place in (root, _HERE)
-            for file in sorted(place.rglob("*"))
-            if file.suffix in (".h", ".cuh", ".inl")
+        harness = ["recorder.cpp"] if plain else ["recorder.cpp", "driver.cpp"]
+        return _built(
+            folder / ("libfusionsum_cuda.so" if plain else "driver"),
+            root,
+            [(root / source, (*VARIANTS[variant], *_DEFINES)) for source in sources]
+            + [(_HERE / source, VARIANTS[variant]) for source in harness],
+            [*VARIANTS[variant], *(["-shared", "-Wl,-z,defs"] if plain else ["-rdynamic"]), "-ldl"],
         )
-        flags = (*_FLAGS, *VARIANTS[variant])
-        includes = ("-I", str(_HERE), "-I", str(root))
 
-        def compiled(source: pathlib.Path) -> tuple[pathlib.Path, bool]:
-            to = folder / f"{source.stem}.o"
-            defines = () if source in harness else _DEFINES
-            return to, _compile(source, to, (*flags, *defines), includes, headers)
 
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compiled, [*sources, *harness]))
-        result = folder / ("libfusionsum_cuda.so" if plain else "driver")
-        if any(new for _, new in objects) or not result.exists():
-            link = ["-shared", "-Wl,-z,defs"] if plain else ["-rdynamic"]
-            new = result.with_suffix(".new")
-            _run(["g++", *VARIANTS[variant], *link, *(str(to) for to, _ in objects), "-ldl", "-o", str(new)])
-            new.replace(result)  # whoever has the old one loaded keeps it
-    return result
+@functools.cache
+def bindings() -> Any:
+    """
+    Compile and import a native module whose arrays go to the library that its ``use_cuda`` was given.
+
+    Its sources are those of csrc/bindings, but for the one that chooses who executes a problem.
+
+    Returns
+    -------
+    module
+        One for the process; it has the functions of ``fusionsum._core``.
+
+    Raises
+    ------
+    RuntimeError
+        If the compiler fails; its message is quoted.
+    """
+    of_product = [path for path in sorted((_SOURCES / "bindings").glob("*.cpp")) if path.name != "execute.cpp"]
+    choices = [_SOURCES / "cpu" / "dispatch.cpp", _SOURCES / "cpu" / "parallel.cpp"]
+    headers = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
+    folder = _BUILD / "bindings"
+    with _locked(folder):
+        path = _built(
+            folder / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}",
+            _SOURCES,
+            [
+                (source, ("-O1", "-fvisibility=hidden", *headers))
+                for source in (*of_product, *choices, _HERE / "execute_emulated.cpp")
+            ],
+            ["-shared", "-pthread"],
+        )
+    spec = importlib.util.spec_from_file_location("tests.cuda._core", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def replay(
@@ -245,7 +302,7 @@ class Library:
 
     @property
     def address(self) -> int:
-        """Where ``fusionsum_cuda`` is, for ``_core.use_cuda``."""
+        """Where ``fusionsum_cuda`` is, for ``use_cuda`` of :func:`bindings`."""
         address = ctypes.cast(self._library.fusionsum_cuda, ctypes.c_void_p).value
         assert address is not None
         return address

@@ -106,7 +106,7 @@ if [ "${memory:-0}" -lt 40000 ]; then
   selection="$selection and not offsets_beyond"
   echo "left out: test_offsets_beyond_two_to_the_31, for which ${memory:-0} MiB are too few" | tee -a "$out/summary.txt"
 fi
-for file in kernel form layouts; do
+for file in kernel formula layouts; do
   FUSIONSUM_TEST_DEVICE=cuda step "test_$file" tests -k "$selection" "tests/test_$file.py"
 done
 step test_on_gpu tests -rs tests/cuda/test_on_gpu.py

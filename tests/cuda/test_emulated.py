@@ -31,7 +31,7 @@ def passes(file, chosen, **environment):
     conftest.run_python(f"import pytest; raise SystemExit(pytest.main({arguments!r}))", timeout=600, **environment)
 
 
-@pytest.mark.parametrize("file", ["kernel", "form", "layouts"])
+@pytest.mark.parametrize("file", ["kernel", "formula", "layouts"])
 def test_what_the_kernels_of_the_cpu_are_tested_for(file, plain):
     """Those test files again, in a process whose arrays go to the emulated library."""
     left_out = "not counts_beyond and not 1000000 and not instruction"  # minutes each, or about the CPU

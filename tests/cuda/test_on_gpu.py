@@ -1,8 +1,8 @@
 """The CUDA kernels on a GPU, as torch's users meet them: autograd, streams, devices, graphs, errors, bits, sizes.
 
 What lives elsewhere: arithmetic and layouts, whose tests run on a GPU with FUSIONSUM_TEST_DEVICE=cuda
-(``test_kernel.py``, ``test_formula.py``, ``test_layouts.py``); all that needs no GPU (``test_emulated.py``); the script that
-runs everything (``on_gpu.sh``).
+(``test_kernel.py``, ``test_formula.py``, ``test_layouts.py``); all that needs no GPU (``test_emulated.py``); the script
+that runs everything (``on_gpu.sh``).
 """
 
 from __future__ import annotations
