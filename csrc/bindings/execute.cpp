@@ -1,6 +1,7 @@
 #include "execute.h"
 
 #include <atomic>
+#include <memory>
 
 #include "../cpu/dispatch.h"
 #include "../cuda/cuda.h"
@@ -35,19 +36,20 @@ void execute_on_cpu(const Problem& problem) {
 // The workspace goes back to torch's allocator at once: it gives the memory out again to what comes later on the same
 // stream.
 void execute_on_cuda(const Problem& problem, dlpack::Device device) {
-  struct Workspace {
-    dlpack::Device device;
-    py::object tensor;
-  } workspace{device, py::none()};
-  const auto allocate = [](void* context, int64_t bytes) -> void* {
-    Workspace& workspace = *static_cast<Workspace*>(context);
-    const int64_t entries = (bytes + 7) / 8;
-    void* data;
-    workspace.tensor = allocate_tensor(workspace.device, DType::f64, 1, &entries, &data);
-    return data;
+  const CudaLibrary& cuda = *library.load();
+  const auto check = [](const char* error) {
+    if (error) throw std::runtime_error(error);
   };
-  if (const char* error = library.load()->run(&problem, device.id, current_stream(device), allocate, &workspace))
-    throw std::runtime_error(error);
+  const std::unique_ptr<char[]> plan(new char[static_cast<size_t>(cuda.plan_bytes)]);
+  int64_t workspace_bytes = 0;
+  check(cuda.plan(&problem, plan.get(), &workspace_bytes));
+  void* workspace = nullptr;
+  py::object owner;
+  if (workspace_bytes) {
+    const int64_t entries = divide_up(workspace_bytes, item_size(DType::f64));
+    owner = allocate_tensor(device, DType::f64, 1, &entries, &workspace);
+  }
+  check(cuda.execute(plan.get(), device.id, current_stream(device), workspace));
 }
 
 }  // namespace

@@ -30,14 +30,14 @@ py::object use_cuda(uintptr_t address) {
 
 void execute(const Problem& problem, dlpack::Device device) {
   if (!library) throw std::runtime_error("no emulated library was given to use_cuda");
-  std::vector<double> workspace;
-  const auto allocate = [](void* context, int64_t bytes) -> void* {
-    auto& workspace = *static_cast<std::vector<double>*>(context);
-    workspace.resize(static_cast<size_t>((bytes + 7) / 8));
-    return workspace.data();
+  const auto check = [](const char* error) {
+    if (error) throw std::runtime_error(error);
   };
-  if (const char* error = library->run(&problem, device.id, nullptr, allocate, &workspace))
-    throw std::runtime_error(error);
+  std::vector<char> plan(static_cast<size_t>(library->plan_bytes));
+  int64_t bytes = 0;
+  check(library->plan(&problem, plan.data(), &bytes));
+  std::vector<char> workspace(static_cast<size_t>(bytes));
+  check(library->execute(plan.data(), device.id, nullptr, workspace.data()));
 }
 
 }  // namespace fusionsum

@@ -358,7 +358,7 @@ const char* make_plan(const Problem& problem, Plan& plan) {
   Problem todo = problem;
   const int vector = vector_dim(todo);
   plan.launches = 0;
-  plan.workspace = 0;
+  plan.workspace_bytes = 0;
   int64_t stored = 0;
   for (int k = 0; k < todo.operands; ++k)
     if (todo.operand[k].grad) stored += extent(todo, todo.operand[k]) * item_size(todo.operand[k].dtype);
@@ -371,22 +371,21 @@ const char* make_plan(const Problem& problem, Plan& plan) {
     int64_t workspace = 0;
     if (const char* error = make_launch(todo, vector, choice, launch, workspace)) return error;
     launch.pass.stream = stored > kStreamBytes;
-    plan.workspace = std::max(plan.workspace, workspace);
+    plan.workspace_bytes = std::max(plan.workspace_bytes, workspace);
     for (int k = 0; k < todo.operands; ++k)
       if (choice.target[k] != Target::none) todo.operand[k].grad = nullptr;
   }
 }
 
-void place_sums(Plan& plan, void* workspace) {
-  const auto place = [&](auto offset) { return reinterpret_cast<double*>(static_cast<char*>(workspace) + reinterpret_cast<uintptr_t>(offset)); };
-  for (int i = 0; i < plan.launches; ++i) {
-    Launch& launch = plan.launch[i];
-    for (int c = 0; c < launch.combines; ++c) {
-      Combine& combine = launch.combine[c];
-      for (int k = 0; k < launch.pass.operands; ++k)
-        if (launch.pass.operand[k].grad == combine.grad) launch.pass.operand[k].sums = place(combine.sums);
-      combine.sums = place(combine.sums);
-    }
+void place_sums(Launch& launch, void* workspace) {
+  const auto place = [&](auto offset) {
+    return reinterpret_cast<double*>(static_cast<char*>(workspace) + reinterpret_cast<uintptr_t>(offset));
+  };
+  for (int c = 0; c < launch.combines; ++c) {
+    Combine& combine = launch.combine[c];
+    for (int k = 0; k < launch.pass.operands; ++k)
+      if (launch.pass.operand[k].grad == combine.grad) launch.pass.operand[k].sums = place(combine.sums);
+    combine.sums = place(combine.sums);
   }
 }
 
