@@ -10,7 +10,7 @@
 namespace fusionsum {
 namespace cuda {
 
-__global__ void combine(const __grid_constant__ Combine c);  // kernel_any.cu
+__global__ void combine(const __grid_constant__ Combine c);  // sum/combine.cu
 
 namespace {
 

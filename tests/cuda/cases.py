@@ -45,10 +45,10 @@ def cases(dtypes: Iterable[tuple[str, str]] = (*((d, d) for d in DTYPES), *MIXED
 
 
 def large_cases() -> Iterator[tuple[str, Case]]:
-    """Yield calls whose sums several blocks share: few rows of many terms, many rows, long runs, tiles of columns."""
+    """Yield calls with sums of several blocks: few rows of many terms, many rows, long runs, tiles of columns."""
     rng = np.random.default_rng(0)
     paired, vector, candidates = FORMS["paired"](2), FORMS["vector"](2), FORMS["candidates"](3)
-    yield "a row to a block, shared", paired.case(rng, "float32", B=1, n=40_000)
+    yield "a row to several blocks", paired.case(rng, "float32", B=1, n=40_000)
     yield "a row to a block", paired.case(rng, "bfloat16", "float32", B=3, n=20_000)
     yield "many rows", paired.case(rng, "float32", B=3000, n=12)
     yield "tiles of columns", vector.case(rng, "float32", B=2, n=3, O=2500)

@@ -72,7 +72,7 @@ def _built(
     )
 
     def compiled(source: pathlib.Path, own: Sequence[str]) -> tuple[pathlib.Path, bool]:
-        to = result.parent / f"{source.stem}.o"
+        to = result.parent / ("-".join(source.parts[-3:]) + ".o")
         flags = (*_FLAGS, *own)
         digest = hashlib.sha256("\0".join(flags).encode() + headers + source.read_bytes()).hexdigest()
         record = to.with_suffix(".digest")

@@ -87,7 +87,7 @@ sanitized() {
   local options=(--tool "$tool" --error-exitcode 1 --report-api-errors no --log-file "$report")
   [ "$tool" = initcheck ] || options+=(--kernel-regex kns=fusionsum)
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer "${options[@]}" \
-    "$python" -m pytest -q -p no:cacheprovider tests/cuda/test_on_gpu.py -k "every_kernel or blocks_share" || return 1
+    "$python" -m pytest -q -p no:cacheprovider tests/cuda/test_on_gpu.py -k "every_kernel or several_blocks" || return 1
   tail -n 1 "$report"
   grep -q 'SUMMARY: 0 ' "$report"
 }

@@ -21,7 +21,11 @@ import pytest
 from conftest import Case, Form, check_both, run_python
 from tests.cuda import cases, emulation, planted, ptx, sass
 
-KERNELS = (pathlib.Path("cuda/sum/kernel_any.cu"), pathlib.Path(__file__).with_name("two_factors.cu"))
+KERNELS = (
+    pathlib.Path("cuda/sum/combine.cu"),
+    pathlib.Path("cuda/sum/kernel_any.cu"),
+    pathlib.Path(__file__).with_name("two_factors.cu"),
+)
 SOURCES = (*KERNELS, pathlib.Path("cuda/launch.cu"), pathlib.Path("cuda/sum/plan.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--ptx", "-arch=compute_80")  # as in CMakeLists.txt
 # What a sanitizer says in a line. Of ThreadSanitizer only races in kernels: it stumbles over memory too, depending on

@@ -12,7 +12,7 @@ constexpr int kMaxPasses = kMaxOperands;  // each serves one derivative at least
 struct Launch {
   Pass pass;
   PassKernel* kernel;
-  bool by_columns;  // which of the two it is
+  bool by_columns;  // the kernel is `columns`, not `rows`
   int64_t blocks;
   int combines;
   Combine combine[kPassOperands];
