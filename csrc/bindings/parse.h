@@ -35,15 +35,14 @@ struct Home {
   dlpack::Device device{0, 0};  // none, before the first array is read
 };
 
-// The framework, by one of the arrays. False where torch watches the call, unless it is `trusted`: the caller has seen
-// to that.
+// Sets the framework, that of one of the call's arrays. False also where torch watches the call (torch.h), unless
+// `trusted` says that the caller has dealt with the watchers.
 bool find_home(py::handle array, py::handle trusted, Home& home);
 
-// An array of floats that is at home there; the first that is read says on which device that is.
+// Reads an array of floats of the call's framework and device; the first one that is read sets the device.
 bool read_floats(py::handle object, Home& home, Array& to);
 
-// The dtype of arrays together. Arrays of no dims have no say unless all are such; mixed ones promote to float32, or
-// float64 where one is.
+// The dtype of arrays together: that of all arrays with dims; where these differ, float32, or float64 where one is.
 DType promoted(const Array* arrays, int count);
 bool has_float64(const Array* arrays, int count);
 
@@ -59,29 +58,30 @@ struct Broadcast {
 
 bool broadcast(const Array* arrays, int count, Broadcast& to);
 
-// A dim of a shape, which may be counted from the end.
+// Reads the number of a dim, of `ndim`, which may be counted from the end.
 bool read_dim(py::handle dim, int ndim, int& to);
 
-// The strides along the kept dims, of an array whose shape broadcasts, or would with dim `dropped` put back (-1: none
-// is missing).
+// Writes to `to` an array's strides along the kept dims, 0 where the array is broadcast. `dropped` is a broadcast dim
+// that the array's shape lacks, as an output's lacks the summed dim; or -1.
 void align(const Broadcast& b, int ndim, const int64_t* shape, const int64_t* stride, int dropped, int64_t* to);
 
-// The data, dtype, dims and strides of an operand; the rest of it is cleared.
+// Sets the data, dtype, dims and strides of an operand, and clears the rest of it.
 void set_operand(const Broadcast& b, const Array& array, Operand& to);
 
-// A new array for the operand's derivative, zero where the broadcast shape is empty.
+// A new array for the operand's derivative; its entries are set, to zero, only where the broadcast shape is empty.
 py::object allocate_grad(const Broadcast& b, const Home& home, DType dtype, int ndim, const int64_t* shape, int dropped,
                          Operand& to);
 
 // ---- options of factors ---------------------------------------------------------------------------------------------
 
-// None or a name for all factors, or one for each.
+// Sets the factors' activations: `activations` is None or a name for all, or a sequence with one for each.
 bool read_activations(py::handle activations, int count, Operand* factors);
 
-// "one" or "zero", as the number.
+// Reads "one" or "zero" as a number.
 bool read_absent(py::handle absent, double& to);
 
-// None or, for each factor, None or a mask along its leading dims, not along broadcast dim `terms`.
+// Sets the factors' masks: `present` is None, or a sequence with None or, for each factor, a mask along the factor's
+// leading dims. A mask may not vary along the broadcast dim `terms`.
 bool read_masks(py::handle present, int count, const Array* arrays, const Broadcast& b, int terms, Home& home,
                 Operand* factors);
 

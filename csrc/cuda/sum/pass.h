@@ -85,7 +85,10 @@ struct Kernels {
   PassKernel *rows[kCounts][2][2], *columns[kCounts][2][2];
   int width;  // columns in a packet
 };
-extern const Kernels kernels_f64, kernels_f32, kernels_bf16, kernels_f16, kernels_any32, kernels_any64;
+#define DECLARE(name, ...) extern const Kernels kernels_##name;  // kernel_<name>.cu
+FUSIONSUM_DTYPES(DECLARE)
+#undef DECLARE
+extern const Kernels kernels_any32, kernels_any64;
 
 }  // namespace cuda
 }  // namespace fusionsum

@@ -204,7 +204,11 @@ Instance instance_of(const Pass& pass, bool is_wide) {
     const PassOperand& o = pass.operand[k];
     to.extra = to.extra || o.activation != Activation::none || o.mask || (k < pass.varying && !o.data);
   }
-  const Kernels* const by_dtype[] = {&kernels_f64, &kernels_f32, &kernels_bf16, &kernels_f16};  // as enum DType
+  const Kernels* const by_dtype[] = {
+#define KERNELS(name, ...) &kernels_##name,
+      FUSIONSUM_DTYPES(KERNELS)
+#undef KERNELS
+  };
   to.kernels = by_dtype[static_cast<int>(pass.operand[0].dtype)];
   const bool as_stored = is_wide == (pass.operand[0].dtype == DType::f64);
   if (!same || !packed || !as_stored || pass.cols % to.kernels->width || pass.varying >= kCounts) {
