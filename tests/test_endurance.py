@@ -85,7 +85,7 @@ LONG_CALLS_OF = {
         "backward": "backward(ones(1, requires_grad=True), far(2**17, 2**17), activations='tanh')",
         "backward, one row": "backward(ones(1, requires_grad=True), far(1, 2**32))",
         "backward, all pairs": """backward(
-            ones(2**16, requires_grad=True), far(2**9, 1, 2**16), far(2**9, 2**16), activations="tanh")""",
+            ones(2**16, requires_grad=True), far(2**9, 1, 2**16), far(2**8, 2**16), activations="tanh")""",
     },
 }
 
