@@ -1,14 +1,16 @@
-"""The package: sdist and pure-Python wheel, the examples of the docstrings, the symbols of the kernels' objects.
+"""The package: sdist and pure-Python wheel, imports among its modules, examples of docstrings, symbols of the kernels.
 
 What lives elsewhere: imports without torch or without the native module (``test_backend.py``).
 """
 
 from __future__ import annotations
 
+import ast
 import doctest
 import email
 import importlib
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -22,11 +24,11 @@ import fusionsum as fs
 from conftest import PACKAGE, TESTS, missing, run_python
 
 ROOT = TESTS.parent
-MODULES = sorted(
-    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-    for path in PACKAGE.rglob("*.py")
-    if path.stem != "__main__"
-)
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+MODULES = [name for name, path in FILES.items() if path.stem != "__main__"]
 WEAK = {"W", "V", "u"}  # nm's letters for defined symbols of which the linker keeps any one
 
 
@@ -101,6 +103,50 @@ print(caught[0].message)
     assert "C++17 compiler" in said
     refused = "try:\n    import fusionsum\nexcept ImportError as error:\n    print(error)"
     assert "FUSIONSUM_REQUIRE_NATIVE" in run_python(refused, **clean | {"FUSIONSUM_REQUIRE_NATIVE": "1"})
+
+
+def imported_by(name: str, path: pathlib.Path) -> set[str]:
+    """List the modules of this package that a file imports, wherever in the file, also for its annotations only."""
+    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            inner = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {module if module in FILES else source for module in inner}
+    return found & set(FILES)
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """Find circles: each is reported where it was first closed."""
+    found, done = [], set()
+
+    def follow(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            found.append(" -> ".join((*path[path.index(name) :], name)))
+        elif name not in done:
+            for other in sorted(imports[name]):
+                follow(other, (*path, name))
+            done.add(name)
+
+    for name in sorted(imports):
+        follow(name, ())
+    return found
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"d"}}) == ["a -> b -> c -> a", "d -> d"]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_module_imports_itself_in_a_circle():
+    imports = {name: imported_by(name, path) for name, path in FILES.items()}
+    assert "fusionsum.autograd" in imports["fusionsum.api"]  # inside a function
+    assert "fusionsum.call" in imports["fusionsum.autograd.vmap"]  # from the package around
+    assert circles(imports) == []
 
 
 @pytest.mark.parametrize("name", MODULES)

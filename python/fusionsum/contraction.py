@@ -106,9 +106,8 @@ def _is_large(fusion_weights: Any, factors: Sequence[Any]) -> bool:
         if deepest < 3:  # the terms, and one dim per side
             return False
         given = factors if fusion_weights is None else (fusion_weights, *factors)
-        if any(x.ndim == deepest and 1 not in x.shape for x in given):  # an operand that varies with both sides
-            return False
-        if any(type(x) not in _PLAIN for x in given):  # fake tensors: comparing symbolic sizes would fix them
+        # An operand that varies with both sides; or fake tensors, whose symbolic sizes comparisons would fix.
+        if any((x.ndim == deepest and 1 not in x.shape) or type(x) not in _PLAIN for x in given):
             return False
         sizes = itertools.zip_longest(*(reversed(x.shape) for x in given), fillvalue=1)
         return math.prod(map(max, sizes)) >= LEAST_WORK
