@@ -1,6 +1,7 @@
 """The bindings' way to the CUDA library, with neither GPU nor torch: tensors and a library that these tests make up.
 
-What lives elsewhere: what arrays and tensors of the CPU may look like (``test_layouts.py``, ``test_autograd_routing.py``), the CUDA
+What lives elsewhere: what arrays and tensors of the CPU may look like (``test_layouts.py``,
+``test_autograd_routing.py``), the CUDA
 kernels (``tests/cuda``).
 """
 
