@@ -3,9 +3,9 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <vector>
 
 #include "torch.h"
 
@@ -54,12 +54,18 @@ bool read_numpy(py::handle object, Array& to) {
   return true;
 }
 
+// As py::array's constructor, without the two vectors that it makes for shape and strides: 0.03 us less.
 py::object allocate_numpy(DType dtype, int ndim, const int64_t* shape, void** data) {
   const int number = type_number[static_cast<int>(dtype)].load(std::memory_order_relaxed) - 1;
-  py::array array(number >= 0 ? py::dtype(number) : py::dtype(kDTypeNames[static_cast<int>(dtype)]),
-                  std::vector<py::ssize_t>(shape, shape + ndim));
+  py::dtype type = number >= 0 ? py::dtype(number) : py::dtype(kDTypeNames[static_cast<int>(dtype)]);
+  Py_intptr_t sizes[kMaxArrayDims];
+  std::copy_n(shape, ndim, sizes);
+  const auto& numpy = py::detail::npy_api::get();
+  auto array = py::reinterpret_steal<py::array>(numpy.PyArray_NewFromDescr_(numpy.PyArray_Type_, type.release().ptr(),
+                                                                            ndim, sizes, nullptr, nullptr, 0, nullptr));
+  if (!array) throw py::error_already_set();
   *data = array.mutable_data();
-  return array;
+  return std::move(array);
 }
 
 }  // namespace
