@@ -32,7 +32,7 @@ import torch
 def far(*shape, of=0.5): return torch.tensor(of).expand(shape)
 def ones(*shape, **options): return torch.ones(shape, **options)
 def grad_of_weights(u, weights, f):
-    torch.ops.fusionsum.fusion_sum_grad(u, weights, [f], [None], [""], "one", -1, [True, False])
+    torch.ops.fusionsum.fusion_sum_grad(u, weights, [f], [""], [None], "one", -1, [True, False])
 def backward(weights, *factors, **options):
     # Again and again, for a second or two each: a backward pass takes as long as its forward pass.
     total = fs.fusion_sum(weights, *factors, **options).sum()

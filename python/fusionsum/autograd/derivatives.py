@@ -34,10 +34,11 @@ def fusion_sum(call: Call) -> Tensor:
 
 def fusion_sum_grad(grad_output: Tensor, call: Call, needs: Sequence[bool]) -> list[Any]:
     """Gradients of the sum with respect to each operand, seen by all that watches; None for those not needed."""
-    needs = [need and x is not None for need, x in zip(needs, call.operands, strict=True)]
+    operands = (call.fusion_weights, *call.factors)  # torch.compile of torch 2.10 knows no property of a NamedTuple
+    needs = [need and x is not None for need, x in zip(needs, operands, strict=True)]
     if not any(needs):
         return [None] * len(needs)
-    if any(call.activations) and (layered() or _records(grad_output, *call.operands)):
+    if any(call.activations) and (layered() or _records(grad_output, *operands)):
         grads = fusion_sum_grad(grad_output, _activated(call), needs)
         for k, (z, mask, name) in enumerate(zip(call.factors, call.present, call.activations, strict=True), 1):
             if name and needs[k]:
