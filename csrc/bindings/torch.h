@@ -1,8 +1,8 @@
 // torch without libtorch: tensors cross through the DLPack C exchange API, which torch has since 2.10 (pointers,
 // strides, stream and allocation in 0.1 us a tensor).
 //
-// What lives here: what the bindings ask of torch, once backend.adopt_torch has handed it over. What lives elsewhere: torch's
-// thread pool (cpu/parallel.h), the CUDA library (execute.h).
+// What lives here: what the bindings ask of torch, once backend.adopt_torch has handed it over. What lives elsewhere:
+// torch's thread pool (cpu/parallel.h), the CUDA library (execute.h).
 #pragma once
 #include "arrays.h"
 
@@ -18,7 +18,8 @@ py::object allocate_tensor(dlpack::Device device, DType dtype, int ndim, const i
 void* current_stream(dlpack::Device device);
 
 // Does torch watch calls of its functions, so that a direct call here would pass unseen: a functorch transform, a
-// dispatch mode, a trace, forward AD? Whether autograd records, autograd/routing.py asks. 0.2 us from here, 0.5 from Python.
+// dispatch mode, a trace, forward AD? Whether autograd records, autograd/routing.py asks. 0.2 us from here, 0.5 from
+// Python.
 bool is_watched();
 
 }  // namespace fusionsum

@@ -1,5 +1,5 @@
-// The only chooser: the list of instruction sets (lists.h), best first, asked once. CMakeLists.txt compiles those that its
-// compiler knows.
+// The only chooser: the list of instruction sets (lists.h), best first, asked once. CMakeLists.txt compiles those that
+// its compiler knows.
 #include "dispatch.h"
 
 #include <algorithm>
@@ -13,9 +13,9 @@
 namespace fusionsum {
 
 // A set that this build lacks, because its compiler does or because it is another machine's, is a null address.
-#define DECLARE(name)                            \
-  namespace name {                               \
-  extern const Isa isa __attribute__((weak));    \
+#define DECLARE(name)                         \
+  namespace name {                            \
+  extern const Isa isa __attribute__((weak)); \
   }
 FUSIONSUM_ISAS(DECLARE)
 #undef DECLARE

@@ -1,4 +1,5 @@
-// The loop over tasks and slices. Which thread does which task depends on the number of threads; what a task computes does not.
+// The loop over tasks and slices. Which thread does which task depends on the number of threads; what a task computes
+// does not.
 #include "work.h"
 
 #include <algorithm>
@@ -9,8 +10,8 @@
 namespace fusionsum {
 namespace {
 
-// The tasks between two looks for Ctrl-C, as `threads` ranges: each has scratch memory of its own. Ranges, not single tasks: a
-// thread finds in its cache what it read in an earlier call.
+// The tasks between two looks for Ctrl-C, as `threads` ranges: each has scratch memory of its own. Ranges, not single
+// tasks: a thread finds in its cache what it read in an earlier call.
 struct Batch {
   const Work* work;
   int64_t first_task, tasks, slice;
@@ -22,7 +23,8 @@ void do_range(int64_t thread, void* context) {
   const Work& work = *batch.work;
   const int64_t begin = batch.first_task + thread * batch.tasks / batch.threads;
   const int64_t end = batch.first_task + (thread + 1) * batch.tasks / batch.threads;
-  for (int64_t task = begin; task < end; ++task) work.slice(work.context, task, batch.slice, work.scratch + thread * work.scratch_bytes);
+  for (int64_t task = begin; task < end; ++task)
+    work.slice(work.context, task, batch.slice, work.scratch + thread * work.scratch_bytes);
 }
 
 }  // namespace
@@ -39,7 +41,9 @@ char* Workspace::reserve(int64_t bytes) {
   return large_ ? large_.get() : small_;
 }
 
-int threads_for(int64_t tasks) { return tasks == 1 ? 1 : static_cast<int>(std::min<int64_t>(get_num_threads(), tasks)); }
+int threads_for(int64_t tasks) {
+  return tasks == 1 ? 1 : static_cast<int>(std::min<int64_t>(get_num_threads(), tasks));
+}
 
 bool carry_out(const Work& work, bool (*interrupted)()) {
   const int64_t at_once = std::max<int64_t>(work.threads, kPauseCost / work.slice_cost);

@@ -13,7 +13,8 @@ constexpr int64_t kCacheLine = 128;  // two, which some processors fetch togethe
 // Memory for one call. Its owner is whoever makes the call: planners say how much they need, kernels never allocate.
 class Workspace {
  public:
-  // At least so many bytes from a cache line on; what an earlier call of this function returned is lost. Throws std::bad_alloc.
+  // At least so many bytes from a cache line on; what an earlier call of this function returned is lost. Throws
+  // std::bad_alloc.
   char* reserve(int64_t bytes);
 
  private:
@@ -30,7 +31,7 @@ constexpr int64_t in_cache_lines(int64_t bytes) { return (bytes + kCacheLine - 1
 // Tasks may run in any order and at the same time; the slices of one task run in order.
 struct Work {
   int64_t tasks, slices;
-  int64_t slice_cost;  // of one slice of one task, in entries of operands: how much is done between two looks for Ctrl-C
+  int64_t slice_cost;  // of one slice of one task, in entries of operands
   int threads;         // at most, as `threads_for` says
   char* scratch;       // threads x scratch_bytes
   int64_t scratch_bytes;
@@ -38,7 +39,8 @@ struct Work {
   const void* context;
 };
 
-constexpr int64_t kPauseCost = 1 << 26;  // between two looks for Ctrl-C: a tenth of a second with the slowest activation
+// Done between two looks for Ctrl-C: a tenth of a second with the slowest activation.
+constexpr int64_t kPauseCost = 1 << 26;
 
 int threads_for(int64_t tasks);
 

@@ -1,7 +1,8 @@
-// AVX-512 on a processor without it: csrc/cpu/simd/avx512.h as it stands, its intrinsics in AVX2, FMA and F16C by SIMDe.
+// AVX-512 on a processor without it: csrc/cpu/simd/avx512.h as it stands, its intrinsics in AVX2, FMA and F16C by
+// SIMDe.
 //
-// CMakeLists.txt (FUSIONSUM_SIMDE) puts this file before the compiler's <immintrin.h>. What lives elsewhere: the tests, which
-// are those of every instruction set (test_kernel.py).
+// CMakeLists.txt (FUSIONSUM_SIMDE) puts this file before the compiler's <immintrin.h>. What lives elsewhere: the tests,
+// which are those of every instruction set (test_kernel.py).
 #pragma once
 #include_next <immintrin.h>
 
@@ -32,8 +33,8 @@ inline void stream_pd(double* p, __m512d v) {
   _mm256_stream_pd(p + 4, _mm512_extractf64x4_pd(v, 1));
 }
 
-// Those that it has otherwise: its masked loads and stores touch the entries that the mask leaves out, and its scalef takes
-// subnormals for 0. n is a whole number here, as in the vocabulary.
+// Those that it has otherwise: its masked loads and stores touch the entries that the mask leaves out, and its scalef
+// takes subnormals for 0. n is a whole number here, as in the vocabulary.
 template <class V, class T>
 inline V load_part(unsigned mask, const T* p) {
   V v{};
@@ -54,7 +55,8 @@ inline V scalef(V a, V n) {
 
 }  // namespace simde_lacks
 
-// Macros, because the compiler's header has functions of these names, which it inlines only for a processor that has AVX-512.
+// Macros, because the compiler's header has functions of these names, which it inlines only for a processor that has
+// AVX-512.
 #undef _mm512_maskz_loadu_ps
 #undef _mm512_maskz_loadu_pd
 #undef _mm512_mask_storeu_ps

@@ -64,7 +64,8 @@ inline void store_bits(void* p, __m256i bits, bool stream) {
   }
 }
 inline void store_narrow(Bf16* p, F32 v, bool stream) {
-  const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16), odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16),
+                odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   store_bits(p, _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40))), stream);
@@ -92,8 +93,12 @@ template <class Mask, class V>
 inline V select(Mask condition, V a, V b) {
   return condition ? a : b;
 }
-inline F32 select_negative(F32 x, F32 a, F32 b) { return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a); }
-inline F64 select_negative(F64 x, F64 a, F64 b) { return _mm512_mask_mov_pd(b, _mm512_movepi64_mask(_mm512_castpd_si512(x)), a); }
+inline F32 select_negative(F32 x, F32 a, F32 b) {
+  return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a);
+}
+inline F64 select_negative(F64 x, F64 a, F64 b) {
+  return _mm512_mask_mov_pd(b, _mm512_movepi64_mask(_mm512_castpd_si512(x)), a);
+}
 // min and max return their second operand where one is NaN.
 inline F32 at_least(F32 x, F32 bound) { return _mm512_max_ps(bound, x); }
 inline F64 at_least(F64 x, F64 bound) { return _mm512_max_pd(bound, x); }

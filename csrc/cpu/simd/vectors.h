@@ -1,5 +1,5 @@
-// What the instruction sets with vectors of GCC and Clang share: the types, of FUSIONSUM_VECTOR_BYTES each. The arithmetic operators
-// are the compiler's.
+// What the instruction sets with vectors of GCC and Clang share: the types, of FUSIONSUM_VECTOR_BYTES each. The
+// arithmetic operators are the compiler's.
 //
 // Included inside an instruction set's namespace (<isa>.h), which supplies the rest of the vocabulary.
 typedef float F32 __attribute__((vector_size(FUSIONSUM_VECTOR_BYTES)));

@@ -1,8 +1,8 @@
 // From a problem to plans, and their execution. Compiled for the baseline: nothing here depends on the instruction set.
 //
 // The choices, in order: which dim is the vector dim; in which order the rows go; where each derivative goes (plan.h's
-// Target); how rows and columns are cut into tasks; how each operand is read. A derivative whose sums would take too much memory
-// in one pass over the rows gets a pass of its own, in which its own dims come first.
+// Target); how rows and columns are cut into tasks; how each operand is read. A derivative whose sums would take too
+// much memory in one pass over the rows gets a pass of its own, in which its own dims come first.
 #include "plan.h"
 
 #include <algorithm>
@@ -10,15 +10,15 @@
 namespace fusionsum {
 namespace {
 
-// Costs are in entries of operands (rows x cols x operands). A task is worth a few microseconds at least, and 64 of them keep as
-// many cores busy.
+// Costs are in entries of operands (rows x cols x operands). A task is worth a few microseconds at least, and 64 of
+// them keep as many cores busy.
 constexpr int64_t kTaskCost = 1 << 16, kMaxTasks = 64, kSliceCost = 1 << 20;
 constexpr int64_t kStreamBytes = int64_t{32} << 20;  // gradients larger than this bypass the caches
-constexpr int64_t kMaxSums = int64_t{1} << 19;  // float64 entries of all tasks together: 4 MiB
+constexpr int64_t kMaxSums = int64_t{1} << 19;       // float64 entries of all tasks together: 4 MiB
 
 struct Order {
-  int vector;           // the vector dim, of the problem's
-  int rows[kMaxDims];   // the others, outermost first
+  int vector;          // the vector dim, of the problem's
+  int rows[kMaxDims];  // the others, outermost first
   int count;
 };
 
@@ -115,11 +115,13 @@ void cut(Plan& plan) {
   const int64_t col_blocks = divide_up(plan.cols, kBlock);
   plan.col_tasks = 1;
   int64_t row_tasks = std::min(wanted, plan.rows / unit());
-  if (row_tasks < std::min<int64_t>(wanted, 16) && col_blocks > 1) plan.col_tasks = std::min(col_blocks, divide_up(wanted, row_tasks));
+  if (row_tasks < std::min<int64_t>(wanted, 16) && col_blocks > 1)
+    plan.col_tasks = std::min(col_blocks, divide_up(wanted, row_tasks));
   plan.cols_per_task = divide_up(col_blocks, plan.col_tasks) * kBlock;
   plan.col_tasks = divide_up(plan.cols, plan.cols_per_task);
   const bool long_row = plan.cols_per_task * plan.operands > kPauseCost;
-  plan.cols_per_slice = long_row ? std::max<int64_t>(1, kSliceCost / plan.operands / kBlock) * kBlock : plan.cols_per_task;
+  plan.cols_per_slice =
+      long_row ? std::max<int64_t>(1, kSliceCost / plan.operands / kBlock) * kBlock : plan.cols_per_task;
   plan.col_slices = divide_up(plan.cols_per_task, plan.cols_per_slice);
   for (int k = 0; k < plan.operands; ++k) {
     PlanOperand& o = plan.operand[k];
@@ -127,14 +129,17 @@ void cut(Plan& plan) {
   }
 
   // Still too few: the longest runs are summed over tasks as well.
-  const int64_t row_cost = plan.cols_per_slice * plan.operands, slice_rows = std::max<int64_t>(1, kSliceCost / row_cost);
+  const int64_t row_cost = plan.cols_per_slice * plan.operands,
+                slice_rows = std::max<int64_t>(1, kSliceCost / row_cost);
   while (unit() > 1 && plan.rows / unit() * plan.col_tasks < std::min<int64_t>(wanted, 16)) {
     const int64_t longest = unit();
     for (int k = 0; k < plan.operands; ++k)
-      if (plan.operand[k].target == Target::run && plan.operand[k].run == longest) plan.operand[k].target = Target::partial;
+      if (plan.operand[k].target == Target::run && plan.operand[k].run == longest)
+        plan.operand[k].target = Target::partial;
   }
   const int64_t units = plan.rows / unit();
-  int64_t per_task = divide_up(units, std::max<int64_t>(1, std::min(divide_up(wanted, plan.col_tasks), units))) * unit();
+  int64_t per_task =
+      divide_up(units, std::max<int64_t>(1, std::min(divide_up(wanted, plan.col_tasks), units))) * unit();
   if (per_task > kGroup && unit() == 1) per_task = divide_up(per_task, kGroup) * kGroup;
   plan.rows_per_task = per_task;
   plan.row_tasks = divide_up(plan.rows, per_task);
@@ -265,7 +270,7 @@ void lay_out(Plan& plan) {
 struct Pass {
   const Plan* plan;
   const SumKernels* kernels;
-  int operand;    // of `combine`
+  int operand;  // of `combine`
   int64_t parts;
 };
 

@@ -1,6 +1,7 @@
-// The walk through a task of a plan (plan.h), once, over the vocabulary of an instruction set: a task's rows are cut into groups
-// and blocks, operands brought in, an inner loop run over each tile (tile.inl), derivatives taken out or summed; then the tasks'
-// sums are added up. All memory is the thread's scratch memory, laid out by the plan; frames stay below a few KB.
+// The walk through a task of a plan (plan.h), once, over the vocabulary of an instruction set: a task's rows are cut
+// into groups and blocks, operands brought in, an inner loop run over each tile (tile.inl), derivatives taken out or
+// summed; then the tasks' sums are added up. All memory is the thread's scratch memory, laid out by the plan; frames
+// stay below a few KB.
 #include "tile.inl"
 
 namespace fusionsum {
@@ -18,15 +19,16 @@ inline T* piece(char* scratch, int64_t place) {
 }
 
 template <class T>
-inline void store_derivative(const PlanOperand& o, int64_t at, int64_t stride, const T* from, int64_t cols, bool stream) {
+inline void store_derivative(const PlanOperand& o, int64_t at, int64_t stride, const T* from, int64_t cols,
+                             bool stream) {
   with_dtype(o.dtype, o.grad, [&](auto* p) { store_row(unconst(p) + at, stride, from, cols, stream); });
 }
 
 // Writes a row of finished sums as the derivative of operand o: phi' applied, rounded to the operand's dtype. `at` and
 // `grad_at` are the operand's offsets of that row. The zero sum of a masked operand stays zero: its data may be NaN.
 template <class T, class S>
-inline void finish(const Plan& p, const PlanOperand& o, char* scratch, int64_t at, int64_t grad_at, int64_t col, const S* sums,
-                   int64_t cols) {
+inline void finish(const Plan& p, const PlanOperand& o, char* scratch, int64_t at, int64_t grad_at, int64_t col,
+                   const S* sums, int64_t cols) {
   T* const row = piece<T>(scratch, p.scratch.finished);
   for (int64_t i = 0; i < cols; ++i) row[i] = static_cast<T>(sums[i]);
   if (o.activation != Activation::none) {
@@ -42,7 +44,12 @@ template <class T>
 class Walker {
  public:
   Walker(const Plan& plan, int64_t task, int64_t slice, char* scratch)
-      : p(plan), scratch(scratch), row_task(task / plan.col_tasks), col_task(task % plan.col_tasks), slice(slice), inner(plan.row_dims - 1) {
+      : p(plan),
+        scratch(scratch),
+        row_task(task / plan.col_tasks),
+        col_task(task % plan.col_tasks),
+        slice(slice),
+        inner(plan.row_dims - 1) {
     const int64_t task_end = smaller(p.cols, (col_task + 1) * p.cols_per_task);
     task_col = col_task * p.cols_per_task;
     first_col = task_col + slice % p.col_slices * p.cols_per_slice;
@@ -128,12 +135,13 @@ class Walker {
     return !o.mask || o.mask[mask_at[k] + row * o.mask_row[inner] + col * o.mask_col];
   }
 
-  // Rows of operand k from the group's row `from` on, converted and activated, into `to`, row after row; with their slopes
-  // where dy is given. What is absent is not read.
-  void load(int k, int64_t from, int64_t rows, int64_t col, int64_t cols, T* to, T* dy, const T* beside = nullptr) const {
+  // Rows of operand k from the group's row `from` on, converted and activated, into `to`, row after row; with their
+  // slopes where dy is given. What is absent is not read.
+  void load(int k, int64_t from, int64_t rows, int64_t col, int64_t cols, T* to, T* dy,
+            const T* beside = nullptr) const {
     const PlanOperand& o = p.operand[k];
     const int64_t first = data_at[k] + from * o.row[inner] + col * o.col;
-    const int64_t ahead = rows * o.row[inner];  // the tile after this one
+    const int64_t ahead = rows * o.row[inner];                 // the tile after this one
     const bool together = o.col == 1 && o.row[inner] == cols;  // the rows are one long row
     if (!o.mask && o.col == 1 && o.dtype == kDType<T>) {
       const T* data = static_cast<const T*>(o.data) + first;
@@ -154,7 +162,8 @@ class Walker {
       for (int64_t r = 0; r < rows; ++r, data += o.row[inner]) {
         if (!o.mask_col && present(k, from + r, 0)) {
           load_row(to + r * cols, data, o.col, cols, ahead);
-        } else {  // the inner loop reads the row `absent` in place of an absent row; zeros keep the activation quiet here
+        } else {  // the inner loop reads the row `absent` in place of an absent row; zeros keep the activation quiet
+                  // here
           fill(to + r * cols, T(0), cols);
           for (int64_t i = 0; o.mask_col && i < cols; ++i)
             if (present(k, from + r, col + i)) load_row(to + r * cols + i, data + i * o.col, 1, 1);
@@ -183,7 +192,8 @@ class Walker {
     for (int k = 0; k < p.operands; ++k) {
       const PlanOperand& o = p.operand[k];
       if (o.target == Target::run && o.sums && row % o.run == 0)
-        fill(sums_of(o) + (o.kind == Kind::splat ? 0 : first_col - task_col), 0.0, o.kind == Kind::splat ? 1 : last_col - first_col);
+        fill(sums_of(o) + (o.kind == Kind::splat ? 0 : first_col - task_col), 0.0,
+             o.kind == Kind::splat ? 1 : last_col - first_col);
     }
     for (int64_t col = first_col; col < last_col; col += kBlock) block(rows, col, smaller(kBlock, last_col - col));
     for (int s = 0; p.sums_cols && s < p.splats; ++s) splat_derivative(s, rows);
@@ -247,8 +257,8 @@ class Walker {
     block<T>(rows, col, cols);
   }
 
-  // The tiles of a group of rows and a block of columns. S is what the varying operands are stored in; those that are not
-  // plain rows of S are brought into rows of T, and then S is T.
+  // The tiles of a group of rows and a block of columns. S is what the varying operands are stored in; those that are
+  // not plain rows of S are brought into rows of T, and then S is T.
   template <class S>
   void block(int64_t rows, int64_t col, int64_t cols) {
     Tile<T, S> t;
@@ -274,7 +284,8 @@ class Walker {
       }
       take_out(t, from, col, cols);
       if (p.sums_rows && rows > kSummed && ((from + t.rows) % kSummed == 0 || from + t.rows == rows)) {
-        for (int64_t i = 0; i < cols; ++i) long_sum[i] = (from < kSummed ? 0 : long_sum[i]) + static_cast<double>(short_sum[i]);
+        for (int64_t i = 0; i < cols; ++i)
+          long_sum[i] = (from < kSummed ? 0 : long_sum[i]) + static_cast<double>(short_sum[i]);
       }
       for (int v = 0; v < p.varyings; ++v) {
         if (varying(v).in_place) t.in[v] += t.rows * t.in_step[v];
@@ -314,7 +325,9 @@ class Walker {
       const bool leads = o.mask && !o.mask_col;  // to rows elsewhere, where the operand is absent
       t.in_step[v] = !o.data || o.repeated ? 0 : o.in_place ? o.row[inner] : cols;
       t.out_step[v] = o.grad_in_place ? o.grad_row[inner] : cols;
-      t.in[v] = !o.data ? as<S>(at<T>(p.scratch.ones)) : o.in_place ? static_cast<const S*>(o.data) + data_at[k] + col : as<S>(at<T>(o.value));
+      t.in[v] = !o.data      ? as<S>(at<T>(p.scratch.ones))
+                : o.in_place ? static_cast<const S*>(o.data) + data_at[k] + col
+                             : as<S>(at<T>(o.value));
       t.out[v] = o.target == Target::none ? nullptr
                  : o.grad_in_place        ? static_cast<S*>(o.grad) + grad_at[k] + col
                                           : as<S>(at<T>(o.derivative));
@@ -334,7 +347,8 @@ class Walker {
     for (int v = 0; v < p.varyings; ++v) {
       const PlanOperand& o = varying(v);
       if (!o.in_place && !o.repeated) load(p.varying[v], from, t.rows, col, cols, at<T>(o.value), slopes(o), beside);
-      // The absent rows of a masked operand are read from a constant row, and their derivatives written where nobody looks.
+      // The absent rows of a masked operand are read from a constant row, and their derivatives written where nobody
+      // looks.
       for (int64_t r = 0; t.in_rows[v] && r < t.rows; ++r) {
         const bool here = present(p.varying[v], from + r, 0);
         at<const S*>(p.scratch.in_rows)[v * kGroup + r] = here ? t.in[v] + r * t.in_step[v] : at<S>(p.scratch.absent);
@@ -361,7 +375,9 @@ class Walker {
   // A row of a uniform operand: where it lies, or as it was brought in; null for the constant 1.
   const T* uniform_row(int i, int64_t col) const {
     const PlanOperand& o = uniform(i);
-    return !o.data ? nullptr : o.in_place ? static_cast<const T*>(o.data) + data_at[p.uniform[i]] + col : at<T>(o.value);
+    return !o.data      ? nullptr
+           : o.in_place ? static_cast<const T*>(o.data) + data_at[p.uniform[i]] + col
+                        : at<T>(o.value);
   }
 
   // The product of the uniform operands; null where there is none but the constant 1.
@@ -411,7 +427,8 @@ class Walker {
 
   // Adds a row of derivatives, of the group's row `r`, to the task's float64 sums.
   void add(const PlanOperand& o, int k, int64_t r, int64_t col, const T* from, int64_t cols) {
-    double* sums = sums_of(o) + (o.target == Target::run ? col - task_col : partial_at[k] + r * o.partial_row[inner] + col);
+    double* sums =
+        sums_of(o) + (o.target == Target::run ? col - task_col : partial_at[k] + r * o.partial_row[inner] + col);
     for (int64_t i = 0; i < cols; ++i) sums[i] += static_cast<double>(from[i]);
   }
 
@@ -432,7 +449,8 @@ class Walker {
           if (!present(k, from + r, col + i)) row[i] = 0;
       }
       if (o.target == Target::store) {
-        store_derivative(o, grad_at[k] + (from + r) * o.grad_row[inner] + col * o.grad_col, o.grad_col, row, cols, p.stream);
+        store_derivative(o, grad_at[k] + (from + r) * o.grad_row[inner] + col * o.grad_col, o.grad_col, row, cols,
+                         p.stream);
       } else {
         add(o, k, from + r, col, row, cols);
       }
@@ -446,7 +464,8 @@ class Walker {
   int64_t task_col, first_col, last_col;
   double* sum;
   T* scale;
-  int64_t index[kMaxDims], data_at[kMaxOperands], mask_at[kMaxOperands], grad_at[kMaxOperands], partial_at[kMaxOperands];
+  int64_t index[kMaxDims], data_at[kMaxOperands], mask_at[kMaxOperands], grad_at[kMaxOperands],
+      partial_at[kMaxOperands];
 };
 
 template <class T>
@@ -454,13 +473,15 @@ void walk(const Plan& plan, int64_t task, int64_t slice, char* scratch) {
   Walker<T>(plan, task, slice, scratch).walk();
 }
 
-// ---- the sum of the tasks ------------------------------------------------------------------------------------------------
+// ---- the sum of the tasks
+// ------------------------------------------------------------------------------------------------
 
 // Part `part` of `parts` of the derivative of one operand: its tasks' sums added in order.
 template <class T>
 void combine(const Plan& p, int operand, int64_t part, int64_t parts, char* scratch) {
   const PlanOperand& o = p.operand[operand];
-  const int64_t cols = o.kind == Kind::splat ? 1 : p.cols, blocks = (cols + kBlock - 1) / kBlock, items = o.sums_size / cols * blocks;
+  const int64_t cols = o.kind == Kind::splat ? 1 : p.cols, blocks = (cols + kBlock - 1) / kBlock,
+                items = o.sums_size / cols * blocks;
   const int64_t tasks = o.kind == Kind::splat ? p.row_tasks * p.col_tasks : p.row_tasks;
   double* const total = piece<double>(scratch, p.scratch.total);
   for (int64_t item = part * items / parts; item < (part + 1) * items / parts; ++item) {
