@@ -213,7 +213,7 @@ constexpr int at_least_one(int n) { return n ? n : 1; }  // arrays of nothing ar
 template <int N, bool kStores, class T, class S>
 FUSIONSUM_INLINE const S* ahead(const Tile<T, S>& t, int k, int64_t next, const S* in) {
   if (t.masked) return next < t.rows ? t.in_row(k, next) : in;
-  return in + 8192 / (kStores ? 2 : 1) / at_least_one(N) / static_cast<int64_t>(sizeof(S));
+  return in + 12288 / (kStores ? 2 : 1) / at_least_one(N) / static_cast<int64_t>(sizeof(S));
 }
 
 // sum[r] += sum over the columns of the product.
