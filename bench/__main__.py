@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # glibc returns large blocks to the system and faults them in again at every call, which is slow and would flatter us:
-# the contenders allocate the product, we do not. It reads these once, at start.
+# the contenders allocate the product, we do not. glibc reads these variables once, at the start of a process.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 PAIRS, QUICK_PAIRS = 11, 3
 
@@ -33,16 +33,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def run(options: argparse.Namespace) -> Path:
+def benchmark(options: argparse.Namespace) -> Path:
     """Measure the rows asked for and write the report; return the path of the Markdown file."""
     # Imported here, for torch must not be loaded before the re-execution.
     import torch
     from tqdm import tqdm
 
-    from . import gpu, machine, measure, report, rows
+    from . import gpu, layers, machine, measure, report, rows
 
     where = machine.Cpu() if options.device == "cpu" else gpu.Gpu()
-    chosen = rows.select(options.rows, where.rows)
+    chosen = rows.select(options.rows, (*rows.ROWS, *layers.LAYERS) if options.device == "cpu" else rows.CUDA_ROWS)
     threads = options.threads or torch.get_num_threads()
     measure.set_threads(threads)
     settings = {
@@ -67,12 +67,12 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; the exit code is 0 however slow anything was."""
+    """Start the benchmark; the exit code is 0 however slow anything was."""
     options = parse(argv)
     if any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
         print(f"re-executing with {' '.join(f'{k}={v}' for k, v in KEEP_MEMORY.items())}", file=sys.stderr, flush=True)
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | KEEP_MEMORY)
-    path = run(options)
+    path = benchmark(options)
     print(path.read_text())
     print(f"written to {path.parent}", file=sys.stderr)
     return 0

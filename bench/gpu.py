@@ -1,6 +1,7 @@
-"""The current GPU, where the benchmark runs with ``--device cuda``: its clock, limits and memory, and CUDA graphs.
+"""The current GPU, the machine of ``--device cuda``: its clock, limits and memory, and CUDA graphs.
 
-What lives elsewhere: all that a GPU and a processor do alike (``machine.py``), the rows of either (``rows.py``).
+What lives elsewhere: the methods that a GPU shares with a processor (``machine.py``); the rows (``rows.py``), of which a
+machine knows nothing.
 """
 
 from __future__ import annotations
@@ -16,21 +17,19 @@ from torch import cuda
 
 import fusionsum as fs
 
-from .layers import LayerRow
-from .machine import Call, Cpu
-from .rows import BACKWARD, BOTH, CUDA_ROWS, FORWARD, Row
+from .machine import Cpu, Thunk
 
 
-def captured(make: Callable[[], Call], stream: cuda.Stream) -> Call:
-    """Capture a call in a CUDA graph; return what replays it.
+def captured(make: Callable[[], Thunk], stream: cuda.Stream) -> Thunk:
+    """Capture a call in a CUDA graph; return the graph's replay.
 
-    `make` returns the call; like the warm-up and the capture it runs on `stream`, for a gradient computed in a capture
-    has to come from a forward pass on the same stream. So must all whose tensors share a leaf.
+    `make` returns the call. It is called on `stream`, like the warm-up and the capture: a gradient that is captured has to
+    come from a forward pass on the same stream. Calls whose tensors share a leaf need the same stream for this reason.
     """
     stream.wait_stream(cuda.current_stream())
     with cuda.stream(stream):
         call = make()
-        for _ in range(3):  # compilers, libraries and allocators do on the first calls what no capture allows
+        for _ in range(3):  # in their first calls compilers, libraries and allocators do things that no capture allows
             call()
     graph = cuda.CUDAGraph()
     with cuda.graph(graph, stream=stream):
@@ -42,8 +41,7 @@ class Gpu(Cpu):
     """The GPU, timed by its own events; raises SystemExit where the kernels cannot use one."""
 
     device = "cuda"
-    rows = CUDA_ROWS
-    compiler = os.environ.get("CC", "gcc")  # what triton needs
+    compiler = os.environ.get("CC", "gcc")  # triton's
     limit = "one `copy_` on the GPU moves as many bytes, half of them read,"
     memory = "torch's allocator"
 
@@ -68,8 +66,8 @@ class Gpu(Cpu):
         }
         return super().describe() | {"gpu": gpu}
 
-    def seconds(self, call: Call, calls: int = 1) -> float:
-        """Time so many calls in a row between two events on the current stream."""
+    def seconds(self, call: Thunk, calls: int = 1) -> float:
+        """Time a call, `calls` times in a row, between two events on the current stream; return the seconds per call."""
         start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         start.record()
         for _ in repeat(None, calls):
@@ -82,14 +80,13 @@ class Gpu(Cpu):
         """Read and copy bandwidth over 1 GiB, and the rate of multiply-adds."""
         return self.rates(2**28, 4096)
 
-    def transfers(self, factors: list[torch.Tensor]) -> dict[str, Call]:
-        """Return copies of one block each, for a second launch takes as long as megabytes."""
-        flat = torch.cat([x.detach().reshape(-1) for x in factors])
-        half, whole = self.copier([flat[: flat.numel() // 2]])[1], self.copier([flat])[1]
-        return {FORWARD: half, BACKWARD: whole, BOTH: lambda: (half(), whole())}
+    def transfers(self, arrays: list[torch.Tensor]) -> tuple[Thunk, Thunk]:
+        """Return copies of half the bytes, and of all, in one block: a second launch takes as long as megabytes."""
+        flat = torch.cat([x.detach().reshape(-1) for x in arrays])
+        return self.copier([flat[: flat.numel() // 2]])[1], self.copier([flat])[1]
 
-    def peak_extra(self, call: Call, given_back: int) -> int:
-        """Return the bytes that torch's allocator gives a call at its peak beyond what the call gives back."""
+    def peak_extra(self, call: Thunk, given_back: int) -> int:
+        """Return the bytes that torch's allocator gives a call at its peak beyond the call's results."""
         before = cuda.memory_allocated()
         cuda.reset_peak_memory_stats()
         kept = call()
@@ -97,6 +94,6 @@ class Gpu(Cpu):
         del kept
         return max(0, peak - before - given_back)
 
-    def prepared(self, row: Row | LayerRow, make: Callable[[], Call]) -> Call:
-        """Make the call that is timed for a row, the replay of a CUDA graph if the row says so."""
-        return captured(make, self._stream) if row.graphed else make()
+    def prepared(self, make: Callable[[], Thunk], graphed: bool) -> Thunk:
+        """Make the call that is timed, with `graphed` the replay of its CUDA graph."""
+        return captured(make, self._stream) if graphed else make()

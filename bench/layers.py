@@ -1,7 +1,7 @@
 """Rows L1 to L3: a training step of layers of `fusionsum.nn` against the published code's form in plain torch.
 
-What lives here: sizes, the contenders' code, the floors. What lives elsewhere: how it is timed (``measure.py``), parity
-with the published formulas to the last digits (``tests/test_nn.py``). A new row is one entry of `LAYERS`.
+What lives here: sizes, the contenders' code, the floors. What lives elsewhere: timing (``measure.py``), parity with the
+published formulas to the last digits (``tests/test_nn.py``). A new row is one entry of `LAYERS`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,31 +17,24 @@ from torch.nn import functional
 
 from fusionsum import nn
 
-from .rows import BOTH, FORWARD, Floor
+from .rows import BOTH, FORWARD, Floor, Row
 
 Parameters = dict[str, Tensor]
 REGIONS, BATCH = 36, 16  # of an image, as published for VQA 2.0; of a training step, there 64
 
 
 @dataclass(frozen=True)
-class LayerRow:
-    """One line of the table: a layer with the published sizes, in training mode, and codes that do what it does."""
+class LayerRow(Row):
+    """A layer of the published sizes in training mode, and the contenders' code for the same computation."""
 
-    name: str
-    work: str
     layer: Callable[[], torch.nn.Module]
-    parameters: dict[str, tuple[int, ...]]  # the published ones
+    parameters: dict[str, tuple[int, ...]]  # shapes, by the published names
     codes: dict[str, Callable[..., Tensor]]  # (parameters, training, *inputs), by the contender's name
-    shapes: tuple[tuple[int, ...], ...]  # of the inputs
     trained: tuple[bool, ...]  # which inputs come from an encoder that is trained, and so need their gradient
-    floors: tuple[Floor, ...]
-    dtype: torch.dtype = torch.float32
-    threads: int = 0
-    calls: int = 1
-    limited: bool = False
-    graphed: bool = False
-    phases: tuple[str, ...] = (FORWARD, BOTH)
-    unlimited: str = "matrix products are most of it"
+
+    memory_floor = False  # a layer keeps its projections for backward
+    phases: ClassVar[tuple[str, ...]] = (FORWARD, BOTH)
+    unlimited: ClassVar[str] = "matrix products are most of it"
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -51,7 +44,7 @@ class LayerRow:
 
     @property
     def flop(self) -> dict[str, int]:
-        """Operations of the matrix products as published, a question once for each region; backward has two for one."""
+        """Operations of the published code's matrix products, a question's once per region; backward has twice as many."""
         matrices = sum(math.prod(shape) for name, shape in self.parameters.items() if not name.startswith("fusion_"))
         forward = 2 * matrices * math.prod(self.shapes[-1][:-1])
         return {FORWARD: forward, BOTH: 3 * forward}
@@ -66,9 +59,7 @@ class LayerRow:
         parameters = {name: draw(shape) / shape[-1] ** 0.5 for name, shape in self.parameters.items()}
         layer = self.layer().to(dtype)
         if isinstance(layer, nn.CPBilinear):
-            layer.load_state_dict(
-                parameters
-            )  # of no original, the names are its own; torch.nn.Bilinear's weights follow
+            layer.load_state_dict(parameters)  # no published code: the row has the layer's own names
             first, second, weight = (parameters[f"{own}weight"] for own in ("linears.0.", "linears.1.", ""))
             parameters["dense"] = torch.einsum("or,ri,rj->oij", weight, first, second)
         else:
@@ -94,13 +85,13 @@ def _lmf_row(rank: int, outputs: int) -> LayerRow:
     return LayerRow(
         f"L1 R={rank} O={outputs}",
         f"LMF, B={rows}, d={'/'.join(map(str, dims))}, R={rank}, O={outputs}",
+        tuple((rows, d) for d in dims),
+        (Floor(BOTH, "naive", 1.5),),
         lambda: nn.LowRankFusion(dims, outputs, rank),
         {f"{name}_factor": (rank, d + 1, outputs) for name, d in factors}
         | {"fusion_weights": (1, rank), "fusion_bias": (1, outputs)},
         {"naive": _lmf},
-        tuple((rows, d) for d in dims),
         (True, True, True),
-        (Floor(BOTH, "naive", 1.5),),
     )
 
 
@@ -117,7 +108,7 @@ def _normalized(z: Tensor) -> Tensor:
 
 
 def _pooled(terms: int, normalize: bool, rate: float) -> Callable[..., Tensor]:
-    """MLB (one term) and MFB."""
+    """Return the code of MLB (one term) and of MFB."""
 
     def code(p: Parameters, training: bool, x0: Tensor, x1: Tensor) -> Tensor:
         x0, x1 = functional.relu(_linear(p, "linear0", x0)), functional.relu(_linear(p, "linear1", x1))
@@ -143,7 +134,7 @@ def _mutan(rank: int, rate: float) -> Callable[..., Tensor]:
 
 
 def _attention(code: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Fuse every region with the question, which is repeated for each."""
+    """Return the code that fuses every region with the question, repeated for each region."""
 
     def attend(p: Parameters, training: bool, question: Tensor, regions: Tensor) -> Tensor:
         batch, count, _ = regions.shape
@@ -181,11 +172,11 @@ def _pooling_rows(name: str, pairs: dict[str, Any], attention: dict[str, Any]) -
         sizes = f"{dims[0]}+{dims[1]} → {mm}{'·' + str(terms) if terms > 1 else ''} → {outputs}"
         return LayerRow(
             f"L2 {name} {work}",
-            f"{name}, {kind.pop('what')}, {sizes}",
-            lambda: getattr(nn, name)(dims, outputs, **o),
-            _maps(**maps),
-            {"naive": code},
+            f"{name}, {kind.pop('use')}, {sizes}",
             floors=(Floor(BOTH, "naive", 1.3),),
+            layer=lambda: getattr(nn, name)(dims, outputs, **o),
+            parameters=_maps(**maps),
+            codes={"naive": code},
             **kind,
         )
 
@@ -196,7 +187,7 @@ def _pooling_rows(name: str, pairs: dict[str, Any], attention: dict[str, Any]) -
             (100, 100),
             200,
             pairs,
-            what=f"VRD's classes, B={rows}",
+            use=f"VRD's classes, B={rows}",
             shapes=((rows, 100),) * 2,
             trained=(True, True),
         ),
@@ -205,7 +196,7 @@ def _pooling_rows(name: str, pairs: dict[str, Any], attention: dict[str, Any]) -
             (4800, 2048),
             1000,
             attention,
-            what=f"VQA's attention, {BATCH} questions, {REGIONS} regions each",
+            use=f"VQA's attention, {BATCH} questions, {REGIONS} regions each",
             shapes=((BATCH, 1, 4800), (BATCH, REGIONS, 2048)),
             trained=(True, False),
         ),
@@ -234,12 +225,12 @@ def _bilinear_row(rank: int, in1: int, in2: int, outputs: int, rows: int) -> Lay
     return LayerRow(
         f"L3 R={rank}",
         f"CPBilinear({in1}, {in2}, {outputs}, rank={rank}), B={rows}; naive: nn.Bilinear",
+        ((rows, in1), (rows, in2)),
+        (Floor(BOTH, "naive", 10), Floor(BOTH, "einsum", 1.2)),
         lambda: nn.CPBilinear(in1, in2, outputs, rank),
         factors | {"bias": (outputs,)},
         {"naive": _dense, "einsum": _einsum, "by hand": _by_hand},
-        ((rows, in1), (rows, in2)),
         (True, True),
-        (Floor(BOTH, "naive", 10), Floor(BOTH, "einsum", 1.2)),
     )
 
 

@@ -1,8 +1,9 @@
-"""What this machine is, what it can do, its clock, and how much memory a call takes at its peak.
+"""The machine: its description, its limits, its clock, and the memory that a call takes at its peak.
 
-The limits are what torch and NumPy reach here, in the same process and with the same threads: the faster of two ways to
-read and of two ways to copy, and ``torch.mm`` for the rate of fused multiply-adds. They are
-proxies: a kernel may pass 100%. What lives elsewhere: what of this a GPU does in its own way (``gpu.py``).
+The limits are the rates of torch and NumPy in the same process and with the same threads: the faster of two ways to read
+and of two ways to copy, and ``torch.mm`` for the rate of fused multiply-adds. They are proxies: a kernel may pass 100%.
+What lives elsewhere: the same of a GPU, where it differs (``gpu.py``); the rows (``rows.py``, ``layers.py``), of which a
+machine knows nothing.
 """
 
 from __future__ import annotations
@@ -26,14 +27,11 @@ import torch
 
 import fusionsum as fs
 
-from .layers import LAYERS, LayerRow
-from .rows import BACKWARD, BOTH, FORWARD, ROWS, Row
-
-Call = Callable[[], Any]
+Thunk = Callable[[], Any]  # a call to time, its arguments bound
 
 
 def _flat(arrays: list[torch.Tensor]) -> list[torch.Tensor]:
-    """View the arrays as float32, whatever they hold."""
+    """View the arrays' bytes as float32, whatever their dtypes."""
     return [x.detach().reshape(-1).view(torch.float32) for x in arrays]
 
 
@@ -45,13 +43,12 @@ class Cpu:
     """The processor, with as many threads as torch has."""
 
     device = "cpu"
-    rows = (*ROWS, *LAYERS)
-    compiler = os.environ.get("CXX", "g++")  # what torch.compile needs
+    compiler = os.environ.get("CXX", "g++")  # torch.compile's
     limit = "torch or NumPy reads (forward), copies (backward) or does both with the same bytes"
     memory = "the resident set"
 
     def describe(self) -> dict[str, Any]:
-        """CPU, caches, versions and load, as JSON."""
+        """Return CPU, caches, versions and load, as JSON."""
         cpuinfo = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
         caches = {}
@@ -74,34 +71,34 @@ class Cpu:
             "load_before": os.getloadavg(),
         }
 
-    def seconds(self, call: Call, calls: int = 1) -> float:
-        """Time so many calls in a row; return the seconds of one."""
+    def seconds(self, call: Thunk, calls: int = 1) -> float:
+        """Time a call, `calls` times in a row; return the seconds per call."""
         start = time.perf_counter()
         for _ in repeat(None, calls):
             call()
         return (time.perf_counter() - start) / calls
 
-    def prepared(self, row: Row | LayerRow, make: Callable[[], Call]) -> Call:
-        """Make the call that is timed for a row."""
+    def prepared(self, make: Callable[[], Thunk], graphed: bool) -> Thunk:
+        """Make the call that is timed; only a GPU has graphs."""
         return make()
 
-    def fastest(self, ways: list[Call]) -> tuple[float, Call]:
-        """Return the seconds of the fastest way, by the best of 5 after a warm-up, and the way."""
+    def fastest(self, ways: list[Thunk]) -> tuple[float, Thunk]:
+        """Return the seconds of the fastest of these calls, by the best of 5 after a warm-up, and the call."""
         best = []
         for way in ways:
             way()
             best.append((min(self.seconds(way) for _ in range(5)), way))
         return min(best, key=lambda pair: pair[0])
 
-    def reader(self, arrays: list[torch.Tensor]) -> tuple[float, Call]:
-        """Find the fastest way to read these arrays once: a sum or a maximum of their bits as float32."""
+    def reader(self, arrays: list[torch.Tensor]) -> tuple[float, Thunk]:
+        """Return the fastest way to read these arrays once, a sum or a maximum of their bytes as float32."""
         flat = _flat(arrays)
         return self.fastest([lambda: [x.sum() for x in flat], lambda: [x.amax() for x in flat]])
 
-    def copier(self, arrays: list[torch.Tensor]) -> tuple[float, Call]:
-        """Find the fastest way to copy these arrays: torch's, or libc's memcpy (streaming stores) in NumPy threads."""
+    def copier(self, arrays: list[torch.Tensor]) -> tuple[float, Thunk]:
+        """Return the fastest way to copy these arrays, torch's or libc's memcpy (streaming stores) in NumPy threads."""
         pairs, threads = [(torch.empty_like(x), x) for x in _flat(arrays)], torch.get_num_threads()
-        ways: list[Call] = [lambda: [to.copy_(x) for to, x in pairs]]
+        ways: list[Thunk] = [lambda: [to.copy_(x) for to, x in pairs]]
         if self.device == "cpu":
             pool = ThreadPoolExecutor(threads)
             parts = [
@@ -113,13 +110,13 @@ class Cpu:
         return self.fastest(ways)
 
     def limits(self) -> dict[str, float]:
-        """Read and copy bandwidth, the rate of multiply-adds by ``torch.mm``, and of exp within the cache."""
+        """Return read and copy bandwidth, the rate of multiply-adds by ``torch.mm``, and of exp within the cache."""
         small = torch.randn(2**16)
         exp = self.fastest([partial(torch.exp, small, out=torch.empty_like(small))])[0]
         return self.rates(2**26, 2048) | {"exp_per_s": small.numel() / exp}
 
     def rates(self, count: int, side: int) -> dict[str, float]:
-        """Bandwidth over so many floats, and the rate of multiply-adds in a product of matrices of that side."""
+        """Return the bandwidths over `count` floats, and the rate of multiply-adds of square matrices of that side."""
         big, square = torch.ones(count, device=self.device), torch.randn(side, side, device=self.device)
         read, copy = self.reader([big])[0], self.copier([big])[0]
         product = self.fastest([partial(torch.mm, square, square, out=torch.empty_like(square))])[0]
@@ -130,13 +127,12 @@ class Cpu:
             "gflop_per_s": 2 * side**3 / product / 1e9,
         }
 
-    def transfers(self, factors: list[torch.Tensor]) -> dict[str, Call]:
-        """Return the limit of each phase: calls that move as many bytes as a row of these factors must."""
-        read, copy = self.reader(factors)[1], self.copier(factors)[1]
-        return {FORWARD: read, BACKWARD: copy, BOTH: lambda: (read(), copy())}
+    def transfers(self, arrays: list[torch.Tensor]) -> tuple[Thunk, Thunk]:
+        """Return a call that moves as many bytes as these arrays have, and one that moves twice as many."""
+        return self.reader(arrays)[1], self.copier(arrays)[1]
 
-    def peak_extra(self, call: Call, given_back: int) -> int | None:
-        """Return the bytes a call takes at its peak beyond what it gives back, by the resident set; None if not on Linux.
+    def peak_extra(self, call: Thunk, given_back: int) -> int | None:
+        """Return the bytes a call takes at its peak beyond its results, by the resident set; None if not on Linux.
 
         Freed memory is returned to the system first (``malloc_trim``), so that taking it again shows; then the kernel's
         record of the peak is reset (``clear_refs``) and read after the call. Resolution: some hundred KiB.

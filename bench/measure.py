@@ -1,9 +1,9 @@
 """One row, measured: its contenders, their agreement, the interleaved timing, errors and memory.
 
-A timed pair is one batch of ours and at once one batch of the contender's; what is reported is the median of the pairs'
-ratios, with quartiles. The machine's limit is one of the contenders: it reads, copies or does both, with the row's own
-arrays, so that a working set which fits a cache is held to that cache's bandwidth. What lives elsewhere: the clock and
-the limits (``machine.py``, ``gpu.py``).
+A timed pair is a batch of our calls and, directly after it, a batch of the contender's; the report has the median of the
+pairs' ratios, with quartiles. The machine's limit is one of the contenders: it reads, copies or does both, with the row's
+own arrays, so that a working set which fits a cache is held to that cache's bandwidth. What lives elsewhere: the clock
+and the limits (``machine.py``, ``gpu.py``).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 import fusionsum as fs
 
 from .layers import LayerRow
-from .machine import Call, Cpu
-from .rows import BACKWARD, BOTH, FORWARD, Row
+from .machine import Cpu, Thunk
+from .rows import BACKWARD, BOTH, FORWARD, Row, SumRow
 
 BATCH_SECONDS = 0.01  # a timed batch lasts at least about this long: a clock tick or an interrupt is then below 1%
 
@@ -47,37 +47,37 @@ def _threads(count: int) -> Iterator[None]:
 
 @dataclass
 class Contender:
-    """A call on operands of its own; `grad_output` has its output's dtype and is None for NumPy."""
+    """A way to compute a row's result, and its operands; `grad_output` has the result's dtype, and is None for NumPy."""
 
-    forward: Call
+    forward: Thunk
     operands: list[Any]
-    same: bool = True  # as ours: whether its result must agree
+    same: bool = True  # whether its result must agree with ours
     grad_output: torch.Tensor | None = None
     output_bytes: int = 0
 
     def both(self) -> Any:
-        """Forward and backward, into fresh gradients."""
+        """Go forward and backward, into fresh gradients; return the output."""
         for x in self.operands:
             x.grad = None
         output = self.forward()
         output.backward(self.grad_output)
         return output
 
-    def prepared(self, phase: str) -> Call:
-        """Return the call of a phase; the backward pass alone goes again and again from one forward pass."""
+    def prepared(self, phase: str) -> Thunk:
+        """Return the call of a phase; the backward pass alone is repeated after one forward pass."""
         if phase != BACKWARD:
             return self.forward if phase == FORWARD else self.both
         return partial(torch.autograd.grad, self.forward(), self.operands, self.grad_output, retain_graph=True)
 
     def results(self) -> list[torch.Tensor]:
-        """Output and gradients; of NumPy's the output."""
+        """Return output and gradients; of NumPy, which has none, the output."""
         if self.grad_output is None:
             return [torch.from_numpy(self.forward())]
         return [self.both().detach(), *(x.grad for x in self.operands)]
 
 
-def contenders(row: Row, machine: Cpu, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Ours and the others, and the reasons of those left out."""
+def contenders(row: SumRow, machine: Cpu, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Return ours and the other contenders, and the reasons of those left out."""
     (naive, einsum), (operands, masks) = row.code, row.build(machine.device)
     keywords: dict[str, Any] = {}
     if row.activations:
@@ -122,7 +122,7 @@ def contenders(row: Row, machine: Cpu, compiled: bool) -> tuple[dict[str, Conten
 
 
 def _uncompiled(machine: Cpu, wanted: bool) -> str:
-    """Say why torch.compile is left out; nothing if it is not."""
+    """Return the reason why torch.compile is left out; empty if it is not."""
     if not wanted:
         return "--quick"
     return "" if shutil.which(machine.compiler) else f"no compiler ({machine.compiler})"
@@ -134,7 +134,7 @@ def _compiled(code: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def layer_contenders(row: LayerRow, machine: Cpu, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Ours and the others, in training mode; each has its own gradients of all parameters and inputs to form."""
+    """Return ours and the other contenders, in training mode; each forms its own gradients of all parameters and inputs."""
     layer, parameters, inputs = row.build()
     entered = {"ours": Contender(partial(layer, *inputs), [*layer.parameters(), *inputs])}
     codes, reason = dict(row.codes), _uncompiled(machine, compiled)
@@ -157,8 +157,8 @@ def layer_errors(row: LayerRow) -> dict[str, dict[str, float]]:
     Raises
     ------
     AssertionError
-        If ours and another differ by more than 1e-9 in float64: roundings make no such difference there, and in float32
-        the square roots of a normalisation would let them.
+        If a contender differs from naive by more than 1e-9 in float64, more than any rounding there. In float32 the
+        square roots of a normalisation would magnify roundings.
     """
     results = {}
     for dtype in (torch.float64, torch.float32):
@@ -183,13 +183,13 @@ def layer_errors(row: LayerRow) -> dict[str, dict[str, float]]:
     return {name: {FORWARD: found[0], BOTH: max(found)} for name, found in errors.items()}
 
 
-def errors(row: Row, machine: Cpu, entered: dict[str, Contender]) -> dict[str, dict[str, float]]:
+def errors(row: SumRow, machine: Cpu, entered: dict[str, Contender]) -> dict[str, dict[str, float]]:
     """Return each contender's greatest error against the naive form in float64, relative to the greatest value.
 
     Raises
     ------
     AssertionError
-        If one differs from ours by more than 4 roundings of the row's dtype and 64 of float32, in which all sums are.
+        If a contender differs from ours by more than 4 roundings of the row's dtype and 64 of float32, the accumulator's.
     """
     operands, masks = row.build(machine.device)
     wide: list[Any] = [x.double() for x in operands]
@@ -216,22 +216,22 @@ def errors(row: Row, machine: Cpu, entered: dict[str, Contender]) -> dict[str, d
         theirs = contender.results()
         for i, distance in enumerate(distances(theirs, ours)):
             if not distance <= tolerance:
-                what = f"gradient of operand {i - 1}" if i else "output"
-                raise AssertionError(f"{row.name}: {name} and fusion_sum differ by {distance:.1e} in the {what}")
+                place = f"gradient of operand {i - 1}" if i else "output"
+                raise AssertionError(f"{row.name}: {name} and fusion_sum differ by {distance:.1e} in the {place}")
         error = distances(theirs, exact)
         found[name] = {FORWARD: error[0], BOTH: max(error)}
     return found
 
 
-def _calls(machine: Cpu, call: Call, least: int) -> int:
-    """Warm up, and say how many calls make a batch."""
+def _calls(machine: Cpu, call: Thunk, least: int) -> int:
+    """Warm up, and return how many calls make a batch."""
     calls = least
     while machine.seconds(call, calls) * calls < BATCH_SECONDS:
         calls *= 2
     return calls
 
 
-def compare(machine: Cpu, ours: Call, others: dict[str, Call], pairs: int, least: int = 1) -> dict[str, Any]:
+def compare(machine: Cpu, ours: Thunk, others: dict[str, Thunk], pairs: int, least: int = 1) -> dict[str, Any]:
     """Time ours against each other call, in adjacent batches."""
     our_calls = _calls(machine, ours, least)
     our_seconds, against = [], {}
@@ -240,7 +240,7 @@ def compare(machine: Cpu, ours: Call, others: dict[str, Call], pairs: int, least
     try:
         for name, call in others.items():
             calls = _calls(machine, call, least)
-            for each, count in ((ours, our_calls), (call, calls)):  # malloc sees this sequence, and faults no more
+            for each, count in ((ours, our_calls), (call, calls)):  # after one such pair malloc faults no more pages
                 machine.seconds(each, count)
             seconds, faults = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(pairs):
@@ -258,31 +258,37 @@ def compare(machine: Cpu, ours: Call, others: dict[str, Call], pairs: int, least
     return {"seconds": float(np.median(our_seconds)), "contenders": against}
 
 
-def measure(row: Row | LayerRow, machine: Cpu, pairs: int, threads: int, compiled: bool, bar: Any) -> dict[str, Any]:
+def transfers(machine: Cpu, arrays: list[torch.Tensor]) -> dict[str, Thunk]:
+    """Return the limit of each phase: calls that move as many bytes as a row whose factors are these arrays has to."""
+    once, twice = machine.transfers(arrays)
+    return {FORWARD: once, BACKWARD: twice, BOTH: lambda: (once(), twice())}
+
+
+def measure(row: SumRow | LayerRow, machine: Cpu, pairs: int, threads: int, compiled: bool, bar: Any) -> dict[str, Any]:
     """Measure one row in all its phases; the result is JSON."""
     threads = row.threads or threads
     with _threads(threads):
         bar.set_description(f"{row.name} agreement")
-        torch.tanh(torch.ones(1))  # torch's first tanh, if on two threads, was off by 1e-3 in 1 of 20 processes
+        torch.tanh(torch.ones(1))  # torch's first tanh in a process, on two threads, was off by 1e-3 in 1 of 20
         if isinstance(row, LayerRow):
             (entered, skipped), error = layer_contenders(row, machine, compiled), layer_errors(row)
         else:
             entered, skipped = contenders(row, machine, compiled)
             error = errors(row, machine, entered)
-        transfer: dict[str, Call] = {}
-        if row.limited:
-            transfer = machine.transfers([torch.as_tensor(x) for x in entered["ours"].operands[1:]])
-        else:
+        limits: dict[str, Thunk] = {}
+        if row.unlimited:
             skipped["limit"] = row.unlimited
+        else:
+            limits = transfers(machine, [torch.as_tensor(x) for x in entered["ours"].operands[1:]])
 
         phases = {}
         for phase in row.phases:
             bar.set_description(f"{row.name} {phase}")
-            phases[phase] = _phase(row, phase, machine, entered, transfer, pairs)
+            phases[phase] = _phase(row, phase, machine, entered, limits, pairs)
             phases[phase]["error"] = {name: found[phase] for name, found in error.items() if phase in found}
             bar.update()
     result = {"name": row.name, "work": row.work, "threads": threads, "skipped": skipped, "phases": phases}
-    result["memory_floor"] = not isinstance(row, LayerRow)  # a layer keeps its projections for backward
+    result["memory_floor"] = row.memory_floor
     result["floors"] = [
         {"phase": floor.phase, "against": floor.against, "ratio": floor.ratio, "at_most": floor.at_most}
         | {"passed": floor.passed(reached["ratio"]["median"])}
@@ -293,15 +299,15 @@ def measure(row: Row | LayerRow, machine: Cpu, pairs: int, threads: int, compile
 
 
 def _phase(
-    row: Row | LayerRow, phase: str, machine: Cpu, entered: dict[str, Contender], transfer: dict[str, Call], pairs: int
+    row: Row, phase: str, machine: Cpu, entered: dict[str, Contender], limits: dict[str, Thunk], pairs: int
 ) -> dict[str, Any]:
     with torch.no_grad() if phase == FORWARD else contextlib.nullcontext():
-        # Backward alone is repeated; torch.compile's reuses the memory of what it saved, so goes once.
+        # Backward alone is repeated, which torch.compile's cannot be: it reuses the memory of its saved tensors.
         timed = {name: c for name, c in entered.items() if phase != BACKWARD or name != "torch.compile"}
-        calls = {name: machine.prepared(row, partial(c.prepared, phase)) for name, c in timed.items()}
+        calls = {name: machine.prepared(partial(c.prepared, phase), row.graphed) for name, c in timed.items()}
         others = {name: call for name, call in calls.items() if name != "ours"}
-        if phase in transfer:
-            others["limit"] = transfer[phase]
+        if phase in limits:
+            others["limit"] = limits[phase]
         result = compare(machine, calls["ours"], others, pairs, row.calls)
         result["extra_bytes"] = {
             name: None if row.graphed else _extra(phase, machine, calls[name], entered[name])
@@ -311,8 +317,8 @@ def _phase(
     return result
 
 
-def _extra(phase: str, machine: Cpu, call: Call, contender: Contender) -> int | None:
-    """Peak memory beyond the output and the gradients, which are allocated by the call."""
+def _extra(phase: str, machine: Cpu, call: Thunk, contender: Contender) -> int | None:
+    """Return the peak memory of a call beyond its output and its gradients, which it allocates too."""
     given_back = 0 if phase == BACKWARD else contender.output_bytes
     if phase != FORWARD:
         given_back += sum(x.nbytes for x in contender.operands)

@@ -1,4 +1,4 @@
-"""The result as JSON, as a Markdown table with the floors beside what was reached, and as a picture."""
+"""The result as JSON, as a Markdown table with the floors beside the ratios, and as a picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from .rows import BOTH, FORWARD
 
 OURS, PALE, THEIRS, GREY = "#1b6ca8", "#8bbbdd", "#d1495b", "#666666"
-LEAST_MEMORY = 2**20  # bytes; the floor is threads x n x a small constant, which the resident set cannot resolve
+LEAST_MEMORY = 2**20  # bytes; our extra memory is threads x n x a small constant, less than the resident set resolves
 HEADER = (
     "| # | work | phase | time | vs naive | vs einsum | vs torch.compile | of the limit | other | GB/s "
     "| extra memory, MiB: ours / naive | error: ours / naive |"
@@ -32,7 +32,7 @@ def write(result: dict[str, Any], folder: Path) -> Path:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the machine, how it was measured, the table and what was left out."""
+    """Return the machine, the method, the table and the contenders that were left out."""
     machine, limits, settings = result["machine"], result["limits"], result["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     rates = f"read {limits['read_gb_per_s']:.1f} GB/s, {limits['gflop_per_s']:.0f} GFLOP/s (`torch.mm`)"
@@ -48,8 +48,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{machine['torch_isa']}. {versions}. Load {machine['load_before'][0]:.2f} before, "
         f"{machine['load_after'][0]:.2f} after.",
         "",
-        f"{settings['threads']} threads (P4: one). Limits measured in this run: {rates}; copy, counting what is read and "
-        "what is written, is the table's first row.",
+        f"{settings['threads']} threads (P4: one). Limits measured in the same process: {rates}; copy, counting bytes read "
+        "and bytes written, is the table's first row.",
         "",
         f"Ratios are the contender's time by ours: the median of {settings['pairs']} interleaved pairs (quartiles), "
         f"then the floor. *Of the limit*: the time in which {settings['limit']}, by ours. GB/s count compulsory traffic "
@@ -66,8 +66,8 @@ def markdown(result: dict[str, Any]) -> str:
         for phase in row["phases"]:
             lines.append(_line(row, phase))
     lines += ["", f"Floors reached: {sum(floor['passed'] for floor in floors)} of {len(floors)} measured."]
-    reasons = [(row["name"], what, why) for row in result["rows"] for what, why in row["skipped"].items()]
-    lines += ["", *(f"* {name}: no {what}: {why}." for name, what, why in reasons)]
+    reasons = [(row["name"], left_out, why) for row in result["rows"] for left_out, why in row["skipped"].items()]
+    lines += ["", *(f"* {name}: no {left_out}: {why}." for name, left_out, why in reasons)]
     return "\n".join(lines) + "\n"
 
 
@@ -136,9 +136,9 @@ def _error(value: float | None) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Left the roofline, each row under the bandwidth of its own working set; right the ratios, with the floors.
+    """Draw the roofline, each row under the bandwidth of its own working set, and beside it the ratios with the floors.
 
-    Layers are not in the roofline: what they are counted as having to do is what the published code does.
+    Layers are not in the roofline: their operations and bytes are counted of the published code, not of ours.
     """
     sums = [row for row in result["rows"] if row["memory_floor"]]
     if sums:
@@ -206,7 +206,7 @@ def _intensity(row: dict[str, Any]) -> float:
 
 
 def _apart(values: list[float]) -> list[float]:
-    """Spread like values (within 30%) round their middle, for most rows have one of two intensities."""
+    """Spread values within 30% of each other round their middle, for most rows have one of two intensities."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     groups: list[list[int]] = []
     for i in order:
@@ -238,7 +238,7 @@ def _draw_ratios(axes: Any, rows: list[dict[str, Any]]) -> None:
             for floor in row["floors"]:
                 if (floor["phase"], floor["against"]) == (phase, against):
                     axes.plot([floor["ratio"]] * 2, [i + offset - 0.12, i + offset + 0.12], color="black", lw=1.5)
-    if axes.dataLim.x1 > 100:  # torch.nn.Bilinear would hide all else
+    if axes.dataLim.x1 > 100:  # on a linear scale the bar of torch.nn.Bilinear would hide all others
         axes.set_xscale("log")
     axes.axvline(1, color="black", lw=0.6)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])

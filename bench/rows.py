@@ -1,15 +1,16 @@
-"""The rows: what is measured, how its user writes it without us, and the floor it has to reach.
+"""The rows: the sums that are measured, a user's code for each without us, and the floors to reach.
 
-What lives here: shapes, dtypes, the contenders' code, the floors, the count of bytes and FLOPs. What lives elsewhere:
-whole layers (``layers.py``), how it is timed (``measure.py``). A new row is one entry of `ROWS`.
+What lives here: the record of a row; shapes, dtypes, the contenders' code, the floors, the count of bytes and FLOPs of
+sums. What lives elsewhere: whole layers (``layers.py``), timing (``measure.py``). A new row is one entry of `ROWS`.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ FORWARD, BACKWARD, BOTH = PHASES = ("forward", "backward", "forward + backward")
 
 @dataclass(frozen=True)
 class Floor:
-    """In this phase, the contender's time by ours is at least `ratio`; or, `at_most`, ours by theirs at most."""
+    """A goal: the contender's time divided by ours is at least `ratio`; `at_most`: ours by the contender's is at most."""
 
     phase: str
     against: str
@@ -27,42 +28,70 @@ class Floor:
     at_most: bool = False
 
     def passed(self, ratio: float) -> bool:
-        """Judge the contender's time by ours."""
+        """Return whether the contender's time divided by ours reaches the goal."""
         return 1 / ratio <= self.ratio if self.at_most else ratio >= self.ratio
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table; B rows, n terms, O outputs, K candidates, M = ``len(shapes)`` modalities."""
+class Row(ABC):
+    """One row of the benchmark: a sum (`SumRow`) or a whole layer (``layers.LayerRow``)."""
 
     name: str
     work: str
-    shapes: tuple[tuple[int, ...], ...]  # of the factors
-    weights: tuple[int, ...]
-    code: tuple[
-        Callable[..., Any], Callable[..., Any] | None
-    ]  # as a user writes it: naively, and by einsum where it can
+    shapes: tuple[tuple[int, ...], ...]  # of the factors, or of the layer's inputs
     floors: tuple[Floor, ...]
+    _: KW_ONLY
+    threads: int = 0  # 0: as many as asked for
+    calls: int = 1  # per timed batch, at least
+    graphed: bool = False  # replayed from a CUDA graph
+
+    memory_floor: ClassVar[bool]  # whether ours must need no more than a constant of extra memory
+
+    @property
+    @abstractmethod
+    def phases(self) -> tuple[str, ...]:
+        """The phases that are timed."""
+
+    @property
+    @abstractmethod
+    def unlimited(self) -> str:
+        """The reason why the machine's limit is no contender; empty if it is one."""
+
+    @property
+    @abstractmethod
+    def bytes(self) -> dict[str, int]:
+        """Compulsory traffic of each phase."""
+
+    @property
+    @abstractmethod
+    def flop(self) -> dict[str, int]:
+        """Operations of each phase."""
+
+
+@dataclass(frozen=True)
+class SumRow(Row):
+    """A call of `fusion_sum`; B rows, n terms, O outputs, K candidates, M = ``len(shapes)`` modalities."""
+
+    weights: tuple[int, ...]
+    code: tuple[Callable[..., Any], Callable[..., Any] | None]  # a user's: naive, and by einsum, which not all have
+    _: KW_ONLY
     dtype: torch.dtype = torch.float32  # of the factors; the weights are float32
     activations: tuple[str | None, ...] | None = None
     masked: bool = False
     dim: int = -1
     arrays: str = "torch"
-    threads: int = 0  # 0: as many as asked for
-    calls: int = 1  # per timed batch, at least
-    graphed: bool = False  # replayed from a CUDA graph
 
-    unlimited = "it is overhead, not bandwidth"
-
-    @property
-    def limited(self) -> bool:
-        """Whether bandwidth is its limit: below 1 MiB a torch call's own overhead exceeds the transfer to measure."""
-        return self.bytes[FORWARD] >= 2**20
+    memory_floor = True
 
     @property
     def phases(self) -> tuple[str, ...]:
         """NumPy has no backward."""
         return (FORWARD,) if self.arrays == "numpy" else PHASES
+
+    @property
+    def unlimited(self) -> str:
+        """Bandwidth is no limit below 1 MiB, where a torch call's own overhead exceeds the transfer to measure."""
+        return "" if self.bytes[FORWARD] >= 2**20 else "it is overhead, not bandwidth"
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -148,21 +177,21 @@ _P10 = (Floor(FORWARD, "naive", 4), Floor(FORWARD, "einsum", 4))
 
 # The floors are goals, not promises. P10's contenders are loops and element-wise operations: none calls BLAS, so that
 # the choice of OpenBLAS kernel does not matter to it.
-ROWS: tuple[Row, ...] = (
-    Row("P1", "M=2, B=65536, n=512", _BIG, (512,), PAIRED, _P1),
-    Row("P2", "M=2, B=8192, n=512", _MIDDLE, (512,), PAIRED, _floors(4, 3.8, 2.8)),
-    Row("P3", "M=2, B=1024, n=256", ((1024, 256),) * 2, (256,), PAIRED, _floors(2.5, 2.5, 2.5)),
-    Row("P4", "M=2, B=64, n=64", ((64, 64),) * 2, (64,), PAIRED, _floors(1.8, 1.2, 3), threads=1, calls=200),
-    Row("P5 bf16", "P1 in bf16, f32 weights", _BIG, (512,), PAIRED, _P5, torch.bfloat16),
-    Row("P5 f16", "P1 in f16, f32 weights", _BIG, (512,), PAIRED, _P5, torch.float16),
-    Row("P6", "M=3, tanh and sigmoid, B=16384, n=512", _THREE, (512,), ACTIVATED, _floors(4, 4, 2), activations=_P6),
-    Row("P7", "M=3, 30% absent, B=16384, n=512", _THREE, (512,), MASKED, _P7, masked=True),
-    Row("P8", "B=4096, R=16, O=128, dim=1", ((4096, 16, 128),) * 2, (16, 1), VECTOR, _floors(2.5, 3, 2), dim=1),
-    Row("P9", "candidates, B=512, K=256, n=256", _ENTITIES, (256,), CANDIDATES, _floors(3, 3, 2)),
-    Row("P10", "NumPy, B=8192, n=512", _MIDDLE, (512,), NUMPY, _P10, arrays="numpy"),
+ROWS: tuple[SumRow, ...] = (
+    SumRow("P1", "M=2, B=65536, n=512", _BIG, _P1, (512,), PAIRED),
+    SumRow("P2", "M=2, B=8192, n=512", _MIDDLE, _floors(4, 3.8, 2.8), (512,), PAIRED),
+    SumRow("P3", "M=2, B=1024, n=256", ((1024, 256),) * 2, _floors(2.5, 2.5, 2.5), (256,), PAIRED),
+    SumRow("P4", "M=2, B=64, n=64", ((64, 64),) * 2, _floors(1.8, 1.2, 3), (64,), PAIRED, threads=1, calls=200),
+    SumRow("P5 bf16", "P1 in bf16, f32 weights", _BIG, _P5, (512,), PAIRED, dtype=torch.bfloat16),
+    SumRow("P5 f16", "P1 in f16, f32 weights", _BIG, _P5, (512,), PAIRED, dtype=torch.float16),
+    SumRow("P6", "M=3, tanh and sigmoid, B=16384, n=512", _THREE, _floors(4, 4, 2), (512,), ACTIVATED, activations=_P6),
+    SumRow("P7", "M=3, 30% absent, B=16384, n=512", _THREE, _P7, (512,), MASKED, masked=True),
+    SumRow("P8", "B=4096, R=16, O=128, dim=1", ((4096, 16, 128),) * 2, _floors(2.5, 3, 2), (16, 1), VECTOR, dim=1),
+    SumRow("P9", "candidates, B=512, K=256, n=256", _ENTITIES, _floors(3, 3, 2), (256,), CANDIDATES),
+    SumRow("P10", "NumPy, B=8192, n=512", _MIDDLE, _P10, (512,), NUMPY, arrays="numpy"),
 )
 
-# On a GPU the floor is its copy bandwidth, where nothing but the bytes should count.
+# On a GPU the floor is its copy bandwidth, of the rows whose time the bytes alone should determine.
 _COPY, _COPIES = tuple(Floor(phase, "limit", 0.85) for phase in (FORWARD, BACKWARD)), ("P1", "P5 bf16", "P5 f16", "P6")
 _ON_GPU = [
     replace(row, floors=_COPY if row.name in _COPIES else ()) for row in ROWS if row.name not in ("P2", "P3", "P10")
@@ -174,7 +203,7 @@ CUDA_ROWS = (*_ON_GPU, *_GRAPHED)
 
 
 def select(names: str, rows: Sequence[Any] = ROWS) -> list[Any]:
-    """Return the rows of a comma-separated list, all of them if it is empty; P5 means both its dtypes."""
+    """Return the rows of a comma-separated list of names, all rows if it is empty; P5 means both dtypes of P5."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     known = list(dict.fromkeys(row.name.split()[0] for row in rows))
     unknown = [name for name in wanted if name not in known]

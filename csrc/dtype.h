@@ -1,7 +1,8 @@
-// The types of the list of dtypes (lists.h), and their conversions one value at a time. Vector conversions are each instruction
-// set's own.
+// The types of the list of dtypes (lists.h), and their conversions one value at a time. Vector conversions are each
+// instruction set's own.
 //
-// Included inside an instruction set's namespace (cpu/simd/<isa>.h): no symbol compiled with that set's flags may be shared.
+// Included inside an instruction set's namespace (cpu/simd/<isa>.h): no symbol compiled with that set's flags may be
+// shared.
 
 struct Bf16 {
   uint16_t bits;
@@ -68,7 +69,8 @@ FUSIONSUM_INLINE void narrow(float x, F16* to) {
   }
   to->bits = static_cast<uint16_t>(sign | half);
 }
-// From a float64 the 16-bit types round once: to odd in float32 first, which leaves the second rounding its ties.
+// A float64 is rounded to a 16-bit type by way of float32. The first step rounds to odd: an inexact result gets an odd
+// last bit, so that it never looks like a tie to the second step, and both steps together round as one would.
 FUSIONSUM_INLINE float round_to_odd(double x) {
   const float f = static_cast<float>(x);
   if (static_cast<double>(f) == x || x != x || (bits_of(f) & 0x7fffffffu) == 0x7f800000u) return f;

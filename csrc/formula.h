@@ -1,10 +1,10 @@
 // The mathematics, once: the product of operands with each of its partial derivatives, and the activations with theirs.
 // Templated on the value type V: one number, or a vector of them in any instruction set.
 //
-// Included inside an instruction set's namespace (cpu/simd/<isa>.h), which supplies for its V: Scalar<V> and, by the names below,
-// madd (a*b+c, fused where that is cheap), fused (a*b+c rounded once), abs, copysign, at_least, at_most, select,
-// select_negative (by the sign of its first argument) and scaled (a * 2^n, rounded once, for the n of exp_of_negative). Errors
-// are measured by tests/test_kernel.py.
+// Included inside an instruction set's namespace (cpu/simd/<isa>.h), which supplies for its V: Scalar<V> and, by the
+// names below, madd (a*b+c, fused where that is cheap), fused (a*b+c rounded once), abs, copysign, at_least, at_most,
+// select, select_negative (by the sign of its first argument) and scaled (a * 2^n, rounded once, for the n of
+// exp_of_negative). Errors are measured by tests/test_kernel.py.
 
 #define FUSIONSUM_PRAGMA(text) _Pragma(#text)
 #if defined(__CUDACC__)
@@ -42,7 +42,8 @@ struct Constants<float> {
 };
 template <>
 struct Constants<double> {
-  static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33, exp_lowest = -746.0, round = 0x1.8p52;
+  static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33, exp_lowest = -746.0,
+                          round = 0x1.8p52;
   static constexpr int exp_terms = 11, tail_terms = 23;
 };
 
@@ -51,13 +52,15 @@ struct Exp {
   V e, em1;  // exp(x) and exp(x) - 1, each to its own last places
 };
 
-// For x <= 0. x = n ln 2 + r, |r| <= ln 2 / 2; p = exp(r) - 1 by its Taylor series, to below 0.1 ulp: 7 terms f32, 13 f64.
+// For x <= 0. x = n ln 2 + r, |r| <= ln 2 / 2; p = exp(r) - 1 by its Taylor series, to below 0.1 ulp: 7 terms f32, 13
+// f64.
 template <class V>
 FUSIONSUM_INLINE Exp<V> exp_of_negative(V x) {
   using T = Scalar<V>;
   using C = Constants<T>;
-  constexpr double kInverseFactorial[] = {1. / 2,     1. / 6,      1. / 24,      1. / 120,      1. / 720,       1. / 5040,
-                                          1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
+  constexpr double kInverseFactorial[] = {1. / 2,       1. / 6,        1. / 24,        1. / 120,
+                                          1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
+                                          1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
   x = at_least(x, V{} + T(C::exp_lowest));
   const V n = madd(x, V{} + T(1.4426950408889634), V{} + T(C::round)) - T(C::round);
   V r = madd(n, V{} - T(C::ln2_hi), x);
@@ -102,23 +105,23 @@ FUSIONSUM_INLINE Value<V> silu_value(V x) {
   return {x * s.y, madd(x, s.dy, s.y)};
 }
 
-// The upper tail of the normal distribution, Q(a) = exp(-a^2/2) R(a), with (1 + a) R(a) a polynomial in t = (a - 4) / (a + 4):
-// interpolation at Chebyshev points over 0 <= a <= 40, relative error 1.1e-8 (f32) and 6.2e-17 (f64). gelu(x) = x Q(-x).
-// a^2 is kept to twice the precision, or its rounding would cost exp(-a^2/2) dozens of ulp.
+// The upper tail of the normal distribution, Q(a) = exp(-a^2/2) R(a), with (1 + a) R(a) a polynomial in t = (a - 4) /
+// (a + 4): interpolation at Chebyshev points over 0 <= a <= 40, relative error 1.1e-8 (f32) and 6.2e-17 (f64). gelu(x)
+// = x Q(-x). a^2 is kept to twice the precision, or its rounding would cost exp(-a^2/2) dozens of ulp.
 template <class V>
 FUSIONSUM_INLINE Value<V> gelu_value(V x) {
   using T = Scalar<V>;
   using C = Constants<T>;
-  constexpr float kTail32[] = {0.4720532081f,   -0.09670346417f, 0.01399953672f,    0.028599866f,
-                               -0.03219697117f, 0.01794094141f,  -0.005004060599f,  -0.0003042061371f,
+  constexpr float kTail32[] = {0.4720532081f,   -0.09670346417f,  0.01399953672f,   0.028599866f,
+                               -0.03219697117f, 0.01794094141f,   -0.005004060599f, -0.0003042061371f,
                                0.000691111046f, -6.308903807e-5f, -7.277767558e-5f};
   constexpr double kTail64[] = {
-      0.472053206509844667,    -0.0967034773265253785, 0.0139996347244300788,    0.0286003640535058926,
-      -0.0321978374283432612,  0.0179360974810393238,  -0.00500237858540405508,  -0.000285623116715999229,
-      0.00069489704019318622,  -0.0000944301154801851677, -0.000087852749479550913, 0.0000212494552279693998,
-      0.0000136250251939740466, -3.43069827716607437e-6, -2.60783907980458132e-6, 4.02427481014322407e-7,
-      5.4300399206059853e-7,   2.3513362577996062e-9,  -1.01046445695363609e-7,  -1.85385420835633131e-8,
-      1.14008678657855824e-8,  4.23785422278937983e-9, 1.55134389059184233e-10};
+      0.472053206509844667,     -0.0967034773265253785,    0.0139996347244300788,    0.0286003640535058926,
+      -0.0321978374283432612,   0.0179360974810393238,     -0.00500237858540405508,  -0.000285623116715999229,
+      0.00069489704019318622,   -0.0000944301154801851677, -0.000087852749479550913, 0.0000212494552279693998,
+      0.0000136250251939740466, -3.43069827716607437e-6,   -2.60783907980458132e-6,  4.02427481014322407e-7,
+      5.4300399206059853e-7,    2.3513362577996062e-9,     -1.01046445695363609e-7,  -1.85385420835633131e-8,
+      1.14008678657855824e-8,   4.23785422278937983e-9,    1.55134389059184233e-10};
   const V a = at_most(abs(x), V{} + T(40));
   const V inverse = T(1) / ((a + T(4)) * (a + T(1)));
   const V t = (a - T(4)) * (a + T(1)) * inverse;

@@ -1,8 +1,8 @@
-// The lists, each written once. Enums (sum.h), conversions and kernels by dtype, the table of instruction sets and the names that
-// Python sees come from these; tests hold Python's own lists against them.
+// The lists, each written once. Enums (sum.h), conversions and kernels by dtype, the table of instruction sets and the
+// names that Python sees come from these; tests hold Python's own lists against them.
 //
 // X(enumerator, C++ type, name in NumPy and torch, bytes)
-#define FUSIONSUM_DTYPES(X)  \
+#define FUSIONSUM_DTYPES(X)    \
   X(f64, double, "float64", 8) \
   X(f32, float, "float32", 4)  \
   X(bf16, Bf16, "bfloat16", 2) \

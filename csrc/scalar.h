@@ -1,7 +1,7 @@
 // The vocabulary of formula.h for single numbers: what the scalar instruction set and every CUDA thread computes with.
 //
-// Included after dtype.h inside a namespace, by cpu/simd/scalar.h and cuda/gpu.h, which define FUSIONSUM_INLINE, and FUSIONSUM_FUSES where a
-// fused multiply-add costs no more than a product.
+// Included after dtype.h inside a namespace, by cpu/simd/scalar.h and cuda/gpu.h, which define FUSIONSUM_INLINE, and
+// FUSIONSUM_FUSES where a fused multiply-add costs no more than a product.
 template <class V>
 using Scalar = V;
 
@@ -41,8 +41,8 @@ template <class V>
 FUSIONSUM_INLINE V at_most(V x, V bound) {
   return x > bound ? bound : x;
 }
-// 2^n is lifted into the normal range and dropped again, so that subnormal results round once. NaN n gives any exponent: a is
-// NaN too.
+// 2^n is lifted into the normal range and dropped again, so that subnormal results round once. NaN n gives any
+// exponent: a is NaN too.
 FUSIONSUM_INLINE float scaled(float a, float n) {
   return a * float_of(static_cast<uint32_t>(n == n ? static_cast<int>(n) + 127 + 64 : 0) << 23) * 0x1p-64f;
 }

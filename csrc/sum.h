@@ -1,8 +1,9 @@
-// The contract: what crosses from the bindings to the kernels. Plain data, no functions, nothing but <cstdint> and the lists.
+// The contract: what crosses from the bindings to the kernels. Plain data, no functions, nothing but <cstdint> and the
+// lists.
 //
-// A fusion sum, its gradient, and the gradient of that are one thing: a product of operands over a loop space, of which some
-// operands ask for the derivative. Operand 0 is grad_output u, then the weights if any, then the factors. The derivative of
-// operand k is
+// A fusion sum, its gradient, and the gradient of that are one thing: a product of operands over a loop space, of which
+// some operands ask for the derivative. Operand 0 is grad_output u, then the weights if any, then the factors. The
+// derivative of operand k is
 //     grad_k = sum over the dims that k does not have of  phi_k'(z_k) * prod_{j != k} phi_j(z_j),
 // and the forward pass is the derivative with respect to u, at u = 1. So planner and kernels know one loop only.
 //
@@ -30,7 +31,7 @@ struct Operand {
   void* grad;           // where the derivative goes; null: not asked for
   DType dtype;          // of data and of grad
   Activation activation;
-  uint32_t dims;        // bit d: the operand has an extent along dim d; elsewhere it is broadcast, its derivative summed
+  uint32_t dims;  // bit d: the operand has an extent along dim d; elsewhere it is broadcast, its derivative summed
   int64_t stride[kMaxDims], mask_stride[kMaxDims], grad_stride[kMaxDims];  // in elements
 };
 

@@ -21,17 +21,16 @@ import pytest
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", RuntimeWarning)  # a missing native module is the business of test_backend.py
     import fusionsum as fs
-    from fusionsum import api, backend, reference
+    from fusionsum import api, backend, call, reference
 
 import device
 
 if backend.native is not None:
     backend.native = api.native = device.placed(backend.native)
 
-check_arguments = api.check  # the oracle's own; fixtures replace the module's
 TESTS = pathlib.Path(__file__).parent
 PACKAGE = pathlib.Path(fs.__file__).parent
-DTYPES = api._DTYPES
+DTYPES = call.DTYPES
 NARROW = tuple(name for name in DTYPES if np.dtype(name).itemsize == 2)
 MIXED = tuple(("float32", name) for name in NARROW)  # weights, factors: the mixtures that have kernels of their own
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -172,15 +171,10 @@ def widened(array: np.ndarray) -> np.ndarray:
 def oracle(case: Case, grad_output: np.ndarray | None = None) -> list[np.ndarray]:
     """Evaluate the output, or the gradients of the operands, by the reference in float64."""
     wide = case.mapped(widened)
-    names, masks, dim = check_arguments(
-        wide.weights, tuple(wide.factors), case.activations, case.present, case.absent, case.dim
-    )
+    checked = call.check(wide.weights, wide.factors, case.activations, case.present, case.absent, case.dim)
     if grad_output is None:
-        return [reference.fusion_sum(wide.weights, wide.factors, names, masks, case.absent, dim)]
-    needs = [True] * (1 + len(case.factors))
-    grads = reference.fusion_sum_grad(
-        widened(grad_output), wide.weights, wide.factors, names, masks, case.absent, dim, needs
-    )
+        return [reference.fusion_sum(*checked)]
+    grads = reference.fusion_sum_grad(widened(grad_output), *checked, [True] * (1 + len(case.factors)))
     return list(grads[case.weights is None :])
 
 
@@ -192,7 +186,7 @@ def tolerances(case: Case, wanted: list[np.ndarray], grad_output: np.ndarray | N
     """
     given = case.operands + ([] if grad_output is None else [grad_output])
     eps = np.finfo("float64" if any(a.dtype == np.float64 for a in given) else "float32").eps
-    names = api._per_factor("activations", case.activations, len(case.factors), (str,))
+    names = call.spread(None, case.factors, case.activations, None, "one", -1).activations
     magnitudes = case.mapped(lambda z: abs(widened(z)))
     magnitudes.factors = [
         np.ones_like(z) if a == "sigmoid" else z for a, z in zip(names, magnitudes.factors, strict=True)
@@ -283,6 +277,12 @@ def run_python(code: str, *, timeout: float = 60, **environment: str) -> str:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Generate the same numbers for a test in every run and in any order."""
     return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def seed() -> None:
+    """Let torch generate the same numbers for every test."""
+    pytest.importorskip("torch").manual_seed(0)
 
 
 @pytest.fixture(params=["native", "numpy"])

@@ -1,4 +1,4 @@
-"""Tiny made-up data for the tests of the pipeline: coloured squares, words, tones and numbers that tell a colour.
+"""Tiny made-up data for the tests of the pipeline: coloured squares, words, tones and numbers, each of a colour.
 
 What lives elsewhere: the tests, ``test_pipeline_<file>.py`` for each file of `fusionsum.pipeline`.
 """
@@ -6,6 +6,7 @@ What lives elsewhere: the tests, ``test_pipeline_<file>.py`` for each file of `f
 from __future__ import annotations
 
 import csv
+import io
 
 import numpy as np
 import soundfile
@@ -19,6 +20,22 @@ MODALITIES = {
     "sound": {"kind": "audio", "seconds": 0.2, "rate": 8000, "mels": 16, "features": 8},
     "size": {"kind": "table", "columns": ["width", "height"], "features": 8},
 }
+
+
+TASKS = {
+    "classification": {},
+    "regression": {"task": {"kind": "regression"}},
+    "retrieval": {"task": {"kind": "retrieval", "target": ["text"], "dim": 8}},
+}
+
+
+def folder(place):
+    """Write the files of the rows, and a manifest for each task, ``TASK.csv``; return the folder."""
+    given = rows(place)
+    write(place / "classification.csv", given)
+    write(place / "regression.csv", [row | {"label": row["value"]} for row in given])
+    write(place / "retrieval.csv", [row | {"text": row["text"] or f"thing {row['id']}"} for row in given])
+    return place
 
 
 def rows(folder, count=ROWS):
@@ -49,6 +66,20 @@ def rows(folder, count=ROWS):
     return found
 
 
+def png(picture, **options):
+    """Return the bytes of a picture's file."""
+    file = io.BytesIO()
+    picture.save(file, options.pop("format", "PNG"), **options)
+    return file.getvalue()
+
+
+def wav(samples, rate):
+    """Return the bytes of a sound's file."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
 def write(path, given):
     """Write rows as CSV and return the path."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -61,7 +92,7 @@ def write(path, given):
 def config(folder, **sections):
     """Return a configuration that trains in a moment; `sections` are merged into its own."""
     given = {
-        "data": {"manifest": str(folder / "manifest.csv"), "cache": str(folder / "cache")},
+        "data": {"manifest": str(folder / "classification.csv"), "cache": str(folder / "cache")},
         "modalities": MODALITIES,
         "fusion": {"layer": "LowRankFusion", "rank": 4},
         "train": {"seeds": 2, "epochs": 3, "batch_size": 6, "learning_rate": 0.01, "patience": 2},

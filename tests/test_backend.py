@@ -6,11 +6,12 @@ What lives elsewhere: the instruction sets' results (``test_kernel.py``), pools 
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
 import fusionsum as fs
-from conftest import backend, require_native, run_python
+from conftest import ACTIVATIONS, DTYPES, backend, require_native, run_python
 
 WITHOUT_NATIVE = "import sys; sys.modules['fusionsum._core'] = None\n"
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\n"
@@ -198,6 +199,21 @@ assert torch.get_num_threads() == fs.get_num_threads() == 3
     run_python(code)
 
 
+def test_the_lists_of_python_are_those_of_lists_h():
+    native = require_native()
+    assert native.dtypes == DTYPES
+    assert native.activations == tuple(name for name in ACTIVATIONS if name)
+
+
+def test_a_torch_without_the_exchange_api_is_an_error_that_says_which_is_needed():
+    native = require_native()
+    old = SimpleNamespace(Tensor=type("Tensor", (), {}), __version__="2.9.1")
+    with pytest.raises(ImportError, match=r"needs torch >= 2\.10, .*; this is torch 2\.9\.1$"):
+        native.use_torch(old, None, None, None)
+    torch = pytest.importorskip("torch")
+    assert fs.fusion_sum(None, torch.ones(3)) == 3  # the torch that there was is kept
+
+
 # CUDA, on machines without it
 
 
@@ -224,18 +240,3 @@ import fusionsum as fs
 print(fs.backends()["cuda"])
 """
     assert run_python(code + SUM, **DEFAULTS).strip() == "not usable: it is broken"
-
-
-@pytest.mark.parametrize(("device", "said"), [("cuda:0", "move them to the CPU"), ("mps", "expected cpu or cuda")])
-def test_a_tensor_where_there_are_no_kernels_is_an_error_that_says_what_to_do(device, said):
-    torch = pytest.importorskip("torch")
-    from fusionsum import torch_op
-
-    place = torch.device(device)
-
-    class Far(torch.Tensor):
-        device = place
-
-    with pytest.raises(ValueError, match=said) as error:
-        torch_op._array(torch.ones(3).as_subclass(Far))
-    assert device in str(error.value)

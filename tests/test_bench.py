@@ -1,10 +1,11 @@
-"""The benchmark runs and reports. No test here looks at a time; what is measured is the bench's own business.
+"""The benchmark measures and reports. No test here looks at a time.
 
-What needs a GPU runs here on a stand-in for ``torch.cuda``, with tensors of the CPU; ``cuda/on_gpu.sh`` runs it itself.
+A GPU's part is tested here on a stand-in for ``torch.cuda``, with tensors of the CPU, and on a GPU by ``cuda/on_gpu.sh``.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import math
@@ -56,12 +57,30 @@ def test_traffic_and_work_are_those_of_the_formulas():
     assert three.flop[rows.BACKWARD] == 4 * 3 * 16384 * 512
 
 
+def test_a_layer_is_a_row_too():
+    """All that is timed is a `Row`, whose fields are declared once."""
+    from bench import layers, rows
+
+    for row in (*rows.ROWS, *layers.LAYERS):
+        assert isinstance(row, rows.Row)
+        assert set(row.bytes) == set(row.flop) >= set(row.phases)
+    for kind in (rows.SumRow, layers.LayerRow):
+        assert not vars(kind)["__annotations__"].keys() & {field.name for field in dataclasses.fields(rows.Row)} - {"_"}
+
+
+@pytest.mark.parametrize("machine", ["machine", "gpu"])
+def test_machines_know_no_rows(machine):
+    tree = ast.parse((pathlib.Path(__file__).parents[1] / "bench" / f"{machine}.py").read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+    assert imported <= {"machine"}
+
+
 PHASES = ["forward", "backward", "forward + backward"]
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run the bench in short; return its result and its table."""
+def benchmark(tmp_path, monkeypatch):
+    """Benchmark in short; return the result and the table."""
     from bench import __main__, machine, measure
 
     def short(*arguments):
@@ -69,7 +88,7 @@ def run(tmp_path, monkeypatch):
         options.pairs = 1
         threads = torch.get_num_threads()
         try:
-            path = __main__.run(options)
+            path = __main__.benchmark(options)
         finally:
             measure.set_threads(threads)
         return json.loads((tmp_path / "bench.json").read_text()), path.read_text()
@@ -80,8 +99,8 @@ def run(tmp_path, monkeypatch):
     return short
 
 
-def test_a_run_reports(run, tmp_path):
-    result, table = run("--rows", "P4")
+def test_a_benchmark_reports(benchmark, tmp_path):
+    result, table = benchmark("--rows", "P4")
     (row,) = result["rows"]
     assert list(row["phases"]) == PHASES
     assert set(row["skipped"]) == {"torch.compile", "limit"}
@@ -162,12 +181,12 @@ def stand_in(monkeypatch):
     return graphs
 
 
-def test_a_run_on_a_gpu_reports(run, stand_in, monkeypatch):
-    from bench import gpu, rows
+def test_a_benchmark_of_a_gpu_reports(benchmark, stand_in, monkeypatch):
+    from bench import rows
 
     paired, graph = (next(row for row in rows.CUDA_ROWS if row.name == name) for name in ("P5 bf16", "P4 graph"))
-    monkeypatch.setattr(gpu.Gpu, "rows", (replace(paired, shapes=((1024, 512),) * 2), graph))
-    result, table = run("--device", "cuda")
+    monkeypatch.setattr(rows, "CUDA_ROWS", (replace(paired, shapes=((1024, 512),) * 2), graph))
+    result, table = benchmark("--device", "cuda")
     eager, graphed = result["rows"]
     assert list(eager["phases"]) == list(graphed["phases"]) == PHASES
     assert all("limit" in phase["contenders"] for phase in eager["phases"].values())
@@ -181,7 +200,7 @@ def test_a_run_on_a_gpu_reports(run, stand_in, monkeypatch):
 
 
 def test_the_limit_of_a_gpu_moves_as_many_bytes_as_a_row(stand_in, monkeypatch):
-    from bench import gpu
+    from bench import gpu, measure
 
     moved = []
 
@@ -192,7 +211,7 @@ def test_the_limit_of_a_gpu_moves_as_many_bytes_as_a_row(stand_in, monkeypatch):
     monkeypatch.setattr(gpu.Gpu, "copier", copier)
     factors = [torch.randn(64, 1, 16), torch.randn(64, 32, 16)]
     size = sum(x.nbytes for x in factors)
-    limits = gpu.Gpu().transfers(factors)
+    limits = measure.transfers(gpu.Gpu(), factors)
     for phase, times in zip(PHASES, (1, 2, 3), strict=True):
         moved.clear()
         limits[phase]()
@@ -204,7 +223,7 @@ def test_without_a_gpu_it_says_why(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu.fs, "backends", lambda: {"cuda": "not usable: there is none"})
     with pytest.raises(SystemExit, match="--device cuda: not usable: there is none"):
-        __main__.run(__main__.parse(["--device", "cuda", "--out", str(tmp_path)]))
+        __main__.benchmark(__main__.parse(["--device", "cuda", "--out", str(tmp_path)]))
 
 
 def test_results_of_a_gpu_have_a_folder_of_their_own():

@@ -1,6 +1,7 @@
 """Sums that are matrix products: values, gradients, tiles, memory and bits against the float64 oracle.
 
-What lives elsewhere: the op around them (``test_torch_op.py``), the kernels that form the products (``test_kernel.py``).
+What lives elsewhere: the operations around them (``test_autograd_*.py``), the kernels that form the products
+(``test_kernel.py``).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,8 +30,10 @@ from conftest import (
     random,
     require_native,
     run_python,
+    same_bits,
 )
-from fusionsum import contraction, reference, torch_op
+from eager import Passing, by_every_way
+from fusionsum import contraction, reference, tensors
 
 # torch's own, on its first use of inductor
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -81,14 +85,15 @@ def arguments(case: Case) -> tuple:
     return to_torch(case.weights), tuple(map(to_torch, case.factors)), case.activations, present, case.absent, case.dim
 
 
-def forward(case: Case, kernel=torch_op._direct_sum):
-    given = arguments(case)
-    return contraction.fusion_sum(kernel, torch_op._result_dtype([given[0], *given[1]]), *given)
+def forward(case: Case):
+    call, split = contraction.route(*arguments(case))
+    return NotImplemented if split is None else contraction.fusion_sum(call, split)
 
 
-def backward(case: Case, u: torch.Tensor, needs=None, kernel=torch_op._direct_sum, kernel_grad=torch_op._direct_grad):
+def backward(case: Case, u: torch.Tensor, needs=None):
     needs = needs or [case.weights is not None] + [True] * len(case.factors)
-    return contraction.fusion_sum_grad(kernel, kernel_grad, u, *arguments(case), needs)
+    call, split = contraction.route(*arguments(case), grad_output=u)
+    return NotImplemented if split is None else contraction.fusion_sum_grad(u, call, split, needs)
 
 
 def check_case(case: Case, rng, u_dtype: str | None = None) -> None:
@@ -210,16 +215,16 @@ def test_only_what_is_needed(rng):
 def test_what_does_not_split(form, rng):
     case = WHOLE[form].case(rng, **SIZES)
     given = arguments(case)
-    assert not contraction.likely(*given[:2]) or forward(case) is NotImplemented
+    assert forward(case) is NotImplemented
     check_forward(case, fs.fusion_sum(given[0], *given[1], dim=case.dim).numpy())
 
 
 def test_thresholds(monkeypatch, rng):
     case = SPLIT["all pairs"].case(rng, **SIZES)
     work = SIZES["B"] * SIZES["C"] * SIZES["n"]
-    for least in (work, work + 1):
+    for least in (work + 1, work):
         monkeypatch.setattr(contraction, "LEAST_WORK", least)
-        assert contraction.likely(*arguments(case)[:2]) == (least == work)
+        assert (forward(case) is NotImplemented) == (least > work)
     for least in (SIZES["C"], SIZES["C"] + 1):
         monkeypatch.setattr(contraction, "LEAST_EXTENT", least)
         assert (forward(case) is NotImplemented) == (least > SIZES["C"])
@@ -230,10 +235,9 @@ def test_thresholds(monkeypatch, rng):
         assert (forward(case) is NotImplemented) == (least > 4)
 
 
-def test_likely_takes_anything():
+def test_bad_factors_are_errors():
     f = torch.ones(8, 1, 8)
     for bad in ([1.0], None, 3, "f", np.ones(3), torch.ones(8, 3)):
-        assert contraction.likely(None, (f, bad)) in (False, True)
         with pytest.raises((TypeError, ValueError)):
             fs.fusion_sum(None, f, bad)
     with pytest.raises(TypeError, match="dense tensors"):
@@ -257,19 +261,15 @@ def test_every_way_leads_here(products, rng):
     wanted = torch.einsum("n,bn,cn->bc", w, f[:, 0], g)
     u = torch.randn_like(wanted)
 
-    class Pass(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            return func(*args, **(kwargs or {}))
-
     def moded():
-        with Pass():
+        with Passing():
             return fs.fusion_sum(w, f, g)
 
     compiled = torch.compile(fs.fusion_sum, backend="aot_eager", fullgraph=True)
     for way in (
         lambda: fs.fusion_sum(w, f, g),
         lambda: fs.fusion_sum(w.clone().requires_grad_(), f, g).detach(),
-        lambda: op(w, [f, g], [None, None], ["", ""], "one", -1),
+        lambda: op(w, [f, g], ["", ""], [None, None], "one", -1),
         moded,
         lambda: compiled(w, f, g),
     ):
@@ -280,7 +280,7 @@ def test_every_way_leads_here(products, rng):
     torch.testing.assert_close(found[0], wanted)
     for way in (
         lambda: fs.fusion_sum_grad(u, w, f, g),
-        lambda: op_grad(u, w, [f, g], [None, None], ["", ""], "one", -1, [True] * 3),
+        lambda: op_grad(u, w, [f, g], ["", ""], [None, None], "one", -1, [True] * 3),
     ):
         products.clear()
         torch.testing.assert_close(way()[1][:, 0], torch.einsum("bc,n,cn->bn", u, w, g))
@@ -303,6 +303,20 @@ def test_derivatives_of_every_order(form, products, rng, monkeypatch):
         assert gradcheck(function, given, check_forward_ad=True)
         assert gradgradcheck(function, given)
         assert products
+
+
+@pytest.mark.parametrize("form", ["all pairs", "mixing"])
+@pytest.mark.parametrize("rows", [2 * contraction.BATCH + rest for rest in (0, 1, 3, 7)])
+def test_autocast_changes_nothing(rows, form, products, rng):
+    torch._dynamo.reset()
+    case = SPLIT[form].case(rng, "float32", **SIZES | {"B": rows, "O": 9})
+    weights, factors, *_ = arguments(case)
+    given = [partial(fs.fusion_sum, dim=case.dim), weights, *factors]
+    wanted = by_every_way(*given)
+    assert products
+    with torch.autocast("cpu", torch.bfloat16):
+        found = by_every_way(*given)
+    assert all(same_bits(a.numpy(), b.numpy()) for a, b in zip(found, wanted, strict=True))
 
 
 # ---- memory and bits -------------------------------------------------------------------------------------------------
@@ -348,16 +362,19 @@ def test_memory_is_bounded_by_tiles(form, dtype, rng, monkeypatch):
     of_rows = 4 * 40 * 200
     assert of_rows > 4 * tile  # a whole product would show
     allocations = Allocations(weights, *factors)
+    kernels = tensors.fusion_sum, tensors.fusion_sum_grad
+    monkeypatch.setattr(tensors, "fusion_sum", allocations.counted(kernels[0]))
     with allocations:
-        output = forward(case, allocations.counted(torch_op._direct_sum))
+        output = forward(case)
     assert allocations.largest == output.nbytes
     assert allocations.peak - output.nbytes <= 4 * tile
 
     u = torch.randn(case.output_shape).to(output.dtype)
     allocations = Allocations(u, weights, *factors)
-    kernels = [allocations.counted(kernel) for kernel in (torch_op._direct_sum, torch_op._direct_grad)]
+    for kernel in kernels:
+        monkeypatch.setattr(tensors, kernel.__name__, allocations.counted(kernel))
     with allocations:
-        grads = backward(case, u, None, *kernels)
+        grads = backward(case, u)
     given_back = sum(d.nbytes for d in grads)
     assert allocations.peak - given_back <= 8 * tile
 

@@ -6,6 +6,8 @@ error (``test_formula.py``), the arguments (``test_api.py``), threads, forks and
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -242,33 +244,64 @@ def test_subnormals_are_kept_and_the_flags_of_the_fpu_with_them(dtype, rng):
 
 # Instruction sets
 
+ASKED_FOR = pytest.mark.skipif(
+    "FUSIONSUM_ISA" in os.environ, reason="this is the run that an instruction set was asked of"
+)
 
-@pytest.mark.skipif("FUSIONSUM_ISA" in os.environ, reason="this is the run that an instruction set was asked of")
-@pytest.mark.parametrize("isa", [name for name, _ in native.isas()])
-def test_every_instruction_set(isa):
-    """The tests of the kernels again, in a process that is forced to use the set."""
-    if not dict(native.isas())[isa]:
-        pytest.skip(f"missing: a processor with {isa}")  # which no CI can install
-    assert run_python("import fusionsum.backend as b; print(b.native.isa())", FUSIONSUM_ISA=isa).strip() == isa
-    if isa == native.isa():
-        return  # it is what all the others of these tests run
+
+def run_again(**environment):
+    """Run the tests of the kernels in a process that is forced to use an instruction set."""
+    files = [str(TESTS / f"test_{name}.py") for name in ("kernel", "formula", "layouts")]
+    left_out = "not beyond and not 1000000"  # seconds each, of what does not depend on the set
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-k",
-            "not beyond and not 1000000",  # seconds each, of what does not depend on the set
-            *(str(TESTS / f"test_{name}.py") for name in ("kernel", "formula", "layouts")),
-        ],
-        env=os.environ | {"FUSIONSUM_ISA": isa},
+        [sys.executable, "-m", "pytest", "-q", "-k", left_out, *files],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+@ASKED_FOR
+@pytest.mark.parametrize("isa", [name for name, _ in native.isas()])
+def test_every_instruction_set(isa):
+    if not dict(native.isas())[isa]:
+        pytest.skip(f"missing: a processor with {isa}")  # which no CI can install
+    assert run_python("import fusionsum.backend as b; print(b.native.isa())", FUSIONSUM_ISA=isa).strip() == isa
+    if isa != native.isa():  # it is what all the others of these tests run
+        run_again(FUSIONSUM_ISA=isa)
+
+
+def digest():
+    """Hash the output and every gradient of each form, in each dtype, with each activation."""
+    found = hashlib.sha256()
+    for form, dtypes, activation in itertools.product(
+        FORMS.values(), [*((dtype, dtype) for dtype in DTYPES), *MIXED], ACTIVATIONS
+    ):
+        rng = np.random.default_rng(0)
+        case = form.case(rng, dtypes[1], dtypes[0], n=131, B=5, O=37, activations=activation).masked(rng, "rows", "one")
+        for result in (case.forward(), *case.backward(random(rng, case.output_shape, dtypes[1]))):
+            found.update(np.asarray(result).tobytes())
+    return found.hexdigest()
+
+
+@ASKED_FOR
+@pytest.mark.skipif(
+    "FUSIONSUM_SIMDE" not in os.environ, reason="missing: FUSIONSUM_SIMDE, where .ci/run put that build"
+)
+def test_avx512_by_simde():
+    """A build whose AVX-512 is emulated (tests/simde) passes the tests, and has the bits of a processor that has it."""
+    build = {"PYTHONPATH": os.pathsep.join([os.environ["FUSIONSUM_SIMDE"], str(TESTS)]), "FUSIONSUM_ISA": "avx512"}
+    file, isa, emulated = run_python(
+        "import test_kernel as t; print(t.native.__file__, t.native.isa(), t.digest())", **build
+    ).split()
+    assert file.startswith(os.environ["FUSIONSUM_SIMDE"])
+    assert isa == "avx512"
+    if dict(native.isas()).get("avx512"):
+        assert emulated == run_python("import test_kernel as t; print(t.digest())", FUSIONSUM_ISA="avx512").strip()
+    run_again(**build)
 
 
 def test_an_unknown_instruction_set_is_an_error():

@@ -1,6 +1,6 @@
 """The command line and the self-test.
 
-What lives elsewhere: what the demo and the pipeline's verbs do (``test_pipeline*.py``), what the benchmark does
+What lives elsewhere: the demo and the pipeline behind its verbs (``test_pipeline*.py``), the benchmark
 (``test_bench.py``).
 """
 
@@ -20,7 +20,7 @@ from fusionsum import selftest
 
 
 @pytest.mark.parametrize("arguments", [[], ["info"]])
-def test_info_says_what_is_there(arguments, capsys):
+def test_info_names_versions_and_backends(arguments, capsys):
     assert command.main(arguments) == 0
     said = capsys.readouterr().out
     assert f"fusionsum {fs.__version__}" in said
@@ -102,6 +102,7 @@ def test_self_test_runs_the_backend_in_use(both_backends):
         (["demo", "--steps", "many"], "argument --steps: invalid positive integer value: 'many'"),
         (["demo", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["nonsense"], "invalid choice: 'nonsense'"),
+        (["bench"], "invalid choice: 'bench'"),  # the repository's, not the package's: python -m bench
         (["train", "x.yaml"], "the following arguments are required: --out"),
         (["predict", "x"], "the following arguments are required: --manifest"),
         (["train", "x.yaml", "--out", "y", "--on-error", "skp"], "argument --on-error: invalid choice: 'skp'"),
@@ -139,7 +140,7 @@ def test_the_verbs_from_files_to_predictions(tmp_path, capsys):
         import fusionsum.pipeline  # noqa: F401
     except ModuleNotFoundError as error:
         missing(str(error))
-    made_up.write(tmp_path / "manifest.csv", made_up.rows(tmp_path))
+    made_up.write(tmp_path / "classification.csv", made_up.rows(tmp_path))
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(made_up.config(tmp_path, baselines=["score-sum", "alone"])))
     run = tmp_path / "run"
@@ -150,7 +151,7 @@ def test_the_verbs_from_files_to_predictions(tmp_path, capsys):
     assert "reaches accuracy" in capsys.readouterr().out
     assert {"config.yaml", "log.csv", "metrics.json", "report.html"} <= {path.name for path in run.iterdir()}
     assert "seeds: 1" in (run / "config.yaml").read_text()
-    assert command.main(["predict", str(run), "--manifest", str(tmp_path / "manifest.csv")]) == 0
+    assert command.main(["predict", str(run), "--manifest", str(tmp_path / "classification.csv")]) == 0
     assert len((run / "predictions.csv").read_text().splitlines()) == 1 + made_up.ROWS
     assert command.main(train) == 1
     assert "is a run already" in capsys.readouterr().err
@@ -165,6 +166,8 @@ def test_the_verbs_from_files_to_predictions(tmp_path, capsys):
         (["train", "config.yaml", "--out", "run", "--set", "train.seed=3"], "did you mean 'seeds'?"),
         (["train", "config.yaml", "--out", "run"], "column 'image': no such file: 0.png"),
         (["train", "config.yaml", "--out", "run", "--on-error", "skip"], "no such file"),
+        (["train", "config.yaml", "--out", "run", "--set", "fusion=MLB"], "fusion: expected a mapping"),
+        (["train", "config.yaml", "--out", "run", "--set", "train.weight_decay=-1"], "train.weight_decay: expected"),
         (["evaluate", "none"], "none"),
     ],
 )
@@ -182,16 +185,6 @@ def test_bad_input_is_one_message_and_status_1(arguments, message, tmp_path, mon
     assert message in said
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
-
-
-def test_bench_passes_its_options_and_status_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert command.main(["bench"]) == 1
-    assert "repository" in capsys.readouterr().err
-    folder = tmp_path / "bench"
-    folder.mkdir()
-    (folder / "__main__.py").write_text("import sys; sys.exit(3 if sys.argv[1:] == ['--quick', '-h'] else 4)")
-    assert command.main(["bench", "--quick", "-h"]) == 3
 
 
 def test_exit_status_of_the_process():

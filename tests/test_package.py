@@ -1,14 +1,17 @@
-"""The package: sdist and pure-Python wheel, the examples of the docstrings, the symbols of the kernels' objects.
+"""The package: sdist and pure-Python wheel, imports among its modules, examples of docstrings, symbols of the kernels.
 
 What lives elsewhere: imports without torch or without the native module (``test_backend.py``).
 """
 
 from __future__ import annotations
 
+import ast
 import doctest
 import email
 import importlib
 import os
+import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -21,11 +24,11 @@ import fusionsum as fs
 from conftest import PACKAGE, TESTS, missing, run_python
 
 ROOT = TESTS.parent
-MODULES = sorted(
-    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-    for path in PACKAGE.rglob("*.py")
-    if path.stem != "__main__"
-)
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+MODULES = [name for name, path in FILES.items() if path.stem != "__main__"]
 WEAK = {"W", "V", "u"}  # nm's letters for defined symbols of which the linker keeps any one
 
 
@@ -61,20 +64,21 @@ def pure_wheel(sdist, tmp_path_factory):
 def test_sdist_has_what_a_build_needs_and_nothing_built(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    sources = [
-        p for top in ("csrc", "python") for p in (ROOT / top).rglob("*") if p.suffix in {".py", ".h", ".inl", ".cpp"}
-    ]
+    suffixes = {".py", ".h", ".inl", ".cpp", ".cu", ".cuh", ".options"}
+    sources = [p for top in ("csrc", "python") for p in (ROOT / top).rglob("*") if p.suffix in suffixes]
     assert {str(path.relative_to(ROOT)) for path in sources} <= names
     assert {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "PKG-INFO", "tests/conftest.py"} <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc")) or name.startswith((".git/", "build/"))]
 
 
 def test_wheel_without_a_compiler(pure_wheel, tmp_path):
-    """It installs, works, says on import what it lost, and where that may not be lost it refuses."""
+    """It installs, works, says on import that it has no kernels, and refuses to be imported where kernels are required."""
     assert pure_wheel.name == f"fusionsum-{fs.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(pure_wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith((".so", ".h", ".cpp"))]
-        assert "fusionsum/py.typed" in archive.namelist()
+        assert {"fusionsum/py.typed", "fusionsum_autoload/__init__.py"} <= set(archive.namelist())
+        points = archive.read(f"fusionsum-{fs.__version__}.dist-info/entry_points.txt").decode()
+        assert "[torch.backends]\nfusionsum = fusionsum_autoload:register" in points
         metadata = email.message_from_bytes(archive.read(f"fusionsum-{fs.__version__}.dist-info/METADATA"))
         archive.extractall(tmp_path)
     assert metadata["Name"] == "fusionsum"
@@ -99,6 +103,50 @@ print(caught[0].message)
     assert "C++17 compiler" in said
     refused = "try:\n    import fusionsum\nexcept ImportError as error:\n    print(error)"
     assert "FUSIONSUM_REQUIRE_NATIVE" in run_python(refused, **clean | {"FUSIONSUM_REQUIRE_NATIVE": "1"})
+
+
+def imported_by(name: str, path: pathlib.Path) -> set[str]:
+    """List the modules of this package that a file imports, wherever in the file, also for its annotations only."""
+    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            inner = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {module if module in FILES else source for module in inner}
+    return found & set(FILES)
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """Find circles: each is reported where it was first closed."""
+    found, done = [], set()
+
+    def follow(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            found.append(" -> ".join((*path[path.index(name) :], name)))
+        elif name not in done:
+            for other in sorted(imports[name]):
+                follow(other, (*path, name))
+            done.add(name)
+
+    for name in sorted(imports):
+        follow(name, ())
+    return found
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"d"}}) == ["a -> b -> c -> a", "d -> d"]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_module_imports_itself_in_a_circle():
+    imports = {name: imported_by(name, path) for name, path in FILES.items()}
+    assert "fusionsum.autograd" in imports["fusionsum.api"]  # inside a function
+    assert "fusionsum.call" in imports["fusionsum.autograd.vmap"]  # from the package around
+    assert circles(imports) == []
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -136,5 +184,5 @@ def test_the_stub_of_the_native_module_names_all_of_it():
     if fs.api.native is None or not stub.exists():
         missing("the native module or its stub")
     names = [name for name in dir(fs.api.native) if not name.startswith("_")]
-    assert [name for name in names if f"def {name}(" not in stub.read_text()] == []
+    assert [name for name in names if not re.search(rf"^(def {name}\(|{name}: )", stub.read_text(), re.M)] == []
     assert sys.modules["fusionsum._core"] is fs.backend._core

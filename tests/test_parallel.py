@@ -1,7 +1,8 @@
 """Threads, processes, signals, memory: the same bits for any number of threads, and nothing that hangs or leaks.
 
-What lives elsewhere: what the threads compute (``test_kernel.py``), their settings (``test_backend.py``). Most of these
-tests run in processes of their own, with and without torch, for pools and forks are process-wide.
+What lives elsewhere: what the threads compute (``test_kernel.py``), their settings (``test_backend.py``), Ctrl-C and leaks
+(``test_endurance.py``). Most of these tests run in processes of their own, with and without torch, for pools and forks are
+process-wide.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-import resource
 import signal
 import threading
 import time
@@ -224,51 +224,6 @@ print(one, t.tasks() - before)
 
 # Signals
 
-INTERRUPTED = """
-import os, signal, threading, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
-import numpy as np, fusionsum as fs
-from fusionsum.backend import native
-sent = []
-def interrupt():
-    time.sleep(0.5)
-    sent.append(time.monotonic())
-    os.kill(os.getpid(), signal.SIGINT)
-threading.Thread(target=interrupt).start()
-def far(*shape):
-    return np.broadcast_to(np.float32(0.5), shape)
-def grad_of_weights(u, weights, f):
-    native.fusion_sum_grad(u, weights, (f,), None, None, 'one', -1, [True, False], False)
-try:
-    {call}
-    raise SystemExit("not interrupted")
-except KeyboardInterrupt:
-    print(time.monotonic() - sent[0])
-assert fs.fusion_sum(None, np.ones((3000, 257))).tolist() == [257] * 3000
-"""
-LONG_CALLS = {  # hours each, of views that take no memory
-    "many rows": "fs.fusion_sum(None, far(2**22, 2**22))",
-    "one row": "fs.fusion_sum(None, far(1, 2**44))",
-    "terms first": "fs.fusion_sum(None, far(2**22, 2**22), dim=0)",
-    "all pairs": "fs.fusion_sum(None, far(2**12, 1, 2**22), far(2**12, 2**22))",
-    "activation": "fs.fusion_sum(None, far(2**10, 2**32), activations='gelu')",
-    "gradient": "grad_of_weights(far(2**22), np.ones(2**22, 'f4'), far(2**22, 2**22))",
-    "gradient, one weight": "grad_of_weights(far(2**22), np.ones(1, 'f4'), far(2**22, 2**22))",
-    "gradient, scalar output": "grad_of_weights(far(1), np.ones(1, 'f4'), far(1, 2**44))",
-    "gradient, all pairs": (  # 25 s, of arrays of 64 MiB each
-        "fs.fusion_sum_grad(far(256, 256), None, np.ones((256, 1, 65536), 'f4'), np.ones((256, 65536), 'f4'))"
-    ),
-}
-
-
-@pytest.mark.parametrize("call", LONG_CALLS)
-def test_ctrl_c_ends_a_long_call_within_a_second(call):
-    assert float(run_python(INTERRUPTED.format(call=LONG_CALLS[call]), timeout=20)) < 1
-
-
-def test_ctrl_c_ends_a_long_call_on_torch_s_pool():
-    assert float(run_python(USE_TORCH + INTERRUPTED.format(call=LONG_CALLS["many rows"]), timeout=30)) < 1
-
 
 def test_other_signals_are_handled_during_a_call():
     """A Python handler runs, and the call goes on."""
@@ -286,36 +241,6 @@ def test_other_signals_are_handled_during_a_call():
 
 
 # Memory
-
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def soak(calls=30_000):
-    """Call with right and wrong arguments of every kind; return how much the process grew after the first third."""
-    rng = np.random.default_rng(0)
-    cases = [form.case(rng, dtype) for form in FORMS.values() for dtype in DTYPES]
-    cases += [case.masked(rng, "rows", "one") for case in cases]
-    us = [random(rng, case.output_shape, case.factors[0].dtype.name) for case in cases]
-    wrong = [{"dim": 7}, {"activations": "none"}, {"present": [1]}, {"absent": "two"}, {"dim": 1.0}, {"present": ()}]
-    for i in range(calls):
-        if i == calls // 3:
-            before = resident()
-        case = cases[i % len(cases)]
-        if i % 5 == 0:
-            with pytest.raises((ValueError, TypeError)):
-                fs.fusion_sum_grad(us[i % len(cases)], case.weights, *case.factors, **wrong[i // 5 % len(wrong)])
-        elif i % 2:
-            case.forward()
-        else:
-            case.backward(us[i % len(cases)])
-    return resident() - before
-
-
-def test_memory_stays_flat():
-    assert int(run_python("import test_parallel as t; print(t.soak())")) < 2**20
 
 
 def test_no_memory_is_an_exception():

@@ -1,4 +1,4 @@
-"""`fusionsum.pipeline` as a whole: the demo in a short form, and what is said of packages that are missing.
+"""`fusionsum.pipeline` as a whole: the demo in a short form, and the message for missing packages.
 
 What lives elsewhere: each file of it, ``test_pipeline_<file>.py``; the command line (``test_main.py``).
 """
@@ -34,7 +34,7 @@ def test_the_naive_head_computes_the_same():
 
 def test_demo_writes_its_report(tmp_path, capsys):
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    results = demo.run(tmp_path / "report", seeds=2, steps=3, timed_pairs=2)
+    results = demo.demonstrate(tmp_path / "report", seeds=2, steps=3, timed_pairs=2).results
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
     assert list(results) == ["unseen words", "unseen languages"]

@@ -29,7 +29,21 @@ BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
         (IMAGE | {"train": {"epochs": True}}, "train.epochs: expected int, got True"),
         (IMAGE | {"train": {"epochs": 0}}, "train.epochs: expected more than 0, got 0"),
         (IMAGE | {"train": {"learning_rate": True}}, "train.learning_rate: expected float"),
-        (IMAGE | {"train": {"modality_dropout": 1.0}}, "modality_dropout: expected at least 0 and less than 1"),
+        (IMAGE | {"train": {"modality_dropout": 1.0}}, "train.modality_dropout: expected at least 0 and less than 1"),
+        (IMAGE | {"data": {"test_share": -0.1}}, "data.test_share: expected at least 0 and less than 1, got -0.1"),
+        (IMAGE | {"train": {"weight_decay": -1}}, "train.weight_decay: expected at least 0 and finite, got -1.0"),
+        (IMAGE | {"train": {"weight_decay": "nan"}}, "train.weight_decay: expected at least 0 and finite, got nan"),
+        (IMAGE | {"train": {"learning_rate": "nan"}}, "train.learning_rate: expected more than 0, got nan"),
+        (IMAGE | {"train": {"learning_rate": "inf"}}, "train.learning_rate: expected a finite number, got inf"),
+        (IMAGE | {"train": {"patience": -1}}, "train.patience: expected at least 0, got -1"),
+        (IMAGE | {"fusion": "MLB"}, "fusion: expected a mapping of a layer and its options, like {layer: MLB"),
+        (IMAGE | {"fusion": ["MLB"]}, "fusion: expected a mapping of a layer and its options"),
+        (IMAGE | {"fusion": {"layer": 3}}, "fusion.layer: expected str, got 3"),
+        (IMAGE | {"fusion": {3: 4}}, "fusion: expected names of options, got 3"),
+        (
+            IMAGE | {"data": {"split": "by-seed", "test": ["unseen"]}},
+            "data.test: expected [test], for data.split: by-seed draws train, validation, test; got ['unseen']",
+        ),
         (IMAGE | {"train": 3}, "train: expected a mapping, got 3"),
         (IMAGE | {"data": {"on_error": "skp"}}, "data.on_error: unknown choice 'skp'; did you mean 'skip'?"),
         (IMAGE | {"data": {"test": 3}}, "data.test: expected a list, got 3"),
@@ -51,13 +65,13 @@ BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
         ({"modalities": {"a photo": {"kind": "image"}}}, "modalities: expected names of letters"),
     ],
 )
-def test_what_cannot_be_meant_is_an_error_that_names_the_key(given, message):
+def test_a_wrong_configuration_is_an_error_that_names_the_key(given, message):
     with pytest.raises(ConfigError) as raised:
         config.from_mapping(given)
     assert message in str(raised.value)
 
 
-def test_a_configuration_is_what_its_yaml_makes_of_it(tmp_path):
+def test_a_configuration_comes_back_from_its_yaml(tmp_path):
     """Of every kind of modality, with values that are not the defaults; YAML reads 1e-2 as a string."""
     modalities = {name: {"kind": name, "features": 7} for name in config.KINDS}
     given = {"modalities": modalities, "train": {"learning_rate": "1e-2"}, "fusion": {"layer": "MLB", "mm_dim": 3}}

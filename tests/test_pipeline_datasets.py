@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,12 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+def check_manifest_of(path):
+    """Check the manifest that a configuration names."""
+    config = MultimodalPredictor(path).config
+    check(read(Path(config.data.manifest)), config.columns, config.task, config.data.splits)
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits")
@@ -35,7 +42,7 @@ def digits(tmp_path_factory):
 
 def test_digits_sum_splits_share_no_item(digits):
     rows = rows_of(digits.parent / "manifest.csv")
-    check(read(digits.parent / "manifest.csv"), MultimodalPredictor(digits).config)
+    check_manifest_of(digits)
     of = {
         split: [row for row in rows if row["split"] == split] for split in ("train", "unseen words", "unseen languages")
     }
@@ -71,7 +78,7 @@ SVG = """<svg xmlns="http://www.w3.org/2000/svg"><metadata>
 
 
 def clipart(source, monkeypatch):
-    """Five pictures that count, and one each of what is left out."""
+    """Five pictures that count, and one for each reason to leave one out."""
     monkeypatch.setattr(datasets, "LEAST", 2)
     share = source / "usr/share"
     for package in ("openclipart-png", "openclipart-svg"):
@@ -108,8 +115,7 @@ def test_openclipart(tmp_path, monkeypatch, capsys):
     assert rows[0]["description"] == "cat 0: first second"
     assert all((tmp_path / "out" / row["image"]).exists() for row in rows)
     for config in configs:
-        predictor = MultimodalPredictor(config)
-        check(read(tmp_path / "out/manifest.csv"), predictor.config)
+        check_manifest_of(config)
 
 
 def test_tuxpaint(tmp_path, monkeypatch, capsys):
@@ -138,14 +144,13 @@ def test_tuxpaint(tmp_path, monkeypatch, capsys):
     }
     assert [row["id"] for row in rows_of(tmp_path / "out/category.csv")] == ["animals/cat", "animals/dog"]
     for config in configs:
-        predictor = MultimodalPredictor(config)
-        check(read(tmp_path / "out" / predictor.config.data.manifest), predictor.config)
+        check_manifest_of(config)
 
 
 def test_packages_are_fetched_and_unpacked_once(tmp_path, monkeypatch):
     calls = []
 
-    def run(command, cwd, **options):
+    def call(command, cwd, **options):
         calls.append(command[:2])
         if command[0] == "apt-get":
             (cwd / f"{command[2]}_1_all.deb").write_bytes(b"")
@@ -153,7 +158,7 @@ def test_packages_are_fetched_and_unpacked_once(tmp_path, monkeypatch):
             (cwd / "usr/share/doc" / command[2].rpartition("/")[2].partition("_")[0]).mkdir(parents=True)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(datasets.subprocess, "run", run)
+    monkeypatch.setattr(datasets.subprocess, "run", call)
     for _ in range(2):
         datasets.unpack(("one", "two"), tmp_path / "files", None)
     assert calls == [["apt-get", "download"], ["dpkg", "-x"]] * 2
@@ -166,7 +171,7 @@ def test_packages_are_fetched_and_unpacked_once(tmp_path, monkeypatch):
     assert (source / "three_1_all.deb").exists()
 
 
-def test_what_cannot_be_had_is_said(tmp_path, monkeypatch):
+def test_data_that_cannot_be_fetched_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(PrepareError, match="unknown data set 'tuxpant'; did you mean 'tuxpaint'"):
         datasets.prepare("tuxpant", tmp_path)
     with pytest.raises(PrepareError, match=r"has neither usr/share nor tuxpaint-stamps-default_\*\.deb"):

@@ -61,7 +61,7 @@ def test_ranks_are_those_of_a_sorted_list(rng):
     relevant = rng.random((200, 12)) < 0.2
     relevant[np.arange(200), rng.integers(12, size=200)] = True
     for s, r, rank in zip(scores, relevant, evaluate.ranks(scores, relevant), strict=True):
-        # Of a tie, what is not relevant comes first.
+        # In a tie, items that are not relevant come first.
         ordered = sorted(range(12), key=lambda j, s=s, r=r: (-s[j], r[j]))
         assert rank == 1 + next(place for place, j in enumerate(ordered) if r[j])
 
@@ -80,7 +80,7 @@ def test_retrieval_metrics_go_both_ways():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_has_no_metrics(bad):
+def test_outputs_that_are_not_finite_have_no_metrics(bad):
     values = np.full((3, 3), bad)
     for measure in (
         lambda: evaluate.classification_metrics(values, np.arange(3)),
@@ -110,7 +110,7 @@ def test_intervals_hold_the_mean_of_95_of_100_samples(rng):
     assert str(evaluate.interval([0.25])) == "0.250"
 
 
-def test_combinations_are_products_and_sums_of_what_is_known():
+def test_combinations_are_products_and_sums_over_the_modalities_of_a_row():
     known = np.array([[True, True, False], [True, False, False]])
     logits = np.log([[[0.9, 0.1], [0.8, 0.2], [0.5, 0.5]], [[0.2, 0.8], [0.5, 0.5], [0.5, 0.5]]])
     parts = [evaluate.Outputs(values, mask, values + 1) for values, mask in zip(logits, known, strict=True)]
@@ -129,7 +129,7 @@ def test_combinations_are_products_and_sums_of_what_is_known():
 
 
 class Told(nn.Module):
-    """Adds what is there and 100 for each modality that it is told is missing."""
+    """Adds the features of present modalities, and 100 for each modality that `present` says is missing."""
 
     def forward(self, *features, present=None):
         masks = present or [torch.ones(len(x), dtype=torch.bool) for x in features]

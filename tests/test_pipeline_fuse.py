@@ -58,7 +58,7 @@ def inputs(count=6):
 
 
 @pytest.mark.parametrize("name", sorted(fuse.layers()))
-def test_every_layer_of_nn_is_found_and_ignores_what_is_missing(name):
+def test_every_layer_of_nn_is_found_and_ignores_missing_modalities(name):
     assert fuse.layers()[name] is getattr(fusionsum.nn, name)
     layer = fuse.layer(name, [4, 4], 6, options(name))
     fused = fuse.FusionModel({"a": torch.nn.Identity(), "b": torch.nn.Identity()}, layer).eval()
@@ -86,7 +86,7 @@ def test_the_look_up_suggests_names_and_checks_options():
         assert message in str(raised.value)
 
 
-def test_zero_filling_is_not_told_what_is_missing():
+def test_zero_filling_does_not_tell_the_head_of_missing_modalities():
     fused = model()("fused").eval()
     given = inputs()
     items, there = given["sound"]

@@ -23,11 +23,16 @@ HEADER = "id,split,label,group,words\n"
 WORDS = {"modalities": {"words": {"kind": "text"}}}
 
 
+def check(read, given=WORDS, labelled=True):
+    config = from_mapping(given)
+    manifest.check(read, config.columns, config.task, config.data.splits, labelled)
+
+
 def checked(tmp_path, text, given=WORDS, name="m.csv"):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     read = manifest.read(path)
-    manifest.check(read, from_mapping(given))
+    check(read, given)
     return read
 
 
@@ -61,12 +66,12 @@ def test_a_bad_row_is_named_by_line_and_column(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("label", ["nan", "inf", "tall"])
-def test_regression_wants_finite_numbers(tmp_path, label):
+def test_regression_needs_finite_numbers(tmp_path, label):
     with pytest.raises(ManifestError, match=r"m\.csv:3, column 'label': "):
         checked(tmp_path, f"{HEADER}a,train,1e-3,,w\nb,train,{label},,w\n", WORDS | {"task": {"kind": "regression"}})
 
 
-def test_retrieval_wants_both_sides_but_no_label(tmp_path):
+def test_retrieval_needs_both_sides_but_no_label(tmp_path):
     given = {
         "modalities": {"words": {"kind": "text"}, "others": {"kind": "text"}},
         "task": {"kind": "retrieval", "target": ["others"]},
@@ -89,9 +94,9 @@ def test_all_problems_are_counted_and_the_first_shown(tmp_path):
 def test_rows_to_predict_need_neither_label_nor_split(tmp_path):
     path = tmp_path / "m.csv"
     path.write_text("id,words\na,w\n", encoding="utf-8")
-    manifest.check(manifest.read(path), from_mapping(WORDS), labelled=False)
+    check(manifest.read(path), labelled=False)
     with pytest.raises(ManifestError):
-        manifest.check(manifest.read(path), from_mapping(WORDS))
+        check(manifest.read(path))
 
 
 def test_jsonl_and_csv_hold_the_same(tmp_path):
@@ -120,6 +125,12 @@ def test_bad_lines_of_jsonl(tmp_path, line):
         checked(tmp_path, '{"id": "a"}\n' + line, name="m.jsonl")
 
 
+def test_a_line_of_jsonl_without_a_split_is_named(tmp_path):
+    lines = ['{"id": "a", "split": "train", "label": "x", "words": "w"}', '{"id": "b", "label": "x", "words": "w"}']
+    with pytest.raises(ManifestError, match=r"m\.jsonl:2, column 'split': unknown split ''"):
+        checked(tmp_path, "\n".join(lines), name="m.jsonl")
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ManifestError, match=r"none\.csv"):
         manifest.read(tmp_path / "none.csv")
@@ -127,24 +138,21 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_splits_of_the_manifest(tmp_path):
     text = HEADER + "a,train,x,,w\nb,test,x,,w\nc,train,x,,w\nd,validation,x,,w\n"
-    parts = manifest.splits(checked(tmp_path, text), from_mapping(WORDS), seed=0)
+    parts = manifest.splits(checked(tmp_path, text), from_mapping(WORDS).data, seed=0)
     assert {name: part.tolist() for name, part in parts.items()} == {"train": [0, 2], "validation": [3], "test": [1]}
 
 
 def test_splits_by_seed_keep_groups_together_and_have_their_shares(tmp_path):
     groups = np.random.default_rng(0).integers(60, size=400)
     rows = [f"{i},,x,{'' if g < 5 else g},w\n" for i, g in enumerate(groups)]
-    given = from_mapping(WORDS | {"data": {"split": "by-seed", "test_share": 0.25, "validation_share": 0.1}})
-    path = tmp_path / "m.csv"
-    path.write_text(HEADER + "".join(rows), encoding="utf-8")
-    read = manifest.read(path)
-    manifest.check(read, given)
-    parts = manifest.splits(read, given, seed=0)
+    given = WORDS | {"data": {"split": "by-seed", "test_share": 0.25, "validation_share": 0.1}}
+    read, data = checked(tmp_path, HEADER + "".join(rows), given), from_mapping(given).data
+    parts = manifest.splits(read, data, seed=0)
     assert sorted(np.concatenate(list(parts.values()))) == list(range(400))
     assert abs(len(parts["test"]) - 100) <= 2
     assert abs(len(parts["validation"]) - 40) <= 2
     held = [{g for g in groups[part] if g >= 5} for part in parts.values()]
     assert not held[0] & held[1] and not held[0] & held[2] and not held[1] & held[2]
-    again, other = manifest.splits(read, given, seed=0), manifest.splits(read, given, seed=1)
+    again, other = manifest.splits(read, data, seed=0), manifest.splits(read, data, seed=1)
     assert all(np.array_equal(parts[name], again[name]) for name in parts)
     assert not np.array_equal(parts["test"], other["test"])

@@ -1,14 +1,12 @@
-"""`fusionsum.pipeline.predictor` and ``report``: the five steps on made-up data, all tasks, bad input, save and load.
+"""`fusionsum.pipeline.predictor`: the five steps on made-up data, all tasks, bad input, save and load.
 
-What lives elsewhere: each step by itself; a kill at any step of one training (``test_pipeline_train.py``).
+What lives elsewhere: each step by itself; a kill at any step of one training (``test_pipeline_train.py``); the report
+(``test_pipeline_report.py``).
 """
 
 from __future__ import annotations
 
 import csv
-import json
-import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -19,37 +17,31 @@ from conftest import missing
 try:
     import torch
 
-    from fusionsum.pipeline import ERRORS, CheckpointError, ConfigError, ManifestError, MultimodalPredictor
+    from fusionsum.pipeline import (
+        ERRORS,
+        CheckpointError,
+        ConfigError,
+        ManifestError,
+        MultimodalPredictor,
+        evaluate,
+        manifest,
+        write_report,
+    )
     from fusionsum.pipeline import train as step4
-    from fusionsum.pipeline.report import readable, verdicts
+    from fusionsum.pipeline.preprocess import gather_rows
 except ModuleNotFoundError as error:
     missing(str(error))
-
-TASKS = {
-    "classification": {},
-    "regression": {"task": {"kind": "regression"}},
-    "retrieval": {"task": {"kind": "retrieval", "target": ["text"], "dim": 8}},
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Files of the made-up rows, and a manifest for each task."""
-    place = tmp_path_factory.mktemp("made-up")
-    rows = made_up.rows(place)
-    made_up.write(place / "manifest.csv", rows)
-    made_up.write(place / "regression.csv", [row | {"label": row["value"]} for row in rows])
-    made_up.write(place / "retrieval.csv", [row | {"text": row["text"] or f"thing {row['id']}"} for row in rows])
-    return place
-
-
-def manifest_of(folder, task):
-    return folder / ("manifest.csv" if task == "classification" else f"{task}.csv")
+    return made_up.folder(tmp_path_factory.mktemp("made-up"))
 
 
 def fitted(folder, task="classification", out=None, **sections):
-    given = made_up.config(folder, **TASKS[task], **sections)
-    return MultimodalPredictor(given).fit(manifest_of(folder, task), out, progress=False)
+    given = made_up.config(folder, **made_up.TASKS[task], **sections)
+    return MultimodalPredictor(given).fit(folder / f"{task}.csv", out, progress=False)
 
 
 def weights(predictor):
@@ -61,33 +53,11 @@ def same(one, other):
     return a.keys() == b.keys() and all(torch.equal(a[key][name], b[key][name]) for key in a for name in a[key])
 
 
-class Page(HTMLParser):
-    """Collects the tags that are open, and what the page would load."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.loads, self.text = [], [], ""
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "br", "path", "use"):
-            self.open.append(tag)
-        self.loads += [
-            v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith(("#", "data:"))
-        ]
-
-    def handle_endtag(self, tag):
-        if tag in self.open:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_from_files_to_a_report(folder, tmp_path, task):
+@pytest.mark.parametrize("task", made_up.TASKS)
+def test_from_files_to_predictions(folder, tmp_path, task):
     run = tmp_path / "run"
     predictor = fitted(folder, task, run)
-    results = predictor.evaluate(out=run, progress=False)
+    results = predictor.evaluate(progress=False).results
     models = results["test"]
     inputs = [name for name in made_up.MODALITIES if not (task == "retrieval" and name == "text")]
     combined = ["late-product", "score-sum"] if task == "classification" else ["score-sum"]
@@ -100,62 +70,26 @@ def test_from_files_to_a_report(folder, tmp_path, task):
         for metrics in found.values():
             for values in metrics.values():
                 assert len(values) == 2 and np.isfinite(values).all()
-    written = json.loads((run / "metrics.json").read_text())
-    metric = next(iter(models["fused"]["all"]))
-    assert written["test"]["fused"]["all"][metric]["seeds"] == models["fused"]["all"][metric]
-
-    page = Page()
-    html = (run / "report.html").read_text(encoding="utf-8")
-    page.feed(html)
-    assert not page.open and not page.loads
-    assert "http" not in re.sub(r'(xmlns(:\w+)?|rdf:resource)="[^"]*"|http://\S+\.dtd|http\S*matplotlib\S*', "", html)
-    for sentence in verdicts(predictor, results):
-        assert sentence in page.text
-    for name in models["fused"]["all"]:
-        assert readable(name).split(" ")[-1] in page.text
-    plots = {path.stem for path in (run / "plots").iterdir()}
-    assert {"training", "models-test"} <= plots
-    assert ("confusion-test" in plots) == (task == "classification")
-
     names = {path.name for path in (run / "checkpoints").iterdir()}
     assert {"fused-0.pt", "fused-0.csv", "image-alone-1.pt", "0.fitted"} <= names
     with (run / "log.csv").open(encoding="utf-8") as file:
         log = list(csv.DictReader(file))
     assert {(row["model"], row["seed"]) for row in log} == {(m, str(s)) for m in predictor.models for s in range(2)}
 
-    predictions = predictor.predict(manifest_of(folder, task), run / "predictions.csv", progress=False)
+    predictions = predictor.predict(folder / f"{task}.csv", run / "predictions.csv", progress=False)
     again = MultimodalPredictor.load(run)
     assert same(predictor, again)
-    assert again.evaluate(progress=False) == results
-    assert again.predict(manifest_of(folder, task), progress=False) == predictions
+    assert again.evaluate(progress=False).results == results
+    assert again.predict(folder / f"{task}.csv", progress=False) == predictions
     with (run / "predictions.csv").open(encoding="utf-8") as file:
         assert [row["id"] for row in csv.DictReader(file)] == [f"row{i}" for i in range(made_up.ROWS)]
-
-
-def test_verdicts_say_who_wins_and_by_how_much():
-    predictor = MultimodalPredictor({"modalities": {"a": {"kind": "text"}, "b": {"kind": "text"}}})
-    said = {
-        "fused": [0.5, 0.6, 0.7],
-        "mlp": [0.4, 0.5, 0.6],
-        "score-sum": [0.7, 0.8, 0.9],
-        "concat-linear": [0.7, 0.5, 0.9],
-        "late-product": [0.2, 0.7, 0.6],
-    }
-    results = {"test": {name: {"all": {"accuracy": values}} for name, values in said.items()}}
-    first, second = verdicts(predictor, results)
-    assert "; it beats concat-MLP, equal parameters (by 0.100); loses to score sum (by 0.200); " in first
-    assert first.endswith("cannot be told from concat linear (better by 0.100), late product (worse by 0.100).")
-    assert second == "On “test” a simple sum of the unimodal models’ scores is better than learned fusion."
-    results["test"]["score-sum"]["all"]["accuracy"] = said["concat-linear"]
-    (only,) = verdicts(predictor, results)
-    assert "loses" not in only
 
 
 def test_the_made_up_task_is_learned_and_predicted(folder, tmp_path):
     train = {"seeds": 1, "epochs": 40, "patience": 0}
     options = {"fusion": {"layer": "LateFusion"}, "train": train, "baselines": []}
     predictor = fitted(folder, **options)
-    assert predictor.evaluate(progress=False)["test"]["fused"]["all"]["accuracy"] == [1.0]
+    assert predictor.evaluate(progress=False).results["test"]["fused"]["all"]["accuracy"] == [1.0]
     rows = made_up.rows(tmp_path, 9)
     unlabelled = [{k: v for k, v in row.items() if k not in ("label", "split", "group")} for row in rows]
     found = predictor.predict(made_up.write(tmp_path / "new.csv", unlabelled), progress=False)
@@ -164,7 +98,7 @@ def test_the_made_up_task_is_learned_and_predicted(folder, tmp_path):
         assert abs(sum(row[f"p({colour})"] for colour in made_up.COLOURS) - 1) <= 1e-5
     blind = [row | {"image": "", "sound": ""} for row in unlabelled]
     assert len(predictor.predict(made_up.write(tmp_path / "new.csv", blind), progress=False)) == 9
-    values = fitted(folder, "regression", **options).predict(folder / "manifest.csv", progress=False)
+    values = fitted(folder, "regression", **options).predict(folder / "classification.csv", progress=False)
     errors = [abs(v["predicted"] - float(r["value"])) for v, r in zip(values, made_up.rows(tmp_path), strict=True)]
     assert np.median(errors) <= 3
 
@@ -177,7 +111,7 @@ def test_retrieval_finds_targets_of_the_same_text(folder):
         scores = [row[f"score_{k}"] for k in range(1, 11)]
         assert scores == sorted(scores, reverse=True)
         assert len({row[f"found_{k}"] for k in range(1, 11)}) == 10
-    numbers = predictor.target_numbers(predictor.gather(folder / "retrieval.csv", progress=False))
+    numbers = gather_rows(predictor.config, folder / "retrieval.csv", progress=False).target_numbers(["text"])
     texts = [row["text"] for row in made_up.rows(folder)]
     for i in range(made_up.ROWS):
         for j in range(made_up.ROWS):
@@ -237,10 +171,10 @@ def test_bad_items_stop_before_training_or_are_skipped_and_said(folder, tmp_path
     monkeypatch.undo()
     given = made_up.config(tmp_path, train={"seeds": 1, "epochs": 1}, baselines=[])
     predictor = MultimodalPredictor(given | {"data": given["data"] | {"on_error": "skip"}})
-    predictor.fit(path, progress=False).evaluate(out=tmp_path / "run", progress=False)
-    assert len(predictor.gathered.manifest) == made_up.ROWS - 2
+    evaluation = predictor.fit(path, progress=False).evaluate(progress=False)
+    assert evaluation.rows == made_up.ROWS - 2
+    assert evaluation.messages[1] == other and len(evaluation.messages) == 2
     assert f"skipped: {other}" in capsys.readouterr().out
-    assert "2 rows were left out" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -248,6 +182,9 @@ def test_bad_items_stop_before_training_or_are_skipped_and_said(folder, tmp_path
     [
         ({"fusion": {"layer": "MUTANN"}}, "fusion.layer: unknown layer 'MUTANN'; did you mean 'MUTAN'?"),
         ({"fusion": {"layer": "LowRankFusion", "rnk": 3}}, "did you mean 'rank'?"),
+        ({"fusion": "MLB"}, "fusion: expected a mapping"),
+        ({"train": {"weight_decay": -1}}, "train.weight_decay: expected at least 0"),
+        ({"data": {"split": "by-seed", "test": ["unseen"]}}, "data.test: expected [test]"),
         ({"modalities": {"image": {"kind": "image", "encoder": "cn"}}}, "modalities.image: unknown image encoder 'cn'"),
         ({"modalities": {"img": {"kind": "image"}}}, "unknown column 'img'; did you mean 'image'?"),
         ({"data": {"test": ["tset"]}}, "unknown split 'test'; did you mean 'tset'?"),
@@ -255,7 +192,7 @@ def test_bad_items_stop_before_training_or_are_skipped_and_said(folder, tmp_path
         ({"data": {"split": "by-seed", "validation_share": 0.0}}, "there are no rows of the split 'validation'"),
     ],
 )
-def test_what_is_unknown_is_an_error_that_suggests_the_name(folder, monkeypatch, sections, message):
+def test_an_unknown_name_is_an_error_that_suggests_the_name(folder, monkeypatch, sections, message):
     monkeypatch.setattr(step4, "step", lambda *a: pytest.fail("training started"))
     with pytest.raises(ERRORS) as raised:
         fitted(folder, **sections)
@@ -278,18 +215,50 @@ def test_labels_that_training_does_not_have(folder, tmp_path):
 def test_evaluation_on_another_manifest(folder, tmp_path):
     predictor = fitted(folder, train={"seeds": 1}, baselines=[])
     path = made_up.write(tmp_path / "m.csv", made_up.rows(tmp_path, 6))
-    results = predictor.evaluate(path, progress=False)
-    assert list(results) == ["given"]
+    evaluation = predictor.evaluate(path, progress=False)
+    assert list(evaluation.results) == ["given"]
+    assert (evaluation.split, evaluation.manifest, evaluation.rows) == ("given", "m.csv", 6)
     rows = made_up.rows(tmp_path, 6)
     rows[2]["label"] = "white"
     with pytest.raises(ManifestError, match=r"m\.csv:4, column 'label': no training row is 'white'"):
         predictor.evaluate(made_up.write(path, rows), progress=False)
 
 
+BY_SEED = {"split": "by-seed", "test_share": 0.3, "validation_share": 0.2}
+
+
 def test_splits_by_seed(folder):
-    data = {"split": "by-seed", "test_share": 0.3, "validation_share": 0.2}
-    results = fitted(folder, data=data, baselines=[]).evaluate(progress=False)
-    assert len(results["test"]["fused"]["all"]["accuracy"]) == 2
+    evaluation = fitted(folder, data=BY_SEED, baselines=[]).evaluate(progress=False)
+    assert len(evaluation.results["test"]["fused"]["all"]["accuracy"]) == 2
+    assert evaluation.split == "by-seed"
+
+
+def test_the_error_of_regression_has_the_labels_unit_with_every_seed(folder):
+    """Each seed divides the labels by the spread of its own training rows."""
+    predictor = fitted(folder, "regression", data=BY_SEED, baselines=[])
+    found = predictor.evaluate(progress=False).results["test"]["fused"]["all"]["mae"]
+    gathered = predictor.gathered
+    labels = np.array(gathered.manifest.column("label"), dtype=np.float64)
+    scales = []
+    for seed, mae in enumerate(found):
+        state = predictor.states["fused", seed]
+        test = manifest.splits(gathered.manifest, predictor.config.data, seed)["test"]
+        rows, model = predictor.rows(gathered, state), predictor.model("fused", state)
+        output = evaluate.outputs(model, rows, torch.from_numpy(test))[evaluate.Condition()].values[:, 0]
+        predicted = output * state["task"]["scale"] + state["task"]["mean"]
+        assert abs(mae - np.abs(predicted - labels[test]).mean()) <= 1e-5
+        scales.append(state["task"]["scale"])
+    assert abs(scales[0] / scales[1] - 1) > 0.001
+
+
+def test_without_a_test_split_there_is_nothing_to_evaluate(folder, tmp_path):
+    rows = [row for row in made_up.rows(tmp_path) if row["split"] != "test"]
+    path = made_up.write(tmp_path / "m.csv", rows)
+    predictor = MultimodalPredictor(made_up.config(tmp_path, data={"test": []}, train={"seeds": 1}, baselines=[]))
+    predictor.fit(path, progress=False)
+    with pytest.raises(ConfigError, match=r"data\.test: expected the name of a split"):
+        predictor.evaluate(progress=False)
+    assert len(predictor.predict(path, progress=False)) == len(rows)
 
 
 def test_save_without_a_folder(folder, tmp_path):
@@ -297,16 +266,42 @@ def test_save_without_a_folder(folder, tmp_path):
     predictor.save(tmp_path / "saved")
     again = MultimodalPredictor.load(tmp_path / "saved")
     assert same(predictor, again)
-    assert again.evaluate(progress=False) == predictor.evaluate(progress=False)
+    assert again.evaluate(progress=False).results == predictor.evaluate(progress=False).results
     with pytest.raises(RuntimeError, match="call fit or load first"):
-        MultimodalPredictor(made_up.config(folder)).predict(folder / "manifest.csv")
+        MultimodalPredictor(made_up.config(folder)).predict(folder / "classification.csv")
+
+
+@pytest.mark.parametrize("saved", ["fitted", "loaded"])
+def test_a_saved_predictor_is_a_run_that_resumes(folder, tmp_path, monkeypatch, saved):
+    """It is complete: with more seeds only those are trained, and another configuration is refused."""
+    sections = {"train": {"seeds": 1}, "baselines": ["mlp"]}
+    predictor = fitted(folder, **sections)
+    predictor.save(tmp_path / "saved")
+    if saved == "loaded":
+        MultimodalPredictor.load(tmp_path / "saved").save(tmp_path / "again")
+    run = tmp_path / ("again" if saved == "loaded" else "saved")
+
+    def resumed(**train):
+        given = made_up.config(folder, **sections | {"train": sections["train"] | train})
+        return MultimodalPredictor(given).fit(folder / "classification.csv", run, resume=True, progress=False)
+
+    with pytest.raises(CheckpointError, match=r"another configuration .*train\.epochs: 3 and 4"):
+        resumed(epochs=4)
+    with monkeypatch.context() as context:
+        context.setattr(step4, "step", lambda *a: pytest.fail("training started"))
+        assert same(predictor, resumed())
+    two = resumed(seeds=2)
+    assert same(two, fitted(folder, baselines=["mlp"]))
+    assert same(two, MultimodalPredictor.load(run))
 
 
 def test_one_modality_has_nothing_to_fuse(folder, tmp_path):
     given = made_up.config(folder) | {"modalities": {"image": made_up.MODALITIES["image"]}}
-    results = MultimodalPredictor(given).fit(progress=False).evaluate(out=tmp_path, progress=False)
-    assert list(results["test"]) == ["fused"]
-    assert list(results["test"]["fused"]) == ["all"]
+    evaluation = MultimodalPredictor(given).fit(progress=False).evaluate(progress=False)
+    assert list(evaluation.results["test"]) == ["fused"]
+    assert list(evaluation.results["test"]["fused"]) == ["all"]
+    write_report(tmp_path, evaluation)
+    assert "none: one modality" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 class Constant(torch.nn.Module):
@@ -350,6 +345,6 @@ def test_features_of_a_frozen_encoder_are_made_once(folder, tmp_path, monkeypatc
     predictor = fitted(folder, out=run, modalities=modalities, train={"seeds": 1}, baselines=[])
     assert Halves.calls == made_up.ROWS
     assert predictor.states["fused", 0]["fitted"]["image"]["shape"] == [6]
-    results = predictor.evaluate(progress=False)
-    assert MultimodalPredictor.load(run).evaluate(progress=False) == results
+    results = predictor.evaluate(progress=False).results
+    assert MultimodalPredictor.load(run).evaluate(progress=False).results == results
     assert Halves.calls == made_up.ROWS

@@ -62,7 +62,7 @@ def task():
     return rows, {"train": index[:30], "validation": index[30:]}
 
 
-def run(settings=SETTINGS, checkpoint=None, identity=IDENTITY, bar=None):
+def trained(settings=SETTINGS, checkpoint=None, identity=IDENTITY, bar=None):
     torch.manual_seed(1)
     rows, chosen = task()
     model = FusionModel({"a": Encoder(), "b": Encoder()}, Sum())
@@ -77,12 +77,12 @@ def same(one, other):
 @pytest.mark.parametrize("schedule", ["constant", "one-cycle"])
 @pytest.mark.parametrize("patience", [0, 3])
 @pytest.mark.parametrize("killed_after", [1, 9, 13, 24])
-def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(
+def test_a_training_that_is_killed_and_resumed_ends_in_the_same_bits(
     tmp_path, monkeypatch, schedule, patience, killed_after
 ):
     """At any step: in the first epoch, amid one, at the end of one, after the last."""
     settings = dataclasses.replace(SETTINGS, schedule=schedule, patience=patience)
-    whole, history = run(settings)
+    whole, history = trained(settings)
     real, taken = train.step, []
 
     def step(*arguments):
@@ -94,19 +94,19 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(
     monkeypatch.setattr(train, "step", step)
     place = tmp_path / "checkpoints" / "model.pt"
     try:
-        run(settings, place)
+        trained(settings, place)
         interrupted = False
     except KeyboardInterrupt:
         interrupted = True
     assert interrupted == (len(history) * 4 > killed_after)
     monkeypatch.setattr(train, "step", real)
-    torch.randn(7)  # whatever the process did in between
-    resumed, again = run(settings, place)
+    torch.randn(7)  # in between, the process used the generator for something else
+    resumed, again = trained(settings, place)
     assert same(whole, resumed)
     assert again == history
     with place.with_suffix(".csv").open(encoding="utf-8") as file:
         assert [float(row["train_loss"]) for row in csv.DictReader(file)] == [entry["train_loss"] for entry in history]
-    third, _ = run(settings, place)
+    third, _ = trained(settings, place)
     assert same(whole, third)
 
 
@@ -122,7 +122,7 @@ def test_early_stopping_keeps_the_best_weights(monkeypatch):
     with tqdm(total=6 * 4, disable=True) as bar:
         counted = []
         monkeypatch.setattr(bar, "update", lambda n=1: counted.append(n))
-        model, history = run(dataclasses.replace(SETTINGS, patience=2), bar=bar)
+        model, history = trained(dataclasses.replace(SETTINGS, patience=2), bar=bar)
     assert sum(counted) == 6 * 4  # the steps that were saved, too
     assert [entry["validation_loss"] for entry in history] == [3.0, 1.0, 2.0, 1.5]
     assert all(torch.equal(model.state_dict()[k], v) for k, v in weights[1].items())
@@ -131,17 +131,17 @@ def test_early_stopping_keeps_the_best_weights(monkeypatch):
 
 def test_checkpoints_of_another_configuration_and_broken_ones_are_refused(tmp_path):
     place = tmp_path / "model.pt"
-    run(checkpoint=place)
+    trained(checkpoint=place)
     with pytest.raises(CheckpointError, match=r"another configuration .*train\.epochs: 4 and 5; manifest: 'm' and 'n'"):
-        run(checkpoint=place, identity={"train": {"epochs": 5}, "manifest": "n"})
+        trained(checkpoint=place, identity={"train": {"epochs": 5}, "manifest": "n"})
     place.write_bytes(place.read_bytes()[:500])
     with pytest.raises(CheckpointError, match=r"model\.pt: cannot be read"):
-        run(checkpoint=place)
+        trained(checkpoint=place)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training():
     with pytest.raises(ArithmeticError, match="epoch 1: the loss is not finite"):
-        run(dataclasses.replace(SETTINGS, learning_rate=1e30))
+        trained(dataclasses.replace(SETTINGS, learning_rate=1e30))
 
 
 def test_modality_dropout_never_takes_all_and_adds_none():
@@ -201,7 +201,7 @@ def test_tensorboard_gets_every_epoch_where_it_is_installed(tmp_path, monkeypatc
     fake.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     monkeypatch.setattr(train, "find_spec", lambda name: name == "tensorboard")
-    _, history = run(checkpoint=tmp_path / "checkpoints" / "model-0.pt")
+    _, history = trained(checkpoint=tmp_path / "checkpoints" / "model-0.pt")
     place = str(tmp_path / "tensorboard" / "model-0")
     expected = [(place, name, entry["epoch"]) for entry in history for name in entry]
     assert written == [*expected, "closed"]

@@ -4,15 +4,15 @@
 #include <utility>
 #include <vector>
 
-#include "sum/plan.h"
+#include "isa.h"
 
 namespace fusionsum {
 
 // The instruction sets compiled in, best first, each with whether this machine runs it.
 std::vector<std::pair<std::string, bool>> isas();
 
-// The set in use: the best that runs here, or the one that FUSIONSUM_ISA names. Resolved once. Throws std::invalid_argument
-// where FUSIONSUM_ISA names one that is unknown, not compiled in or not supported here.
+// The set in use: the best that runs here, or the one that FUSIONSUM_ISA names. Resolved once. Throws
+// std::invalid_argument where FUSIONSUM_ISA names one that is unknown, not compiled in or not supported here.
 const Isa& active_isa();
 
 }  // namespace fusionsum

@@ -1,2 +1,3 @@
 #include "simd/avx512.h"
 #include "sum/walk.inl"
+#include "isa.inl"

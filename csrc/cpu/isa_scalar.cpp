@@ -1,2 +1,3 @@
 #include "simd/scalar.h"
 #include "sum/walk.inl"
+#include "isa.inl"

@@ -1,8 +1,9 @@
-// Threads. libtorch's pool is used through its exported C symbol, so that one pool serves both and torch.set_num_threads is
-// honoured; else a lazy pool of our own: workers are started by the first call that needs them and sleep between calls.
+// Threads. libtorch's pool is used through its exported C symbol, so that one pool serves both and
+// torch.set_num_threads is honoured; else a lazy pool of our own: workers are started by the first call that needs them
+// and sleep between calls.
 //
-// After fork() a child has neither pool's threads: our pool is abandoned (leaked: its locks may be held by threads that no
-// longer exist) and made anew, and torch's, which hangs in a child of a threaded parent, is not used again.
+// After fork() a child has neither pool's threads: our pool is abandoned (leaked: its locks may be held by threads that
+// no longer exist) and made anew, and torch's, which hangs in a child of a threaded parent, is not used again.
 #include "parallel.h"
 
 #include <pthread.h>

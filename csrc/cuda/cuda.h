@@ -1,18 +1,28 @@
-// The C interface of the CUDA library, libfusionsum_cuda: a library of its own, without Python, that _core loads when the first
-// CUDA tensor arrives (bindings.cpp), so that a machine without a driver never notices.
+// The C interface of the CUDA library, libfusionsum_cuda: a library of its own, without Python, that _core loads when
+// the first CUDA tensor arrives (bindings/execute.cpp), so that a machine without a driver never notices. Errors are
+// words, and nothing throws.
+//
+// The library owns no memory. A problem is executed in steps: `plan` says how much workspace its plan needs, the caller
+// allocates it, `execute` launches.
 #pragma once
 #include "../sum.h"
 
 namespace fusionsum {
 
 struct CudaLibrary {
-  // Null where the library can run; else why it cannot, in words.
-  const char* (*unavailable)();
-  // Queues the problem on a stream of a device; the data pointers are that device's. `allocate` is called at most once, for
-  // workspace that must last until the stream has passed. Returns null, or an error that names the kernel; then no result is
-  // valid. Launches only: nothing synchronises, so a CUDA graph can capture it.
-  const char* (*run)(const Problem* problem, int device, void* stream, void* (*allocate)(void* context, int64_t bytes),
-                     void* context);
+  // Null where the library can run; else why it cannot.
+  const char* (*unavailable)() noexcept;
+
+  int64_t plan_bytes;  // of memory for any plan, aligned as malloc's
+
+  // Writes a plan of the problem to such memory. Returns null, or what about the problem no kernel takes.
+  const char* (*plan)(const Problem* problem, void* plan, int64_t* workspace_bytes) noexcept;
+
+  // Queues a plan on a stream of a device. The data pointers of its problem and `workspace` are that device's; the
+  // workspace must last until the stream has passed, and may be null where the plan needs none. Returns null, or an
+  // error that names the kernel; then no result is valid. Launches only: nothing synchronises, so a CUDA graph can
+  // capture it.
+  const char* (*execute)(const void* plan, int device, void* stream, void* workspace) noexcept;
 };
 
 }  // namespace fusionsum

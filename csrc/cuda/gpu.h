@@ -1,7 +1,7 @@
 // One source, two compilers: nvcc, or g++ with the emulator of tests/cuda, in which every CUDA thread is a fiber.
 //
-// What lives here: the vocabulary (formula.h's, for one number per thread) and the few words that differ. Kernels use no inline
-// PTX, no raw __shared__ and no <<<>>>.
+// What lives here: the vocabulary (formula.h's, for one number per thread) and the few words that differ. Kernels use
+// no inline PTX, no raw __shared__ and no <<<>>>.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -36,9 +36,10 @@ cudaError_t gpu_launch(Kernel* kernel, dim3 grid, dim3 block, cudaStream_t strea
 
 namespace fusionsum {
 namespace cuda {
+// clang-format off: each needs the one before
 #include "../dtype.h"
 #include "../scalar.h"
-
 #include "../formula.h"
+// clang-format on
 }  // namespace cuda
 }  // namespace fusionsum

@@ -1,6 +1,7 @@
-// The library's interface (cuda.h): plan, allocate once, launch on the caller's stream.
+// The library's interface (cuda.h): what it asks of CUDA's runtime, and the launches of a plan (sum/plan.h).
 #include <atomic>
 #include <cstdio>
+#include <new>
 
 #include "cuda.h"
 #include "gpu.h"
@@ -9,7 +10,7 @@
 namespace fusionsum {
 namespace cuda {
 
-__global__ void combine(const __grid_constant__ Combine c);  // kernel_any.cu
+__global__ void combine(const __grid_constant__ Combine c);  // sum/combine.cu
 
 namespace {
 
@@ -20,7 +21,7 @@ const char* failed(const char* what, cudaError_t error) {
   return message;
 }
 
-const char* unavailable() {
+const char* unavailable() noexcept {
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
   if (error != cudaSuccess) {
@@ -65,25 +66,27 @@ const char* check_device(int device) {
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  std::snprintf(message, sizeof message, "device %d has compute capability %d.%d; the kernels in this build are for %s", device, major, minor,
-                FUSIONSUM_CUDA_ARCHITECTURES);
+  std::snprintf(message, sizeof message, "device %d has compute capability %d.%d; the kernels in this build are for %s",
+                device, major, minor, FUSIONSUM_CUDA_ARCHITECTURES);
   return message;
 }
 
-const char* run(const Problem* problem, int device, void* stream, void* (*allocate)(void*, int64_t), void* context) {
-  Plan plan;
-  if (const char* error = make_plan(*problem, plan)) return error;
+const char* plan(const Problem* problem, void* to, int64_t* workspace_bytes) noexcept {
+  Plan& plan = *new (to) Plan;
+  const char* const error = make_plan(*problem, plan);
+  *workspace_bytes = plan.workspace_bytes;
+  return error;
+}
+
+const char* execute(const void* from, int device, void* stream, void* workspace) noexcept {
+  const Plan& plan = *static_cast<const Plan*>(from);
   const OnDevice guard(device);
   if (guard.error != cudaSuccess) return failed("cudaSetDevice", guard.error);
   if (const char* error = check_device(device)) return error;
-  if (plan.workspace) {
-    void* const workspace = allocate(context, plan.workspace);
-    if (!workspace) return "there is no memory for the workspace";
-    place_sums(plan, workspace);
-  }
   const auto on = static_cast<cudaStream_t>(stream);
   for (int i = 0; i < plan.launches; ++i) {
-    const Launch& launch = plan.launch[i];
+    Launch launch = plan.launch[i];
+    place_sums(launch, workspace);
     const dim3 grid(static_cast<unsigned>(launch.blocks)), block(kThreads);
     cudaError_t error = gpu_launch(launch.kernel, grid, block, on, launch.pass);
     if (error != cudaSuccess) return failed(launch.by_columns ? "kernel columns" : "kernel rows", error);
@@ -101,6 +104,7 @@ const char* run(const Problem* problem, int device, void* stream, void* (*alloca
 }  // namespace fusionsum
 
 extern "C" const fusionsum::CudaLibrary* fusionsum_cuda() {
-  static const fusionsum::CudaLibrary library{fusionsum::cuda::unavailable, fusionsum::cuda::run};
+  using namespace fusionsum;
+  static const CudaLibrary library{cuda::unavailable, sizeof(cuda::Plan), cuda::plan, cuda::execute};
   return &library;
 }

@@ -1,10 +1,9 @@
-"""The command line: ``fusionsum info`` (also ``python -m fusionsum``), the demo, the pipeline's verbs, the benchmark."""
+"""The command line: ``fusionsum info`` (also ``python -m fusionsum``), the demo, the pipeline's verbs."""
 
 from __future__ import annotations
 
 import argparse
 import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +23,7 @@ def _version(package: str) -> str:
 
 
 def info() -> int:
-    """Print what is installed, what is usable and why not, and run the self-test; return 1 if it fails."""
+    """Print versions, backends (why one is not usable), threads and the self-test's result; return 1 if it fails."""
     print(f"fusionsum {__version__}, Python {platform.python_version()}, {platform.machine()}, {platform.platform()}")
     print(f"numpy {np.__version__}, torch {_version('torch')}")
     for name, state in backends().items():
@@ -47,10 +46,10 @@ def info() -> int:
 
 
 def demo(out: Path, seeds: int, steps: int) -> None:
-    """Run the five-step pipeline on digits-sum."""
-    from .pipeline.demo import run
+    """Take the five steps on digits-sum; write the report."""
+    from .pipeline.demo import demonstrate
 
-    run(out, seeds, steps)
+    demonstrate(out, seeds, steps)
 
 
 def prepare(name: str, out: Path | None, source: Path | None) -> None:
@@ -73,11 +72,11 @@ def train(config: Path, out: Path, manifest: Path | None, overrides: list[str], 
 def evaluate(run: Path, manifest: Path | None, out: Path | None) -> None:
     """Measure a run's models; write metrics, plots and the report."""
     from .pipeline import MultimodalPredictor
-    from .pipeline.report import verdicts
+    from .pipeline.report import verdicts, write_report
 
-    predictor = MultimodalPredictor.load(run)
-    results = predictor.evaluate(manifest, out or run)
-    print("\n".join(verdicts(predictor, results)))
+    evaluation = MultimodalPredictor.load(run).evaluate(manifest)
+    write_report(out or run, evaluation)
+    print("\n".join(verdicts(evaluation)))
     print(f"Written to {(out or run) / 'report.html'}.")
 
 
@@ -88,14 +87,6 @@ def predict(run: Path, manifest: Path, out: Path | None) -> None:
     place = out or run / "predictions.csv"
     predictions = MultimodalPredictor.load(run).predict(manifest, place)
     print(f"{len(predictions)} predictions written to {place}.")
-
-
-def bench(arguments: list[str]) -> int:
-    """Run the repository's benchmark with these arguments; return its exit status, or 1 outside the repository."""
-    if not Path("bench", "__main__.py").is_file():
-        print("the benchmark is not in the package: run this in the root of fusionsum's repository", file=sys.stderr)
-        return 1
-    return subprocess.run([sys.executable, "-m", "bench", *arguments], check=False).returncode
 
 
 def _reported(verb: Callable[..., None], **arguments: object) -> int:
@@ -120,12 +111,12 @@ def _positive(text: str) -> int:
     return value
 
 
-_positive.__name__ = "positive integer"  # what argparse calls the type in its error
+_positive.__name__ = "positive integer"  # the type's name in argparse's error
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusionsum", description="Multiplicative fusion of modalities.")
-    commands = parser.add_subparsers(dest="command", metavar="{info,demo,prepare,train,evaluate,predict,bench}")
+    commands = parser.add_subparsers(dest="command", metavar="{info,demo,prepare,train,evaluate,predict}")
     commands.add_parser("info", help="what is installed, usable and in use, and a self-test (the default)")
     verb = commands.add_parser("demo", help="train and compare fusion models on digits and number words")
     verb.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report (%(default)s)")
@@ -143,8 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, help="folder of the run")
     verb.add_argument("--manifest", type=Path, help="instead of the configuration's")
     verb.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b=c", help="override a key")
-    verb.add_argument("--on-error", choices=["raise", "skip"], help="what to do about unreadable items (raise)")
-    verb.add_argument("--resume", action="store_true", help="continue an interrupted run, to the same weights")
+    verb.add_argument(
+        "--on-error", choices=["raise", "skip"], help="stop at unreadable items, or leave out their rows (raise)"
+    )
+    verb.add_argument("--resume", action="store_true", help="continue an interrupted training, to the same weights")
     verb = commands.add_parser("evaluate", help="measure a run's models, write its report")
     verb.add_argument("run", type=Path, help="folder of the run")
     verb.add_argument("--manifest", type=Path, help="evaluate on these rows instead of the run's test splits")
@@ -153,18 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("run", type=Path, help="folder of the run")
     verb.add_argument("--manifest", type=Path, required=True, help="the rows; they need no labels")
     verb.add_argument("--out", type=Path, help="a CSV file (RUN/predictions.csv)")
-    commands.add_parser("bench", add_help=False, help="the repository's benchmark; its options follow")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if args.command == "bench":
-        return bench(rest)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    """Call the command that the arguments name and return the exit status."""
+    args = _parser().parse_args(argv)
     options = vars(args)
     command = options.pop("command")
     if command == "demo":

@@ -1,4 +1,4 @@
-"""Which of the three homes of the sum are usable on this machine, and why one is not.
+"""Which backends are usable on this machine, and why one is not: CUDA, the CPU's kernels, NumPy.
 
 What lives here: the one import of the native module, the environment's overrides, `backends()`. What lives elsewhere: the
 choice of instruction set (``csrc/dispatch.cpp``), the routing of a call (``api.py``).
@@ -54,7 +54,7 @@ def load_cuda() -> str:
         address = ctypes.cast(ctypes.CDLL(path).fusionsum_cuda, ctypes.c_void_p).value
     except OSError as error:
         return str(error)
-    return native.use_cuda(address, False) or ""
+    return native.use_cuda(address) or ""
 
 
 if _override == "cuda" and load_cuda():
@@ -62,7 +62,15 @@ if _override == "cuda" and load_cuda():
 
 
 def adopt_torch(torch: Any) -> None:
-    """Let the native module read tensors, and work on torch's threads where libtorch exports its pool (since 2.10)."""
+    """Let the native module read tensors, and work on torch's threads where libtorch exports its pool.
+
+    Raises
+    ------
+    ImportError
+        For torch before 2.10, whose tensors do not offer DLPack's exchange API.
+    """
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        raise ImportError(f"fusionsum takes tensors of torch 2.10 or newer, found torch {torch.__version__}")
     if native is None:
         return
     library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
@@ -101,8 +109,7 @@ def backends() -> dict[str, str]:
 def set_num_threads(count: int) -> None:
     """Set how many threads the native kernels use; results do not depend on it.
 
-    With torch >= 2.10 imported, torch's pool does the work and ``torch.set_num_threads`` is what counts; this function
-    then calls it.
+    With torch imported, torch's pool does the work, and this function calls ``torch.set_num_threads``.
 
     Parameters
     ----------

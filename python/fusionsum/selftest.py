@@ -53,7 +53,7 @@ def _exact(of: Any, grad: Any, weights: Any, factors: Any, activation: Any, mask
 
 
 def _within(got: Any, exact: Any, magnitude: Any, dtype: str, terms: float) -> bool:
-    """Tell whether the error is within (terms + 64) * eps * magnitude and an ulp of the result, which NaN is not.
+    """Tell whether the error is within (terms + 64) * eps * magnitude and an ulp of the result; NaN never is.
 
     The 64 allows for ``1 - tanh(z) ** 2``, which cancels.
     """

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+import device
 from conftest import DTYPES, MIXED, Case, Form, check_both, random, require_native
 from tests.cuda import emulation, ptx, sass
 
@@ -44,10 +45,10 @@ def cases(dtypes: Iterable[tuple[str, str]] = (*((d, d) for d in DTYPES), *MIXED
 
 
 def large_cases() -> Iterator[tuple[str, Case]]:
-    """Yield calls whose sums several blocks share: few rows of many terms, many rows, long runs, tiles of columns."""
+    """Yield calls with sums of several blocks: few rows of many terms, many rows, long runs, tiles of columns."""
     rng = np.random.default_rng(0)
     paired, vector, candidates = FORMS["paired"](2), FORMS["vector"](2), FORMS["candidates"](3)
-    yield "a row to a block, shared", paired.case(rng, "float32", B=1, n=40_000)
+    yield "a row to several blocks", paired.case(rng, "float32", B=1, n=40_000)
     yield "a row to a block", paired.case(rng, "bfloat16", "float32", B=3, n=20_000)
     yield "many rows", paired.case(rng, "float32", B=3000, n=12)
     yield "tiles of columns", vector.case(rng, "float32", B=2, n=3, O=2500)
@@ -67,12 +68,9 @@ def both(case: Case) -> list[np.ndarray]:
 @contextmanager
 def emulated(path: pathlib.Path) -> Iterator[emulation.Library]:
     """Send NumPy arrays to an emulated build of the CUDA library."""
-    native, library = require_native(), emulation.Library(path)
-    assert native.use_cuda(library.address, True) is None
-    try:
+    library = emulation.Library(path)
+    with device.replaced(require_native(), device.emulated(library.address)):
         yield library
-    finally:
-        native.use_cuda(0, False)
 
 
 def write(library: emulation.Library, folder: pathlib.Path, chosen: Iterable[tuple[str, Case]]) -> list[pathlib.Path]:

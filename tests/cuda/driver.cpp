@@ -55,18 +55,13 @@ std::string replay(const Case& c) {
     }
     array.point_to(problem, begin + origin);
   }
-  std::unique_ptr<Block> workspace;
-  const char* const error = fusionsum_cuda()->run(
-      &problem, 0, nullptr,
-      [](void* context, int64_t bytes) -> void* {
-        auto& workspace = *static_cast<std::unique_ptr<Block>*>(context);
-        if (workspace) return nullptr;  // asked for twice
-        workspace.reset(new Block(static_cast<size_t>(bytes), 0));
-        std::memset(workspace->begin, 0xff, static_cast<size_t>(bytes));
-        return workspace->begin;
-      },
-      &workspace);
-  if (error) return error;
+  const fusionsum::CudaLibrary& library = *fusionsum_cuda();
+  Block plan(static_cast<size_t>(library.plan_bytes), 0);
+  int64_t bytes = 0;
+  if (const char* error = library.plan(&problem, plan.begin, &bytes)) return error;
+  Block workspace(static_cast<size_t>(bytes), 0);
+  std::memset(workspace.begin, 0xff, static_cast<size_t>(bytes));
+  if (const char* error = library.execute(plan.begin, 0, nullptr, workspace.begin)) return error;
   for (size_t i = 0; i < arrays.size(); ++i) {
     for (size_t at = 0; at < expected[i].size(); ++at) {
       if (blocks[i]->begin[at] == expected[i][at]) continue;

@@ -1,29 +1,37 @@
 """The CUDA library compiled by g++ for the emulator: builds, records, cases, and their replay under sanitizers.
 
     library = emulation.Library(emulation.build("plain"))
-    _core.use_cuda(library.address, True)  # from now on NumPy arrays go to the emulated library
+    native = emulation.bindings()  # the native module, but for who executes a problem
+    native.use_cuda(library.address)  # from now on its NumPy arrays go to the emulated library
     with library.recording() as runs: ...
     with library.writing_cases(folder): ...
     emulation.replay(emulation.build("address"), folder.glob("*.case"))
 
 What lives elsewhere: CUDA's execution model (``fibers.h``, ``emulator.h``), the records (``recorder.cpp``), the
-replay's program (``driver.cpp``), planted bugs (``planted.py``). ``FUSIONSUM_EMULATOR_SCHEDULE`` sets the first schedule.
+replay's program (``driver.cpp``), the bindings' way to the library (``execute_emulated.cpp``), planted bugs
+(``planted.py``). ``FUSIONSUM_EMULATOR_SCHEDULE`` sets the first schedule.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import importlib.util
 import os
 import pathlib
 import subprocess
+import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import pybind11
 
 from tests import compiled
 from tests.cuda.planted import Bug, plant
 
-__all__ = ["SCHEDULES", "VARIANTS", "Launch", "Library", "Run", "Span", "build", "replay"]
+__all__ = ["SCHEDULES", "VARIANTS", "Launch", "Library", "Run", "Span", "bindings", "build", "replay"]
 
 _HERE = pathlib.Path(__file__).parent
 _SOURCES = _HERE.parent.parent / "csrc"
@@ -91,6 +99,41 @@ def build(
             {root / source: (*flags, *_DEFINES) for source in sources} | dict.fromkeys(harness, flags),
             (*VARIANTS[variant], *(["-shared", "-Wl,-z,defs"] if plain else ["-rdynamic"]), "-ldl"),
         )
+
+
+@functools.cache
+def bindings() -> Any:
+    """
+    Compile and import a native module whose arrays go to the library that its ``use_cuda`` was given.
+
+    Its sources are those of csrc/bindings, but for the one that chooses who executes a problem.
+
+    Returns
+    -------
+    module
+        One for the process; it has the functions of ``fusionsum._core``.
+
+    Raises
+    ------
+    RuntimeError
+        If the compiler fails; its message is quoted.
+    """
+    of_product = [path for path in sorted((_SOURCES / "bindings").glob("*.cpp")) if path.name != "execute.cpp"]
+    choices = [_SOURCES / "cpu" / "dispatch.cpp", _SOURCES / "cpu" / "parallel.cpp"]
+    headers = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
+    folder = _BUILD / "bindings"
+    flags = (*_FLAGS, "-O1", "-fvisibility=hidden", "-I", str(_HERE), "-I", str(_SOURCES), *headers)
+    with compiled.locked(folder):
+        path = compiled.link(
+            folder / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}",
+            dict.fromkeys((*of_product, *choices, _HERE / "execute_emulated.cpp"), flags),
+            ("-shared", "-pthread"),
+        )
+    spec = importlib.util.spec_from_file_location("tests.cuda._core", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def replay(
@@ -203,7 +246,7 @@ class Library:
 
     @property
     def address(self) -> int:
-        """Where ``fusionsum_cuda`` is, for ``_core.use_cuda``."""
+        """Where ``fusionsum_cuda`` is, for ``use_cuda`` of :func:`bindings`."""
         address = ctypes.cast(self._library.fusionsum_cuda, ctypes.c_void_p).value
         assert address is not None
         return address

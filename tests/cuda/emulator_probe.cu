@@ -3,8 +3,8 @@
 // A problem's sum_dim says which program runs; operand 1 is the input, n floats, and operand 0's gradient the output.
 // The names' list, at the end, is the programs' order.
 #include <cstring>
-#include <memory>
 #include <string>
+#include <vector>
 
 #include "cuda/cuda.h"
 #include "cuda/gpu.h"
@@ -210,12 +210,21 @@ constexpr Program kPrograms[] = {
     PROGRAM(index_past_shared, 1),
 };
 
-const char* run(const fusionsum::Problem* problem, int, void* stream, void* (*allocate)(void*, int64_t),
-                void* context) {
-  const Program& program = kPrograms[problem->sum_dim];
-  const fusionsum::Operand* o = problem->operand;
-  Probe p{static_cast<const float*>(o[1].data), static_cast<float*>(o[0].grad),
-          static_cast<float*>(allocate(context, kThreads * sizeof(float))), static_cast<int>(problem->size[0])};
+const char* unavailable() noexcept { return nullptr; }
+
+// The plan is a copy of the problem.
+const char* plan(const fusionsum::Problem* problem, void* to, int64_t* workspace_bytes) noexcept {
+  std::memcpy(to, problem, sizeof *problem);
+  *workspace_bytes = kThreads * sizeof(float);
+  return nullptr;
+}
+
+const char* execute(const void* plan, int, void* stream, void* workspace) noexcept {
+  const auto& problem = *static_cast<const fusionsum::Problem*>(plan);
+  const Program& program = kPrograms[problem.sum_dim];
+  const fusionsum::Operand* o = problem.operand;
+  Probe p{static_cast<const float*>(o[1].data), static_cast<float*>(o[0].grad), static_cast<float*>(workspace),
+          static_cast<int>(problem.size[0])};
   const bool two_stages = std::string(program.name) == "two_stages";
   if (two_stages) std::swap(p.out, p.partial);
   cudaError_t error = gpu_launch(program.kernel, dim3(program.blocks), dim3(program.threads), stream, p);
@@ -231,7 +240,7 @@ const char* run(const fusionsum::Problem* problem, int, void* stream, void* (*al
 extern "C" {
 
 const fusionsum::CudaLibrary* fusionsum_cuda() {
-  static const fusionsum::CudaLibrary library{[]() -> const char* { return nullptr; }, run};
+  static const fusionsum::CudaLibrary library{unavailable, sizeof(fusionsum::Problem), plan, execute};
   return &library;
 }
 
@@ -254,15 +263,12 @@ const char* probe_run(const char* name, const float* in, int n, float* out, int 
   for (const Program& program : kPrograms) {
     if (std::strcmp(program.name, name)) continue;
     p.sum_dim = static_cast<int>(&program - kPrograms);
-    std::unique_ptr<double[]> workspace;
-    return fusionsum_cuda()->run(
-        &p, 0, nullptr,
-        [](void* context, int64_t bytes) -> void* {
-          auto& workspace = *static_cast<std::unique_ptr<double[]>*>(context);
-          workspace.reset(new double[static_cast<size_t>(bytes)]);
-          return workspace.get();
-        },
-        &workspace);
+    const fusionsum::CudaLibrary& library = *fusionsum_cuda();
+    std::vector<char> plan(static_cast<size_t>(library.plan_bytes));
+    int64_t bytes = 0;
+    if (const char* error = library.plan(&p, plan.data(), &bytes)) return error;
+    std::vector<double> workspace(static_cast<size_t>(bytes));  // bytes and more: some programs write past them
+    return library.execute(plan.data(), 0, nullptr, workspace.data());
   }
   return "no such program";
 }

@@ -87,7 +87,7 @@ sanitized() {
   local options=(--tool "$tool" --error-exitcode 1 --report-api-errors no --log-file "$report")
   [ "$tool" = initcheck ] || options+=(--kernel-regex kns=fusionsum)
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer "${options[@]}" \
-    "$python" -m pytest -q -p no:cacheprovider tests/cuda/test_on_gpu.py -k "every_kernel or blocks_share" || return 1
+    "$python" -m pytest -q -p no:cacheprovider tests/cuda/test_on_gpu.py -k "every_kernel or several_blocks" || return 1
   tail -n 1 "$report"
   grep -q 'SUMMARY: 0 ' "$report"
 }
@@ -106,7 +106,7 @@ if [ "${memory:-0}" -lt 40000 ]; then
   selection="$selection and not offsets_beyond"
   echo "left out: test_offsets_beyond_two_to_the_31, for which ${memory:-0} MiB are too few" | tee -a "$out/summary.txt"
 fi
-for file in kernel form layouts; do
+for file in kernel formula layouts; do
   FUSIONSUM_TEST_DEVICE=cuda step "test_$file" tests -k "$selection" "tests/test_$file.py"
 done
 step test_on_gpu tests -rs tests/cuda/test_on_gpu.py

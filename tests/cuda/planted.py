@@ -109,7 +109,7 @@ BUGS = (
     ),
     Bug(
         "the first stride for all dims in combine",
-        "cuda/sum/kernel_any.cu",
+        "cuda/sum/combine.cu",
         "* c.stride[d];",
         "* c.stride[0];",
         (("address", "heap-buffer-overflow"), ("plain", "exit code -"), ("ptx", "out of bounds")),

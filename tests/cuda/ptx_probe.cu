@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-// ---- right ---------------------------------------------------------------------------------------------------------------
+// ---- right ----------------------------------------------------------------------------------------------------------
 
 struct Sum {
   const float* x;
@@ -55,7 +55,7 @@ extern "C" __global__ void local_rotate(const float* x, float* y, int by) {
   for (int i = 0; i < 64; ++i) y[threadIdx.x * 64 + i] = values[(i + by) & 63];
 }
 
-// ---- traffic -------------------------------------------------------------------------------------------------------------
+// ---- traffic --------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void copy_packets(const float4* x, float4* y) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -82,7 +82,7 @@ __device__ void transposed(const float* x, float* y) {
 extern "C" __global__ void transpose_conflicting(const float* x, float* y) { transposed<32>(x, y); }
 extern "C" __global__ void transpose_padded(const float* x, float* y) { transposed<33>(x, y); }
 
-// ---- wrong, one mistake each ---------------------------------------------------------------------------------------------
+// ---- wrong, one mistake each ----------------------------------------------------------------------------------------
 
 extern "C" __global__ void past_the_end(const float* x, float* y, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -174,4 +174,6 @@ extern "C" __global__ void shuffle_after_exit(float* y) {
 extern "C" __global__ void shuffle_outside_its_mask(float* y) {
   y[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, y[threadIdx.x], 1);
 }
-extern "C" __global__ void divides_by_zero(int* y, int by) { y[threadIdx.x] = 100 / (static_cast<int>(threadIdx.x) - by); }
+extern "C" __global__ void divides_by_zero(int* y, int by) {
+  y[threadIdx.x] = 100 / (static_cast<int>(threadIdx.x) - by);
+}

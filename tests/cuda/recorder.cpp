@@ -4,8 +4,8 @@
 // it. What lives here: recording of runs and launches, cases to files, and the C functions that emulation.py calls.
 // Recording holds one call of the library at a time; the records last until emulator_record.
 #include <deque>
-#include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -53,35 +53,40 @@ void observe(const Launch& launch) {
                           static_cast<int64_t>(launch.bytes)});
 }
 
-const char* run_recorded(const Problem* problem, int device, void* stream, void* (*allocate)(void*, int64_t),
-                         void* context) {
+// A plan and, before it, what the records need of the problem when it is executed.
+struct alignas(16) Planned {
+  Problem problem;
+  int64_t workspace_bytes;
+
+  void* plan() { return this + 1; }
+  const void* plan() const { return this + 1; }
+};
+
+const char* plan(const Problem* problem, void* to, int64_t* workspace_bytes) noexcept {
+  Planned& planned = *new (to) Planned{*problem, 0};
+  const char* const error = fusionsum_cuda_product()->plan(problem, planned.plan(), workspace_bytes);
+  planned.workspace_bytes = *workspace_bytes;
+  return error;
+}
+
+const char* execute(const void* from, int device, void* stream, void* workspace) noexcept {
   const auto* const product = fusionsum_cuda_product();
+  const Planned& planned = *static_cast<const Planned*>(from);
   std::unique_lock<std::mutex> lock(recorder.mutex);
   if (!recorder.recording && recorder.directory.empty()) {
     lock.unlock();
-    return product->run(problem, device, stream, allocate, context);
+    return product->execute(planned.plan(), device, stream, workspace);
   }
-  Case c{*problem, {}, {}};
-  struct Allocator {
-    void* (*allocate)(void*, int64_t);
-    void* context;
-    Run* run;
-  } allocator{allocate, context, nullptr};
+  Case c{planned.problem, {}, {}};
   if (recorder.recording) {
-    allocator.run = &recorder.runs.emplace_back();
-    for (const Array& array : arrays_of(*problem)) allocator.run->spans.push_back(array.span(*problem));
+    std::vector<Span>& spans = recorder.runs.emplace_back().spans;
+    for (const Array& array : arrays_of(planned.problem)) spans.push_back(array.span(planned.problem));
+    if (planned.workspace_bytes)
+      spans.push_back({-1, Role::workspace, static_cast<char*>(workspace), planned.workspace_bytes});
     machine.observe = observe;
   }
   if (!recorder.directory.empty()) c.before = c.images(false);
-  const char* const error = product->run(
-      problem, device, stream,
-      [](void* context, int64_t bytes) -> void* {
-        const Allocator& allocator = *static_cast<Allocator*>(context);
-        void* const workspace = allocator.allocate(allocator.context, bytes);
-        if (allocator.run) allocator.run->spans.push_back({-1, Role::workspace, static_cast<char*>(workspace), bytes});
-        return workspace;
-      },
-      &allocator);
+  const char* const error = product->execute(planned.plan(), device, stream, workspace);
   machine.observe = nullptr;
   if (!error && !recorder.directory.empty()) {
     c.after = c.images(true);
@@ -103,7 +108,10 @@ using emulator::machine;
 using emulator::recorder;
 
 const fusionsum::CudaLibrary* fusionsum_cuda() {
-  static const fusionsum::CudaLibrary library{fusionsum_cuda_product()->unavailable, emulator::run_recorded};
+  const fusionsum::CudaLibrary& product = *fusionsum_cuda_product();
+  static const fusionsum::CudaLibrary library{product.unavailable,
+                                              product.plan_bytes + static_cast<int64_t>(sizeof(emulator::Planned)),
+                                              emulator::plan, emulator::execute};
   return &library;
 }
 

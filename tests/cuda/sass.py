@@ -113,7 +113,7 @@ class Kernel:
 
     @property
     def occupancy(self) -> float:
-        """Return the share of the multiprocessor's warps that those blocks have."""
+        """Return the part of the multiprocessor's warps that those blocks have."""
         return self.blocks * THREADS / 32 / _LIMITS[self.architecture][0]
 
 

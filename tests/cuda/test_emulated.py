@@ -31,7 +31,7 @@ def passes(file, chosen, **environment):
     conftest.run_python(f"import pytest; raise SystemExit(pytest.main({arguments!r}))", timeout=600, **environment)
 
 
-@pytest.mark.parametrize("file", ["kernel", "form", "layouts"])
+@pytest.mark.parametrize("file", ["kernel", "formula", "layouts"])
 def test_what_the_kernels_of_the_cpu_are_tested_for(file, plain):
     """Those test files again, in a process whose arrays go to the emulated library."""
     left_out = "not counts_beyond and not 1000000 and not instruction"  # minutes each, or about the CPU
@@ -78,7 +78,7 @@ def test_sanitizers_have_nothing_to_say(variant, plain, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["lockstep", "adversarial"])
 def test_the_ptx_that_nvcc_emitted(schedule, plain):
-    """Once through every kernel, and sums that blocks share: no finding, and the emulation's bits."""
+    """Once through every kernel, and partial sums: no finding, and the emulation's bits."""
     parsed, executed = cases.modules(), set()
     chosen = CALLS if schedule == "lockstep" else FEW
     with cases.emulated(plain) as library:
@@ -102,7 +102,7 @@ def test_the_ptx_that_nvcc_emitted(schedule, plain):
 
 @pytest.mark.parametrize("row", traffic.rows(), ids=lambda row: row.name)
 def test_bytes_for_each_entry_are_the_bound(row, plain):
-    """What DRAM must deliver and take: the operands once, the results once, and nothing else but sums blocks share."""
+    """What DRAM must deliver and take: the operands once, the results once, and nothing else but partial sums."""
     sass.require_library()
     with cases.emulated(plain) as library:
         for moved, reports in traffic.count(row, library, cases.modules(), batch=16):

@@ -1,8 +1,8 @@
 """The CUDA kernels on a GPU, as torch's users meet them: autograd, streams, devices, graphs, errors, bits, sizes.
 
 What lives elsewhere: arithmetic and layouts, whose tests run on a GPU with FUSIONSUM_TEST_DEVICE=cuda
-(``test_kernel.py``, ``test_formula.py``, ``test_layouts.py``); all that needs no GPU (``test_emulated.py``); the script that
-runs everything (``on_gpu.sh``).
+(``test_kernel.py``, ``test_formula.py``, ``test_layouts.py``); all that needs no GPU (``test_emulated.py``); the script
+that runs everything (``on_gpu.sh``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import device
 import fusionsum as fs
 from bench.gpu import captured
 from conftest import DTYPES, FORMS, MIXED, TABLE, check_backward, check_both, check_forward, missing, random
+from eager import MASKS, fused, to_torch
 from fusionsum import api, backend, reference
-from test_torch_op import MASKS, fused, to_torch
 from tests.cuda import cases
 
 if not torch.cuda.is_available():
@@ -27,13 +27,13 @@ if fs.backends()["cuda"] != "usable":
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:TensorFloat32:UserWarning")
 
 ONE_SECOND = 2_000_000_000  # cycles, about
-SHARED = {
+LARGE = {
     "B": 2000,
     "n": 257,
     "O": 7,
     "K": 3,
     "C": 7,
-}  # sums that blocks share, below what goes to a product of matrices
+}  # sums of several blocks, below what goes to a product of matrices
 
 
 def sent(case, where="cuda"):
@@ -82,7 +82,7 @@ def test_every_kernel(dtypes, rng, monkeypatch):
         check_both(case, rng)
 
 
-def test_sums_that_blocks_share(rng, monkeypatch):
+def test_sums_of_several_blocks(rng, monkeypatch):
     monkeypatch.setattr(device, "DEVICE", "cuda")
     monkeypatch.setattr(api, "native", device.placed(backend._core))
     for _, case in cases.large_cases():
@@ -111,7 +111,7 @@ def test_empty_sums(form, sizes, rng):
 
 @pytest.mark.parametrize("form", [*TABLE, "one weight per row", "one weight"])
 def test_the_same_bits_in_100_runs(form, rng):
-    case = masked(form, rng, **SHARED)
+    case = masked(form, rng, **LARGE)
     operands, function = sent(case)
     u = torch.randn(case.output_shape, device="cuda")
     first = both(function, operands, u)
@@ -143,7 +143,7 @@ def test_more_than_two_to_the_31_elements():
 
 def test_the_callers_stream_is_used_and_not_waited_for(rng):
     """Operands are NaN until a stream has slept a second; on any other stream the kernels would see that."""
-    case, stream = masked("paired", rng, **SHARED), torch.cuda.Stream()
+    case, stream = masked("paired", rng, **LARGE), torch.cuda.Stream()
     operands, function = sent(case)
     values, u = [x.detach().clone() for x in operands], torch.randn(case.output_shape, device="cuda")
     wanted = both(function, operands, u)
@@ -171,13 +171,13 @@ def test_the_device_of_the_operands_is_used(current, rng):
         pytest.skip("missing: a second GPU")
     with torch.cuda.device(current):
         for index in (0, 1):
-            check(masked("paired", rng, **SHARED), rng, f"cuda:{index}")
+            check(masked("paired", rng, **LARGE), rng, f"cuda:{index}")
             assert torch.cuda.current_device() == current
 
 
 @pytest.mark.parametrize("form", TABLE)
 def test_a_cuda_graph_of_forward_and_backward(form, rng):
-    case, found = masked(form, rng, **SHARED), []
+    case, found = masked(form, rng, **LARGE), []
     operands, function = sent(case)
     u = torch.randn(case.output_shape, device="cuda")
 

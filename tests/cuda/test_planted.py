@@ -21,9 +21,12 @@ import pytest
 from conftest import Case, Form, check_both, run_python
 from tests.cuda import cases, emulation, planted, ptx, sass
 
-KERNELS = (pathlib.Path("cuda/sum/kernel_any.cu"), pathlib.Path(__file__).with_name("two_factors.cu"))
+KERNELS = (
+    pathlib.Path("cuda/sum/combine.cu"),
+    pathlib.Path("cuda/sum/kernel_any.cu"),
+    pathlib.Path(__file__).with_name("two_factors.cu"),
+)
 SOURCES = (*KERNELS, pathlib.Path("cuda/launch.cu"), pathlib.Path("cuda/sum/plan.cpp"))
-FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--ptx", "-arch=compute_80")  # as in CMakeLists.txt
 # What a sanitizer says in a line. Of ThreadSanitizer only races in kernels: it stumbles over memory too, depending on
 # what lies beside an array, and takes what is freed after a failed launch for a race with threads that did not end.
 SUMMARY = {
@@ -70,7 +73,8 @@ def by_emulation(library: str) -> None:
 
 def by_interpreter(library: str, right: str, csrc: str, folder: str) -> None:
     """Print the findings in the calls' PTX, and where its bits differ from those that the `right` library finds."""
-    command = [sass.require_tool("nvcc"), *FLAGS, "-I", csrc]
+    flags = ["--options-file", str(pathlib.Path(csrc) / "cuda" / "nvcc.options"), "--ptx", "-arch=compute_80"]
+    command = [sass.require_tool("nvcc"), *flags, "-I", csrc]
 
     def compiled(source: pathlib.Path) -> ptx.Module:
         to = pathlib.Path(folder, f"{source.stem}.ptx")

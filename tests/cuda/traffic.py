@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from bench.rows import ROWS, Row
+from bench.rows import ROWS, SumRow
 from conftest import Case
 from tests.cuda import cases, emulation, ptx
 
@@ -33,7 +33,7 @@ PHASES = ("forward", "backward")
 class Traffic:
     """Bytes by the launch's counters; `must` are the operands read once and the results written once."""
 
-    row: Row
+    row: SumRow
     phase: str
     entries: int  # of the product
     must: int
@@ -53,7 +53,7 @@ class Traffic:
         return self.must / self.entries
 
 
-def case_of(row: Row, batch: int) -> Case:
+def case_of(row: SumRow, batch: int) -> Case:
     """Make NumPy operands for a row of the bench with another batch."""
     rng = np.random.default_rng(0)
     dtype = ml_dtypes.bfloat16 if row.name == "P5 bf16" else np.float16 if row.name == "P5 f16" else np.float32
@@ -64,7 +64,7 @@ def case_of(row: Row, batch: int) -> Case:
 
 
 def count(
-    row: Row, library: emulation.Library, parsed: tuple[ptx.Module, ...], batch: int = BATCH
+    row: SumRow, library: emulation.Library, parsed: tuple[ptx.Module, ...], batch: int = BATCH
 ) -> list[tuple[Traffic, list[ptx.Report]]]:
     """Replay a row, forward and backward, in the interpreter."""
     case = case_of(row, batch)
@@ -92,7 +92,7 @@ def count(
     return found
 
 
-def rows() -> list[Row]:
+def rows() -> list[SumRow]:
     """Return the rows of the bench that are counted."""
     return [row for row in ROWS if row.name in NAMES]
 

@@ -1,8 +1,8 @@
 // The kernels of two float32 operands alone, which compile in seconds: what planted bugs (planted.py) are planted into.
 //
-// Together with launch.cu, plan.cpp and kernel_any.cu this is a library. Two packed varying operands of float32 have
-// kernels here, any that are not packed have kernel_any.cu's; other packed calls have none: test_planted.py makes no
-// such call.
+// Together with launch.cu, plan.cpp, combine.cu and kernel_any.cu this is a library. Two packed varying operands of
+// float32 have kernels here, any that are not packed have kernel_any.cu's; other packed calls have none:
+// test_planted.py makes no such call.
 #include "cuda/sum/kernel.cuh"
 
 namespace fusionsum {

@@ -71,7 +71,8 @@ inline const std::vector<const Isa*>& sets() {
 }
 
 inline void carry_out(const Problem& problem, const Isa& isa) {
-  run(problem, isa, [] { return false; });
+  Workspace workspace;
+  execute(problem, isa.sum, workspace, [] { return false; });
 }
 
 // Ends the program, with a line that a fuzzer and a test will show.

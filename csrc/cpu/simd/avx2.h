@@ -12,9 +12,8 @@ namespace FUSIONSUM_ISA {
 namespace {
 #include "../../dtype.h"
 
-// Vector types of GCC and Clang: the arithmetic operators are theirs.
-typedef float F32 __attribute__((vector_size(32)));
-typedef double F64 __attribute__((vector_size(32)));
+#define FUSIONSUM_VECTOR_BYTES 32
+#include "vectors.h"
 
 template <class T>
 struct Simd;
@@ -40,7 +39,9 @@ template <>
 struct Simd<double> {
   using V = F64;
   static constexpr int width = 4;
-  static __m256i first(int count) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3)); }
+  static __m256i first(int count) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
   static V load(const double* p) { return _mm256_loadu_pd(p); }
   static V load_part(const double* p, int count) { return _mm256_maskload_pd(p, first(count)); }
   static void store(double* p, V v) { _mm256_storeu_pd(p, v); }
@@ -51,19 +52,6 @@ struct Simd<double> {
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
   }
 };
-
-template <class V>
-struct ScalarOf;
-template <>
-struct ScalarOf<F32> {
-  using type = float;
-};
-template <>
-struct ScalarOf<F64> {
-  using type = double;
-};
-template <class V>
-using Scalar = typename ScalarOf<V>::type;
 
 inline F32 load_wide(const Bf16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -113,8 +101,8 @@ inline F32 at_least(F32 x, F32 bound) { return _mm256_max_ps(bound, x); }
 inline F64 at_least(F64 x, F64 bound) { return _mm256_max_pd(bound, x); }
 inline F32 at_most(F32 x, F32 bound) { return _mm256_min_ps(bound, x); }
 inline F64 at_most(F64 x, F64 bound) { return _mm256_min_pd(bound, x); }
-// 2^n is lifted into the normal range and dropped again, so that subnormal results round once. n is a whole number: adding
-// 1.5 * 2^23 (2^52) leaves it in the low bits of the sum.
+// 2^n is lifted into the normal range and dropped again, so that subnormal results round once. n is a whole number:
+// adding 1.5 * 2^23 (2^52) leaves it in the low bits of the sum.
 inline F32 scaled(F32 a, F32 n) {
   const __m256i exponent = _mm256_castps_si256(n + (0x1.8p23f + 127.0f + 64.0f));
   return a * _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)) * 0x1p-64f;

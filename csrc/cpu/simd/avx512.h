@@ -12,9 +12,8 @@ namespace FUSIONSUM_ISA {
 namespace {
 #include "../../dtype.h"
 
-// Vector types of GCC and Clang: the arithmetic operators are theirs.
-typedef float F32 __attribute__((vector_size(64)));
-typedef double F64 __attribute__((vector_size(64)));
+#define FUSIONSUM_VECTOR_BYTES 64
+#include "vectors.h"
 
 template <class T>
 struct Simd;
@@ -52,19 +51,6 @@ struct Simd<double> {
   }
 };
 
-template <class V>
-struct ScalarOf;
-template <>
-struct ScalarOf<F32> {
-  using type = float;
-};
-template <>
-struct ScalarOf<F64> {
-  using type = double;
-};
-template <class V>
-using Scalar = typename ScalarOf<V>::type;
-
 inline F32 load_wide(const Bf16* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -78,7 +64,8 @@ inline void store_bits(void* p, __m256i bits, bool stream) {
   }
 }
 inline void store_narrow(Bf16* p, F32 v, bool stream) {
-  const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16), odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16),
+                odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   store_bits(p, _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40))), stream);
@@ -106,8 +93,12 @@ template <class Mask, class V>
 inline V select(Mask condition, V a, V b) {
   return condition ? a : b;
 }
-inline F32 select_negative(F32 x, F32 a, F32 b) { return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a); }
-inline F64 select_negative(F64 x, F64 a, F64 b) { return _mm512_mask_mov_pd(b, _mm512_movepi64_mask(_mm512_castpd_si512(x)), a); }
+inline F32 select_negative(F32 x, F32 a, F32 b) {
+  return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a);
+}
+inline F64 select_negative(F64 x, F64 a, F64 b) {
+  return _mm512_mask_mov_pd(b, _mm512_movepi64_mask(_mm512_castpd_si512(x)), a);
+}
 // min and max return their second operand where one is NaN.
 inline F32 at_least(F32 x, F32 bound) { return _mm512_max_ps(bound, x); }
 inline F64 at_least(F64 x, F64 bound) { return _mm512_max_pd(bound, x); }

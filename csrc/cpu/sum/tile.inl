@@ -1,16 +1,17 @@
 // Tiles: rows brought into the working precision, and the three inner loops over them, once, over the vocabulary of an
-// instruction set (simd_<isa>.h, included before this file).
+// instruction set (simd/<isa>.h, included before this file).
 //
-// Shape letters: N vector operands, `rows` by `cols` entries of each. What lives elsewhere: the arithmetic (formula.h), the walk
-// that makes the tiles (kernel.inl). Everything is in an unnamed namespace, so that no code compiled for one instruction set
-// is ever linked into another.
+// Shape letters: N varying operands (space.h), `rows` by `cols` entries of each. What lives elsewhere: the arithmetic
+// (formula.h), the walk that makes the tiles (walk.inl). Everything is in an unnamed namespace, so that no code
+// compiled for one instruction set is ever linked into another.
 #include "plan.h"
 
 namespace fusionsum {
 namespace FUSIONSUM_ISA {
 namespace {
 
-// ---- rows: from memory to the working precision T and back --------------------------------------------------------------
+// ---- rows: from memory to the working precision T and back
+// --------------------------------------------------------------
 
 template <class S>
 inline S* unconst(const S* p) {
@@ -24,8 +25,8 @@ inline void load_row(T* to, const S* from, int64_t stride, int64_t cols, int64_t
   else
     for (int64_t i = 0; i < cols; ++i) to[i] = static_cast<T>(widen(from[i * stride]));
 }
-// Contiguous 16-bit rows convert a vector at a time. `ahead` is how far on the next rows lie that will be asked for: memory
-// would idle while this tile is multiplied, and 16-bit rows would take as long as float32 ones.
+// Contiguous 16-bit rows convert a vector at a time. `ahead` is how far on the next rows lie that will be asked for:
+// memory would idle while this tile is multiplied, and 16-bit rows would take as long as float32 ones.
 template <class S>
 inline void load_row16(float* to, const S* from, int64_t stride, int64_t cols, int64_t ahead) {
   using L = Simd<float>;
@@ -65,8 +66,12 @@ inline void store_row16(S* to, int64_t stride, const float* from, int64_t cols, 
     for (; i + L::width <= cols; i += L::width) store_narrow(to + i, L::load(from + i), stream);
   for (; i < cols; ++i) narrow(from[i], to + i * stride);
 }
-inline void store_row(Bf16* to, int64_t s, const float* from, int64_t cols, bool stream) { store_row16(to, s, from, cols, stream); }
-inline void store_row(F16* to, int64_t s, const float* from, int64_t cols, bool stream) { store_row16(to, s, from, cols, stream); }
+inline void store_row(Bf16* to, int64_t s, const float* from, int64_t cols, bool stream) {
+  store_row16(to, s, from, cols, stream);
+}
+inline void store_row(F16* to, int64_t s, const float* from, int64_t cols, bool stream) {
+  store_row16(to, s, from, cols, stream);
+}
 template <class T>
 inline void store_row(T* to, int64_t stride, const T* from, int64_t cols, bool stream) {
   using L = Simd<T>;
@@ -74,8 +79,10 @@ inline void store_row(T* to, int64_t stride, const T* from, int64_t cols, bool s
   stream = stream && aligned(to, L::width);
   if (stride == 1)
     for (; i + L::width <= cols; i += L::width) {
-      if (stream) L::stream(to + i, L::load(from + i));
-      else L::store(to + i, L::load(from + i));
+      if (stream)
+        L::stream(to + i, L::load(from + i));
+      else
+        L::store(to + i, L::load(from + i));
     }
   for (; i < cols; ++i) to[i * stride] = from[i];
 }
@@ -85,8 +92,8 @@ inline void fill(T* to, T value, int64_t cols) {
   for (int64_t i = 0; i < cols; ++i) to[i] = value;
 }
 
-// y = phi(x), and dy = phi'(x) where it is asked for. x may be y. Memory is asked for what comes next: x `ahead`, and the
-// rows `beside`, which are multiplied with these.
+// y = phi(x), and dy = phi'(x) where it is asked for. x may be y. Memory is asked for what comes next: x `ahead`, and
+// the rows `beside`, which are multiplied with these.
 template <bool kSlope, class T, class Phi>
 inline void activate(const T* x, T* y, T* dy, int64_t cols, int64_t ahead, const T* beside, Phi phi) {
   using L = Simd<T>;
@@ -112,36 +119,37 @@ inline void activate(Activation activation, const T* x, T* y, T* dy, int64_t col
     case Activation::none:
       if (x != y) load_row(y, x, 1, cols);
       break;
-#define CASE(name)                                                    \
-  case Activation::name: {                                            \
-    const auto phi = [](auto v) { return name##_value(v); };          \
+#define CASE(name)                                                                                                 \
+  case Activation::name: {                                                                                         \
+    const auto phi = [](auto v) { return name##_value(v); };                                                       \
     dy ? activate<true>(x, y, dy, cols, ahead, beside, phi) : activate<false>(x, y, dy, cols, ahead, beside, phi); \
-    break;                                                            \
+    break;                                                                                                         \
   }
       FUSIONSUM_ACTIVATIONS(CASE)
 #undef CASE
   }
 }
 
-// ---- the inner loops over a tile -----------------------------------------------------------------------------------------
+// ---- the inner loops over a tile
+// -----------------------------------------------------------------------------------------
 
 // T is the working precision; S what the rows are stored in: T, or a 16-bit type that is converted on the way.
 template <class T, class S>
 struct Tile {
   int64_t rows, cols;
-  int operands;                           // N: those that differ from row to row
+  int operands;  // N: the varying ones
   const S* in[kMaxOperands];
-  int64_t in_step[kMaxOperands];          // from row to row
-  S* out[kMaxOperands];                   // where derivatives go; null: not asked for
+  int64_t in_step[kMaxOperands];  // from row to row
+  S* out[kMaxOperands];           // where derivatives go; null: not asked for
   int64_t out_step[kMaxOperands];
   const S* const* in_rows[kMaxOperands];  // masked operands: where each row is instead; null: as in and in_step say
   S* const* out_rows[kMaxOperands];
-  bool stream[kMaxOperands];              // store out[k] past the caches
-  bool masked;                            // rows may lie anywhere
-  const T* shared;                        // the product of the operands that are the same for all rows; null: none
-  T* shared_out;                          // += its derivative; null: not asked for
-  const T* scale;                         // per row: the product of the operands that are the same for all columns
-  double* sum;                            // per row: += sum over the columns of the product, without scale
+  bool stream[kMaxOperands];  // store out[k] past the caches
+  bool masked;                // rows may lie anywhere
+  const T* uniform;           // the product of the uniform operands, a row for all rows; null: none
+  T* uniform_out;             // += its derivative; null: not asked for
+  const T* scale;             // per row: the product of the splat operands
+  double* sum;                // per row: += sum over the columns of the product, without scale
 
   const S* in_row(int k, int64_t r) const { return in_rows[k] ? in_rows[k][r] : in[k] + r * in_step[k]; }
   S* out_row(int k, int64_t r) const {
@@ -198,27 +206,15 @@ FUSIONSUM_INLINE int count_of(const Tile<T, S>& t) {
 }
 constexpr int at_least_one(int n) { return n ? n : 1; }  // arrays of nothing are not C++
 
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// One row of each operand, and what to ask memory for meanwhile: kAhead entries on, or the next row where rows are masked
-// and it may lie anywhere. Worth 20% where one operand streams (2 threads, 1 KB rows), nothing where two do.
-constexpr int64_t kAhead = 512;
-template <class S, int N>
-struct Rows {
-  const S *in[at_least_one(N)], *next[at_least_one(N)];
-
-  template <class T>
-  FUSIONSUM_INLINE Rows(const Tile<T, S>& t, int n, int64_t r) {
-    for (int k = 0; k < n; ++k) in[k] = t.in_row(k, r);
-    for (int k = 0; k < n; ++k) next[k] = t.masked && r + 1 < t.rows ? t.in_row(k, r + 1) : in[k] + kAhead;
-  }
-  FUSIONSUM_INLINE void prefetch(int n, int64_t i) const {
-    for (int k = 0; k < n; ++k) __builtin_prefetch(next[k] + i);
-  }
-};
+// What to ask memory for while row `in` of operand k is read: bytes further on, or the row `next` where rows are masked
+// and may lie anywhere. The processor's own prefetcher stops at each page. 8 KB under way, of all operands and of what
+// is stored together, hide the latency of memory: on Zen 5 one operand reads 1.2 times as fast as with 2 KB, two of 16
+// bits 1.15 times as fast.
+template <int N, bool kStores, class T, class S>
+FUSIONSUM_INLINE const S* ahead(const Tile<T, S>& t, int k, int64_t next, const S* in) {
+  if (t.masked) return next < t.rows ? t.in_row(k, next) : in;
+  return in + 8192 / (kStores ? 2 : 1) / at_least_one(N) / static_cast<int64_t>(sizeof(S));
+}
 
 // sum[r] += sum over the columns of the product.
 template <class T, class S, int N>
@@ -227,16 +223,20 @@ void dot(const Tile<T, S>& t) {
   using V = typename L::V;
   const int n = count_of<T, S, N>(t);
   for (int64_t r = 0; r < t.rows; ++r) {
-    const Rows<S, N> rows(t, n, r);
+    const S *in[at_least_one(N)], *next[at_least_one(N)];
+    for (int k = 0; k < n; ++k) {
+      in[k] = t.in_row(k, r);
+      next[k] = ahead<N, false>(t, k, r + 1, in[k]);
+    }
     const auto add = [&](V s, auto access, int64_t i) {
-      rows.prefetch(n, i);
-      if (n == 0) return s + access.load(t.shared + i);
-      V p = access.load(rows.in[0] + i);
+      for (int k = 0; k < n; ++k) __builtin_prefetch(next[k] + i);
+      if (n == 0) return s + access.load(t.uniform + i);
+      V p = access.load(in[0] + i);
       for (int k = 1; k < n; ++k) {
-        if (k + 1 == n && !t.shared) return madd(p, access.load(rows.in[k] + i), s);
-        p = p * access.load(rows.in[k] + i);
+        if (k + 1 == n && !t.uniform) return madd(p, access.load(in[k] + i), s);
+        p = p * access.load(in[k] + i);
       }
-      return t.shared ? madd(p, access.load(t.shared + i), s) : s + p;
+      return t.uniform ? madd(p, access.load(t.uniform + i), s) : s + p;
     };
     // Four sums hide the latency of the fma; two loads a cycle feed no more. None takes more than 32 terms in T.
     constexpr int64_t kPiece = 32 * 4 * L::width;
@@ -257,68 +257,66 @@ void dot(const Tile<T, S>& t) {
   }
 }
 
-// shared_out += sum over the rows of scale times the product: the forward pass where outputs are contiguous.
+// uniform_out += sum over the rows of scale times the product: the forward pass where outputs are contiguous. (Four
+// rows at a time share a load and store of the sums, and are 1.1 times as fast in cache; from memory, 0.7 to 0.9 times:
+// too many streams.)
 template <class T, class S, int N>
 void accumulate(const Tile<T, S>& t) {
   using V = typename Simd<T>::V;
   const int n = count_of<T, S, N>(t);
-  // Four rows at a time share one load and store of the sums.
-  const auto some = [&](auto count, int64_t r) {
-    constexpr int kRows = decltype(count)::value;
-    const S* in[kRows][at_least_one(N)];
-    V scale[kRows];
-    for (int j = 0; j < kRows; ++j) {
-      scale[j] = V{} + t.scale[r + j];
-      for (int k = 0; k < n; ++k) in[j][k] = t.in_row(k, r + j);
+  T* const out = t.uniform_out;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const S *in[at_least_one(N)], *next[at_least_one(N)];
+    for (int k = 0; k < n; ++k) {
+      in[k] = t.in_row(k, r);
+      next[k] = ahead<N, false>(t, k, r + 1, in[k]);
     }
-    T* const out = t.shared_out;
+    const V scale = V{} + t.scale[r];
     along<T>(0, t.cols, [&](auto access, int64_t i) {
-      V s = access.load(out + i);
-      for (int j = 0; j < kRows; ++j) {
-        V p = scale[j];
-        for (int k = 0; k + 1 < n; ++k) p = p * access.load(in[j][k] + i);
-        s = n ? madd(p, access.load(in[j][n - 1] + i), s) : s + p;
-      }
-      access.store(out + i, s, false);
+      for (int k = 0; k < n; ++k) __builtin_prefetch(next[k] + i);
+      const V sum = access.load(out + i);
+      V p = scale;
+      for (int k = 0; k + 1 < n; ++k) p = p * access.load(in[k] + i);
+      access.store(out + i, n ? madd(p, access.load(in[n - 1] + i), sum) : sum + p, false);
     });
-  };
-  int64_t r = 0;
-  for (; r + 4 <= t.rows; r += 4) some(Count<4>{}, r);
-  for (; r < t.rows; ++r) some(Count<1>{}, r);
+  }
 }
 
-// Derivatives of all operands that ask for one, in one pass; with kSum, the products' sums too.
-template <class T, class S, int N, bool kShared, bool kSum>
+// Derivatives of all operands that ask for one, in one pass; with kSum, the products' sums too. (Two rows at a time,
+// which share what is uniform, are no faster in cache and up to 1.7 times as slow where stores go past it.)
+template <class T, class S, int N, bool kUniform, bool kSum>
 void differentiate(const Tile<T, S>& t) {
   using L = Simd<T>;
   using V = typename L::V;
   const int n = count_of<T, S, N>(t);
   for (int64_t r = 0; r < t.rows; ++r) {
-    const Rows<S, N> rows(t, n, r);
+    const S *in[N], *next[N];
     S* out[N];
     bool stream[N];
     for (int k = 0; k < n; ++k) {
+      in[k] = t.in_row(k, r);
+      next[k] = ahead<N, true>(t, k, r + 1, in[k]);
       out[k] = t.out_row(k, r);
       stream[k] = t.stream[k] && aligned(out[k], L::width);
     }
     const V scale = V{} + t.scale[r];
     V sum{};
     along<T>(0, t.cols, [&](auto access, int64_t i) {
-      rows.prefetch(n, i);
+      for (int k = 0; k < n; ++k) __builtin_prefetch(next[k] + i);
       V v[N], partial[N];
-      for (int k = 0; k < n; ++k) v[k] = access.load(rows.in[k] + i);
-      const V shared = kShared ? access.load(t.shared + i) : V{} + T(1);
-      const V product = partial_products<N == kAnyCount ? 0 : N>(kShared ? scale * shared : scale, v, partial, n);
+      for (int k = 0; k < n; ++k) v[k] = access.load(in[k] + i);
+      const V uniform = kUniform ? access.load(t.uniform + i) : V{} + T(1);
+      const V product = partial_products < N == kAnyCount ? 0 : N > (kUniform ? scale * uniform : scale, v, partial, n);
       for (int k = 0; k < n; ++k)
         if (out[k]) access.store(out[k] + i, partial[k], stream[k]);
-      if (t.shared_out) access.store(t.shared_out + i, madd(scale, product, access.load(t.shared_out + i)), false);
-      if (kSum) sum = kShared ? madd(product, shared, sum) : sum + product;
+      if (t.uniform_out) access.store(t.uniform_out + i, madd(scale, product, access.load(t.uniform_out + i)), false);
+      if (kSum) sum = kUniform ? madd(product, uniform, sum) : sum + product;
     });
     if (kSum) t.sum[r] += static_cast<double>(L::sum(sum));
   }
 }
 
-// One to four operands that differ from row to row have loops of their own; any other count shares one.
+// One to four varying operands have loops of their own; any other count shares one.
 template <class T, class S>
 using Inner = void (*)(const Tile<T, S>&);
 
@@ -333,16 +331,16 @@ inline Inner<T, S> accumulate_for(int n) {
                                    accumulate<T, S, 4>};
   return n <= 4 ? table[n] : accumulate<T, S, kAnyCount>;
 }
-template <class T, class S, bool kShared, bool kSum>
+template <class T, class S, bool kUniform, bool kSum>
 inline Inner<T, S> differentiate_for(int n) {
-  constexpr Inner<T, S> table[] = {differentiate<T, S, 1, kShared, kSum>, differentiate<T, S, 2, kShared, kSum>,
-                                   differentiate<T, S, 3, kShared, kSum>, differentiate<T, S, 4, kShared, kSum>};
-  return n <= 4 ? table[n - 1] : differentiate<T, S, kAnyCount, kShared, kSum>;
+  constexpr Inner<T, S> table[] = {differentiate<T, S, 1, kUniform, kSum>, differentiate<T, S, 2, kUniform, kSum>,
+                                   differentiate<T, S, 3, kUniform, kSum>, differentiate<T, S, 4, kUniform, kSum>};
+  return n <= 4 ? table[n - 1] : differentiate<T, S, kAnyCount, kUniform, kSum>;
 }
 template <class T, class S>
-inline Inner<T, S> differentiate_for(int n, bool shared, bool sum) {
-  return shared ? (sum ? differentiate_for<T, S, true, true>(n) : differentiate_for<T, S, true, false>(n))
-                : (sum ? differentiate_for<T, S, false, true>(n) : differentiate_for<T, S, false, false>(n));
+inline Inner<T, S> differentiate_for(int n, bool uniform, bool sum) {
+  return uniform ? (sum ? differentiate_for<T, S, true, true>(n) : differentiate_for<T, S, true, false>(n))
+                 : (sum ? differentiate_for<T, S, false, true>(n) : differentiate_for<T, S, false, false>(n));
 }
 
 }  // namespace

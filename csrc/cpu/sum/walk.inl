@@ -1,6 +1,7 @@
-// The walk through a plan (plan.h), once, over the vocabulary of an instruction set: a slot's rows are cut into groups and
-// blocks, operands brought in, an inner loop run over each tile (tile.inl), derivatives taken out or summed; then the slots'
-// sums are added up.
+// The walk through a task of a plan (plan.h), once, over the vocabulary of an instruction set: a task's rows are cut
+// into groups and blocks, operands brought in, an inner loop run over each tile (tile.inl), derivatives taken out or
+// summed; then the tasks' sums are added up. All memory is the thread's scratch memory, laid out by the plan; frames
+// stay below a few KB.
 #include "tile.inl"
 
 namespace fusionsum {
@@ -10,76 +11,61 @@ namespace {
 template <class T>
 constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class T>
-inline void store_grad(const PlanOperand& o, int64_t at, int64_t stride, const T* from, int64_t cols, bool stream) {
+inline T* piece(char* scratch, int64_t place) {
+  return static_cast<T*>(static_cast<void*>(scratch + place));
+}
+
+template <class T>
+inline void store_derivative(const PlanOperand& o, int64_t at, int64_t stride, const T* from, int64_t cols,
+                             bool stream) {
   with_dtype(o.dtype, o.grad, [&](auto* p) { store_row(unconst(p) + at, stride, from, cols, stream); });
 }
 
 // Writes a row of finished sums as the derivative of operand o: phi' applied, rounded to the operand's dtype. `at` and
-// `grad_at` are the operand's offsets of that row. A masked operand's zero sum stays zero: its data may be NaN.
+// `grad_at` are the operand's offsets of that row. The zero sum of a masked operand stays zero: its data may be NaN.
 template <class T, class S>
-inline void finish(const PlanOperand& o, int64_t at, int64_t grad_at, int64_t col, const S* sums, int64_t cols) {
-  alignas(64) T row[kBlock];
+inline void finish(const Plan& p, const PlanOperand& o, char* scratch, int64_t at, int64_t grad_at, int64_t col,
+                   const S* sums, int64_t cols) {
+  T* const row = piece<T>(scratch, p.scratch.finished);
   for (int64_t i = 0; i < cols; ++i) row[i] = static_cast<T>(sums[i]);
   if (o.activation != Activation::none) {
-    alignas(64) T z[kBlock] = {}, slope[kBlock];
-    with_dtype(o.dtype, o.data, [&](auto p) { load_row(z, p + at + col * o.col, o.col, cols); });
+    T *const z = piece<T>(scratch, p.scratch.data), *const slope = piece<T>(scratch, p.scratch.slope);
+    with_dtype(o.dtype, o.data, [&](auto data) { load_row(z, data + at + col * o.col, o.col, cols); });
     activate(o.activation, z, z, slope, cols);
     for (int64_t i = 0; i < cols; ++i) row[i] = o.mask && row[i] == 0 ? T(0) : row[i] * slope[i];
   }
-  store_grad(o, grad_at + col * o.grad_col, o.grad_col, row, cols, false);
+  store_derivative(o, grad_at + col * o.grad_col, o.grad_col, row, cols, false);
 }
 
 template <class T>
-class Slot {
+class Walker {
  public:
-  Slot(const Plan& plan, int64_t slot, int64_t slice)
-      : p(plan), row_slot(slot / plan.col_slots), col_slot(slot % plan.col_slots), slice(slice) {
-    const int64_t slot_end = smaller(p.cols, (col_slot + 1) * p.cols_per_slot);
-    slot_col = col_slot * p.cols_per_slot;
-    first_col = slot_col + slice % p.col_slices * p.cols_per_slice;
-    last_col = smaller(slot_end, first_col + p.cols_per_slice);
-    inner = p.row_dims - 1;
-    for (int k = 0; k < p.operands; ++k) {
-      const PlanOperand& o = p.operand[k];
-      sums_wanted = sums_wanted || (o.splat && o.target != Target::none);
-      if (o.splat) {
-        splats[splat_count++] = k;
-      } else if (o.row[inner] == 0 && !o.mask && o.target != Target::store && (o.target == Target::none || !o.has_row[inner])) {
-        shared_wanted = shared_wanted || o.target != Target::none;
-        shared[shared_count++] = k;
-      } else {
-        varying[varying_count++] = k;
-      }
-    }
-    stored = varying_count ? p.operand[varying[0]].dtype : kDType<T>;
-    for (int v = 0; v < varying_count; ++v) {
-      const PlanOperand& o = p.operand[varying[v]];
-      const bool plain = o.data && o.col == 1 && o.activation == Activation::none && !o.mask_col;
-      const bool plain_target = o.target == Target::none || (o.target == Target::store && o.grad_col == 1);
-      if (o.dtype != stored || !plain || !plain_target) stored = kDType<T>;
-    }
-    if (stored == DType::f64 || kDType<T> == DType::f64) stored = kDType<T>;
-    for (int v = 0; v < varying_count; ++v) {
-      const PlanOperand& o = p.operand[varying[v]];
-      const bool plain = o.dtype == stored && o.activation == Activation::none && !o.mask_col;
-      direct[v] = !o.data || (plain && o.col == 1);
-      plain_store[v] = plain && o.target == Target::store && o.grad_col == 1;
-      repeated[v] = !direct[v] && !o.mask && o.row[inner] == 0;
-      wanted = wanted || o.target != Target::none;
-      masked = masked || o.mask;
-      staging = staging || (o.target != Target::none && !plain_store[v]) || (!direct[v] && !repeated[v]);
-    }
-    for (int v = 0; v < varying_count; ++v)
-      if (!p.operand[varying[v]].data) fill(ones, T(1), smaller(kBlock, p.cols));
+  Walker(const Plan& plan, int64_t task, int64_t slice, char* scratch)
+      : p(plan),
+        scratch(scratch),
+        row_task(task / plan.col_tasks),
+        col_task(task % plan.col_tasks),
+        slice(slice),
+        inner(plan.row_dims - 1) {
+    const int64_t task_end = smaller(p.cols, (col_task + 1) * p.cols_per_task);
+    task_col = col_task * p.cols_per_task;
+    first_col = task_col + slice % p.col_slices * p.cols_per_slice;
+    last_col = smaller(task_end, first_col + p.cols_per_slice);
+    sum = at<double>(p.scratch.sum);
+    scale = at<T>(p.scratch.scale);
   }
 
-  void run() {
+  void walk() {
     if (slice < p.col_slices) clear_partials();
-    const int64_t start = row_slot * p.rows_per_slot, stop = smaller(p.rows, start + p.rows_per_slot);
+    const int64_t start = row_task * p.rows_per_task, stop = smaller(p.rows, start + p.rows_per_task);
     int64_t row = start + slice / p.col_slices * p.rows_per_slice;
     const int64_t last = smaller(stop, row + p.rows_per_slice);
     if (row >= last || first_col >= last_col) return;
+    for (int v = 0; v < p.varyings; ++v)
+      if (!varying(v).data) fill(at<T>(p.scratch.ones), T(1), smaller(kBlock, p.cols));
     seek(row);
     while (row < last) {
       const int64_t rows = smaller(smaller(kGroup, last - row), p.row_size[inner] - index[inner]);
@@ -90,7 +76,13 @@ class Slot {
   }
 
  private:
-  static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+  template <class S>
+  S* at(int64_t place) const {
+    return piece<S>(scratch, place);
+  }
+  const PlanOperand& varying(int v) const { return p.operand[p.varying[v]]; }
+  const PlanOperand& uniform(int i) const { return p.operand[p.uniform[i]]; }
+  const PlanOperand& splat(int s) const { return p.operand[p.splat[s]]; }
 
   // Offsets of the current row, in elements, kept up to date as the row moves.
   void seek(int64_t row) {
@@ -99,13 +91,13 @@ class Slot {
       row /= p.row_size[d];
     }
     for (int k = 0; k < p.operands; ++k) {
-      at[k] = mask_at[k] = grad_at[k] = partial_at[k] = 0;
+      data_at[k] = mask_at[k] = grad_at[k] = partial_at[k] = 0;
       for (int d = 0; d < p.row_dims; ++d) shift(k, d, index[d]);
     }
   }
   void shift(int k, int d, int64_t by) {
     const PlanOperand& o = p.operand[k];
-    at[k] += by * o.row[d];
+    data_at[k] += by * o.row[d];
     mask_at[k] += by * o.mask_row[d];
     grad_at[k] += by * o.grad_row[d];
     partial_at[k] += by * o.partial_row[d];
@@ -122,15 +114,15 @@ class Slot {
   }
 
   double* sums_of(const PlanOperand& o) const {
-    const bool per_slot = o.target == Target::run || o.splat;
-    return o.sums + (per_slot ? row_slot * p.col_slots + col_slot : row_slot) * o.sums_size;
+    const bool per_task = o.target == Target::run || o.kind == Kind::splat;
+    return o.sums + (per_task ? row_task * p.col_tasks + col_task : row_task) * o.sums_size;
   }
   void clear_partials() {
     for (int k = 0; k < p.operands; ++k) {
       const PlanOperand& o = p.operand[k];
       if (o.target != Target::partial) continue;
       double* sums = sums_of(o);
-      if (o.splat) {
+      if (o.kind == Kind::splat) {
         if (slice == 0) fill(sums, 0.0, o.sums_size);
       } else {
         for (int64_t row = 0; row < o.sums_size; row += p.cols) fill(sums + row + first_col, 0.0, last_col - first_col);
@@ -143,12 +135,13 @@ class Slot {
     return !o.mask || o.mask[mask_at[k] + row * o.mask_row[inner] + col * o.mask_col];
   }
 
-  // Rows of operand k from the group's row `from` on, converted and activated, into `to`, row after row; with their slopes
-  // where dy is given. What is absent is not read.
-  void load(int k, int64_t from, int64_t rows, int64_t col, int64_t cols, T* to, T* dy, const T* beside = nullptr) const {
+  // Rows of operand k from the group's row `from` on, converted and activated, into `to`, row after row; with their
+  // slopes where dy is given. What is absent is not read.
+  void load(int k, int64_t from, int64_t rows, int64_t col, int64_t cols, T* to, T* dy,
+            const T* beside = nullptr) const {
     const PlanOperand& o = p.operand[k];
-    const int64_t first = at[k] + from * o.row[inner] + col * o.col;
-    const int64_t ahead = rows * o.row[inner];  // the tile after this one
+    const int64_t first = data_at[k] + from * o.row[inner] + col * o.col;
+    const int64_t ahead = rows * o.row[inner];                 // the tile after this one
     const bool together = o.col == 1 && o.row[inner] == cols;  // the rows are one long row
     if (!o.mask && o.col == 1 && o.dtype == kDType<T>) {
       const T* data = static_cast<const T*>(o.data) + first;
@@ -169,7 +162,8 @@ class Slot {
       for (int64_t r = 0; r < rows; ++r, data += o.row[inner]) {
         if (!o.mask_col && present(k, from + r, 0)) {
           load_row(to + r * cols, data, o.col, cols, ahead);
-        } else {  // an absent row stays zero: the tables lead past it
+        } else {  // the inner loop reads the row `absent` in place of an absent row; zeros keep the activation quiet
+                  // here
           fill(to + r * cols, T(0), cols);
           for (int64_t i = 0; o.mask_col && i < cols; ++i)
             if (present(k, from + r, col + i)) load_row(to + r * cols + i, data + i * o.col, 1, 1);
@@ -184,43 +178,46 @@ class Slot {
 
   void group(int64_t row, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) scale[r] = 1;
-    for (int s = 0; s < splat_count; ++s) {
-      const int k = splats[s];
-      const PlanOperand& o = p.operand[k];
+    for (int s = 0; s < p.splats; ++s) {
+      const PlanOperand& o = splat(s);
+      T* const value = at<T>(o.value);
       if (o.data) {
-        // One value per row: the rows are the columns of a single row to load.
-        load_splat(k, rows, splat_value[s], o.activation != Activation::none ? splat_slope[s] : nullptr);
+        load_splat(p.splat[s], rows, value, o.activation != Activation::none ? at<T>(o.slope) : nullptr);
       } else {
-        fill(splat_value[s], T(1), rows);
+        fill(value, T(1), rows);
       }
-      for (int64_t r = 0; r < rows; ++r) scale[r] *= splat_value[s][r];
+      for (int64_t r = 0; r < rows; ++r) scale[r] *= value[r];
     }
-    for (int64_t r = 0; sums_wanted && r < rows; ++r) sum[r] = 0;
+    for (int64_t r = 0; p.sums_cols && r < rows; ++r) sum[r] = 0;
     for (int k = 0; k < p.operands; ++k) {
       const PlanOperand& o = p.operand[k];
       if (o.target == Target::run && o.sums && row % o.run == 0)
-        fill(sums_of(o) + (o.splat ? 0 : first_col - slot_col), 0.0, o.splat ? 1 : last_col - first_col);
+        fill(sums_of(o) + (o.kind == Kind::splat ? 0 : first_col - task_col), 0.0,
+             o.kind == Kind::splat ? 1 : last_col - first_col);
     }
     for (int64_t col = first_col; col < last_col; col += kBlock) block(rows, col, smaller(kBlock, last_col - col));
-    for (int s = 0; sums_wanted && s < splat_count; ++s) splat_target(s, rows);
+    for (int s = 0; p.sums_cols && s < p.splats; ++s) splat_derivative(s, rows);
     for (int k = 0; k < p.operands; ++k) {
       const PlanOperand& o = p.operand[k];
       if (o.target != Target::run || !o.sums || (row + rows) % o.run) continue;
-      const int64_t cols = o.splat ? 1 : last_col - first_col, base = o.splat ? 0 : first_col;
+      const bool is_splat = o.kind == Kind::splat;
+      const int64_t cols = is_splat ? 1 : last_col - first_col, base = is_splat ? 0 : first_col;
+      const double* const sums = sums_of(o) + (is_splat ? 0 : first_col - task_col);
       for (int64_t i = 0; i < cols; i += kBlock)
-        finish<T>(o, at[k], grad_at[k], base + i, sums_of(o) + (o.splat ? 0 : first_col - slot_col) + i, smaller(kBlock, cols - i));
+        finish<T>(p, o, scratch, data_at[k], grad_at[k], base + i, sums + i, smaller(kBlock, cols - i));
     }
   }
 
+  // One value per row: the group's rows are the columns of the one row that is loaded.
   void load_splat(int k, int64_t rows, T* to, T* dy) const {
     const PlanOperand& o = p.operand[k];
     with_dtype(o.dtype, o.data, [&](auto data) {
       if (!o.mask) {
-        load_row(to, data + at[k], o.row[inner], rows);
+        load_row(to, data + data_at[k], o.row[inner], rows);
       } else {
         for (int64_t r = 0; r < rows; ++r) {
           to[r] = 0;
-          if (present(k, r, 0)) load_row(to + r, data + at[k] + r * o.row[inner], 1, 1);
+          if (present(k, r, 0)) load_row(to + r, data + data_at[k] + r * o.row[inner], 1, 1);
         }
       }
     });
@@ -229,116 +226,75 @@ class Slot {
       if (!present(k, r, 0)) to[r] = static_cast<T>(p.absent);
   }
 
-  void splat_target(int s, int64_t rows) {
-    const int k = splats[s];
+  void splat_derivative(int s, int64_t rows) {
+    const int k = p.splat[s];
     const PlanOperand& o = p.operand[k];
     if (o.target == Target::none) return;
-    T grad[kGroup];
-    for (int64_t r = 0; r < rows; ++r) grad[r] = static_cast<T>(sum[r]);
-    for (int other = 0; other < splat_count; ++other)
-      for (int64_t r = 0; other != s && r < rows; ++r) grad[r] *= splat_value[other][r];
+    T derivative[kGroup];
+    for (int64_t r = 0; r < rows; ++r) derivative[r] = static_cast<T>(sum[r]);
+    for (int other = 0; other < p.splats; ++other) {
+      const T* const value = at<T>(splat(other).value);
+      for (int64_t r = 0; other != s && r < rows; ++r) derivative[r] *= value[r];
+    }
     if (o.target == Target::store) {
       for (int64_t r = 0; r < rows; ++r) {
-        if (o.activation != Activation::none) grad[r] *= splat_slope[s][r];
-        if (!present(k, r, 0)) grad[r] = 0;
+        if (o.activation != Activation::none) derivative[r] *= at<T>(o.slope)[r];
+        if (!present(k, r, 0)) derivative[r] = 0;
       }
-      store_grad(o, grad_at[k], o.grad_row[inner], grad, rows, false);
+      store_derivative(o, grad_at[k], o.grad_row[inner], derivative, rows, false);
     } else {
       double* sums = sums_of(o) + (o.target == Target::partial ? partial_at[k] : 0);
       for (int64_t r = 0; r < rows; ++r)
-        if (present(k, r, 0)) sums[r * o.partial_row[inner]] += grad[r];
+        if (present(k, r, 0)) sums[r * o.partial_row[inner]] += derivative[r];
     }
   }
 
   void block(int64_t rows, int64_t col, int64_t cols) {
     if constexpr (kDType<T> == DType::f32) {
-      if (stored == DType::bf16) return block<Bf16>(rows, col, cols);
-      if (stored == DType::f16) return block<F16>(rows, col, cols);
+      if (p.stored == DType::bf16) return block<Bf16>(rows, col, cols);
+      if (p.stored == DType::f16) return block<F16>(rows, col, cols);
     }
     block<T>(rows, col, cols);
   }
 
-  // The tiles of a group of rows and a block of columns. S is what the varying operands are stored in; those that are not
-  // plain rows of S are brought into rows of T, and then S is T.
+  // The tiles of a group of rows and a block of columns. S is what the varying operands are stored in; those that are
+  // not plain rows of S are brought into rows of T, and then S is T.
   template <class S>
   void block(int64_t rows, int64_t col, int64_t cols) {
     Tile<T, S> t;
-    const S* in_rows[kMaxOperands][kGroup];
-    S* out_rows[kMaxOperands][kGroup];
-    alignas(64) S absent[kBlock], trash[kBlock];
-    alignas(64) T zeros[kBlock];
-    if (masked) {
-      fill(zeros, T(0), cols);
-      S value;
-      narrow(static_cast<T>(p.absent), &value);
-      fill(absent, value, cols);
-    }
-    t.cols = cols;
-    t.operands = varying_count;
-    t.masked = masked;
-    t.shared = multiply_shared(col, cols);
-    t.shared_out = shared_wanted ? level : nullptr;
-    for (int v = 0; v < varying_count; ++v) {
-      const int k = varying[v];
-      const PlanOperand& o = p.operand[k];
-      t.in_step[v] = !o.data || repeated[v] ? 0 : direct[v] ? o.row[inner] : cols;
-      t.out_step[v] = plain_store[v] ? o.grad_row[inner] : cols;
-      t.in[v] = !o.data ? as<S>(ones) : direct[v] ? static_cast<const S*>(o.data) + at[k] + col : as<S>(value[v]);
-      t.out[v] = o.target == Target::none ? nullptr : plain_store[v] ? static_cast<S*>(o.grad) + grad_at[k] + col : as<S>(grad[v]);
-      t.stream[v] = p.stream && plain_store[v];
-      t.in_rows[v] = o.mask && !o.mask_col ? in_rows[v] : nullptr;
-      t.out_rows[v] = o.mask && !o.mask_col ? out_rows[v] : nullptr;
-      if (repeated[v]) load(k, 0, 1, col, cols, value[v], slope_for(v));
-    }
-    int64_t step = staging ? larger(1, kBlock / cols) : rows;
-    if (shared_wanted) {  // a whole number of steps makes kSummed rows
+    begin(t, col, cols);
+    int64_t step = p.staged ? larger(1, kBlock / cols) : rows;
+    if (p.sums_rows) {  // a whole number of steps makes kSummed rows
       step = smaller(step, kSummed);
       while (kSummed % step) --step;
     }
+    T* const short_sum = at<T>(p.scratch.short_sum);
+    double* const long_sum = at<double>(p.scratch.long_sum);
     for (int64_t from = 0; from < rows; from += step) {
       t.rows = smaller(step, rows - from);
       t.scale = scale + from;
       t.sum = sum + from;
-      if (from % kSummed == 0 && shared_wanted) fill(level, T(0), cols);
-      const T* beside = nullptr;  // rows read in place, to be asked for while others are activated
-      for (int v = 0; staging && v < varying_count; ++v)
-        if (direct[v] && t.in_step[v] == cols) beside = as<const T>(t.in[v]);
-      for (int v = 0; v < varying_count; ++v) {
-        if (!direct[v] && !repeated[v]) load(varying[v], from, t.rows, col, cols, value[v], slope_for(v), beside);
-        // A masked operand's absent rows are read from a constant row, and their derivatives written where nobody looks.
-        for (int64_t r = 0; t.in_rows[v] && r < t.rows; ++r) {
-          const bool here = present(varying[v], from + r, 0);
-          in_rows[v][r] = here ? t.in[v] + r * t.in_step[v] : absent;
-          out_rows[v][r] = here ? t.out[v] + r * t.out_step[v] : trash;
-        }
-      }
-      if (wanted) {
-        differentiate_for<T, S>(varying_count, t.shared, sums_wanted)(t);
+      if (from % kSummed == 0 && p.sums_rows) fill(short_sum, T(0), cols);
+      bring_in(t, from, col, cols);
+      if (p.differentiates) {
+        differentiate_for<T, S>(p.varyings, t.uniform, p.sums_cols)(t);
       } else {
-        if (shared_wanted) accumulate_for<T, S>(varying_count)(t);
-        if (sums_wanted) dot_for<T, S>(varying_count)(t);
+        if (p.sums_rows) accumulate_for<T, S>(p.varyings)(t);
+        if (p.sums_cols) dot_for<T, S>(p.varyings)(t);
       }
-      for (int v = 0; v < varying_count; ++v) {
-        const PlanOperand& o = p.operand[varying[v]];
-        if (o.target == Target::none) continue;
-        if (!plain_store[v]) {
-          write(v, from, t.rows, col, cols);
-        } else if (o.mask) {
-          for (int64_t r = 0; r < t.rows; ++r)
-            if (!present(varying[v], from + r, 0)) store_row(t.out[v] + r * t.out_step[v], 1, zeros, cols, t.stream[v]);
-        }
+      take_out(t, from, col, cols);
+      if (p.sums_rows && rows > kSummed && ((from + t.rows) % kSummed == 0 || from + t.rows == rows)) {
+        for (int64_t i = 0; i < cols; ++i)
+          long_sum[i] = (from < kSummed ? 0 : long_sum[i]) + static_cast<double>(short_sum[i]);
       }
-      if (shared_wanted && rows > kSummed && ((from + t.rows) % kSummed == 0 || from + t.rows == rows)) {
-        for (int64_t i = 0; i < cols; ++i) level_sum[i] = (from < kSummed ? 0 : level_sum[i]) + static_cast<double>(level[i]);
-      }
-      for (int v = 0; v < varying_count; ++v) {
-        if (direct[v]) t.in[v] += t.rows * t.in_step[v];
-        if (plain_store[v]) t.out[v] += t.rows * t.out_step[v];
+      for (int v = 0; v < p.varyings; ++v) {
+        if (varying(v).in_place) t.in[v] += t.rows * t.in_step[v];
+        if (varying(v).grad_in_place) t.out[v] += t.rows * t.out_step[v];
       }
     }
-    if (shared_wanted) {
-      for (int64_t i = 0; rows > kSummed && i < cols; ++i) level[i] = static_cast<T>(level_sum[i]);
-      share_out(col, cols);
+    if (p.sums_rows) {
+      for (int64_t i = 0; rows > kSummed && i < cols; ++i) short_sum[i] = static_cast<T>(long_sum[i]);
+      uniform_derivatives(short_sum, col, cols);
     }
   }
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -349,71 +305,141 @@ class Slot {
     return const_cast<S*>(static_cast<const S*>(static_cast<const void*>(row)));
   }
 
-  // The product of the operands that all rows share; null where there is none but the constant 1.
-  const T* multiply_shared(int64_t col, int64_t cols) {
+  // What stays the same from tile to tile of a block.
+  template <class S>
+  void begin(Tile<T, S>& t, int64_t col, int64_t cols) {
+    if (p.masked) {
+      fill(at<T>(p.scratch.zeros), T(0), cols);
+      S value;
+      narrow(static_cast<T>(p.absent), &value);
+      fill(at<S>(p.scratch.absent), value, cols);
+    }
+    t.cols = cols;
+    t.operands = p.varyings;
+    t.masked = p.masked;
+    t.uniform = multiply_uniform(col, cols);
+    t.uniform_out = p.sums_rows ? at<T>(p.scratch.short_sum) : nullptr;
+    for (int v = 0; v < p.varyings; ++v) {
+      const int k = p.varying[v];
+      const PlanOperand& o = p.operand[k];
+      const bool leads = o.mask && !o.mask_col;  // to rows elsewhere, where the operand is absent
+      t.in_step[v] = !o.data || o.repeated ? 0 : o.in_place ? o.row[inner] : cols;
+      t.out_step[v] = o.grad_in_place ? o.grad_row[inner] : cols;
+      t.in[v] = !o.data      ? as<S>(at<T>(p.scratch.ones))
+                : o.in_place ? static_cast<const S*>(o.data) + data_at[k] + col
+                             : as<S>(at<T>(o.value));
+      t.out[v] = o.target == Target::none ? nullptr
+                 : o.grad_in_place        ? static_cast<S*>(o.grad) + grad_at[k] + col
+                                          : as<S>(at<T>(o.derivative));
+      t.stream[v] = p.stream && o.grad_in_place;
+      t.in_rows[v] = leads ? at<const S*>(p.scratch.in_rows) + v * kGroup : nullptr;
+      t.out_rows[v] = leads ? at<S*>(p.scratch.out_rows) + v * kGroup : nullptr;
+      if (o.repeated) load(k, 0, 1, col, cols, at<T>(o.value), slopes(o));
+    }
+  }
+
+  // The rows of one tile.
+  template <class S>
+  void bring_in(const Tile<T, S>& t, int64_t from, int64_t col, int64_t cols) {
+    const T* beside = nullptr;  // rows read in place, which memory is asked for while other rows are activated
+    for (int v = 0; p.staged && v < p.varyings; ++v)
+      if (varying(v).in_place && t.in_step[v] == cols) beside = as<const T>(t.in[v]);
+    for (int v = 0; v < p.varyings; ++v) {
+      const PlanOperand& o = varying(v);
+      if (!o.in_place && !o.repeated) load(p.varying[v], from, t.rows, col, cols, at<T>(o.value), slopes(o), beside);
+      // The absent rows of a masked operand are read from a constant row, and their derivatives written where nobody
+      // looks.
+      for (int64_t r = 0; t.in_rows[v] && r < t.rows; ++r) {
+        const bool here = present(p.varying[v], from + r, 0);
+        at<const S*>(p.scratch.in_rows)[v * kGroup + r] = here ? t.in[v] + r * t.in_step[v] : at<S>(p.scratch.absent);
+        at<S*>(p.scratch.out_rows)[v * kGroup + r] = here ? t.out[v] + r * t.out_step[v] : at<S>(p.scratch.trash);
+      }
+    }
+  }
+
+  template <class S>
+  void take_out(const Tile<T, S>& t, int64_t from, int64_t col, int64_t cols) {
+    for (int v = 0; v < p.varyings; ++v) {
+      const PlanOperand& o = varying(v);
+      if (o.target == Target::none) continue;
+      if (!o.grad_in_place) {
+        write(v, from, t.rows, col, cols);
+      } else if (o.mask) {
+        for (int64_t r = 0; r < t.rows; ++r)
+          if (!present(p.varying[v], from + r, 0))
+            store_row(t.out[v] + r * t.out_step[v], 1, at<T>(p.scratch.zeros), cols, t.stream[v]);
+      }
+    }
+  }
+
+  // A row of a uniform operand: where it lies, or as it was brought in; null for the constant 1.
+  const T* uniform_row(int i, int64_t col) const {
+    const PlanOperand& o = uniform(i);
+    return !o.data      ? nullptr
+           : o.in_place ? static_cast<const T*>(o.data) + data_at[p.uniform[i]] + col
+                        : at<T>(o.value);
+  }
+
+  // The product of the uniform operands; null where there is none but the constant 1.
+  const T* multiply_uniform(int64_t col, int64_t cols) {
     const T* product = nullptr;
-    for (int s = 0; s < shared_count; ++s) {
-      const PlanOperand& o = p.operand[shared[s]];
-      if (!o.data) {
-        shared_row[s] = nullptr;
-        continue;
-      }
-      T* own = shared_value[s];
-      if (o.dtype == kDType<T> && o.col == 1 && o.activation == Activation::none) {
-        shared_row[s] = static_cast<const T*>(o.data) + at[shared[s]] + col;
-      } else {
-        load(shared[s], 0, 1, col, cols, own, nullptr);
-        shared_row[s] = own;
-      }
+    for (int i = 0; i < p.uniforms; ++i) {
+      const PlanOperand& o = uniform(i);
+      if (!o.data) continue;
+      if (!o.in_place) load(p.uniform[i], 0, 1, col, cols, at<T>(o.value), nullptr);
+      const T* const row = uniform_row(i, col);
       if (product) {
-        for (int64_t i = 0; i < cols; ++i) shared_product[i] = product[i] * shared_row[s][i];
-        product = shared_product;
+        T* const to = at<T>(p.scratch.product);
+        for (int64_t j = 0; j < cols; ++j) to[j] = product[j] * row[j];
+        product = to;
       } else {
-        product = shared_row[s];
+        product = row;
       }
     }
     return product;
   }
 
-  // From the derivative of the shared product to that of each operand in it.
-  void share_out(int64_t col, int64_t cols) {
-    for (int s = 0; s < shared_count; ++s) {
-      const int k = shared[s];
+  // From the derivative of the uniform operands' product to that of each of them.
+  void uniform_derivatives(const T* of_product, int64_t col, int64_t cols) {
+    for (int i = 0; i < p.uniforms; ++i) {
+      const int k = p.uniform[i];
       const PlanOperand& o = p.operand[k];
       if (o.target == Target::none) continue;
-      const T* from = level;
-      for (int other = 0; other < shared_count; ++other) {
-        if (other == s || !shared_row[other]) continue;
-        for (int64_t i = 0; i < cols; ++i) shared_grad[i] = from[i] * shared_row[other][i];
-        from = shared_grad;
+      const T* from = of_product;
+      T* const own = at<T>(p.scratch.own);
+      for (int other = 0; other < p.uniforms; ++other) {
+        const T* const row = uniform_row(other, col);
+        if (other == i || !row) continue;
+        for (int64_t j = 0; j < cols; ++j) own[j] = from[j] * row[j];
+        from = own;
       }
       if (o.sums) {
         add(o, k, 0, col, from, cols);
       } else {
-        finish<T>(o, at[k], grad_at[k], col, from, cols);
+        finish<T>(p, o, scratch, data_at[k], grad_at[k], col, from, cols);
       }
     }
   }
 
-  T* slope_for(int v) {
-    const PlanOperand& o = p.operand[varying[v]];
-    return o.target == Target::store && o.activation != Activation::none ? slope[v] : nullptr;
+  T* slopes(const PlanOperand& o) const {
+    return o.target == Target::store && o.activation != Activation::none ? at<T>(o.slope) : nullptr;
   }
 
-  // Adds a row of derivatives, of the group's row `r`, to the slot's float64 sums.
+  // Adds a row of derivatives, of the group's row `r`, to the task's float64 sums.
   void add(const PlanOperand& o, int k, int64_t r, int64_t col, const T* from, int64_t cols) {
-    double* sums = sums_of(o) + (o.target == Target::run ? col - slot_col : partial_at[k] + r * o.partial_row[inner] + col);
+    double* sums =
+        sums_of(o) + (o.target == Target::run ? col - task_col : partial_at[k] + r * o.partial_row[inner] + col);
     for (int64_t i = 0; i < cols; ++i) sums[i] += static_cast<double>(from[i]);
   }
 
-  // Derivatives that the inner loop left in grad[v]: slopes and masks applied, then stored or added up.
+  // Derivatives that the inner loop left in scratch memory: slopes and masks applied, then stored or added up.
   void write(int v, int64_t from, int64_t rows, int64_t col, int64_t cols) {
-    const int k = varying[v];
+    const int k = p.varying[v];
     const PlanOperand& o = p.operand[k];
     for (int64_t r = 0; r < rows; ++r) {
-      T* row = grad[v] + r * cols;
-      if (const T* dy = slope_for(v)) {
-        if (!repeated[v]) dy += r * cols;
+      T* row = at<T>(o.derivative) + r * cols;
+      if (const T* dy = slopes(o)) {
+        if (!o.repeated) dy += r * cols;
         for (int64_t i = 0; i < cols; ++i) row[i] *= dy[i];
       }
       if (o.mask && !o.mask_col) {
@@ -423,7 +449,8 @@ class Slot {
           if (!present(k, from + r, col + i)) row[i] = 0;
       }
       if (o.target == Target::store) {
-        store_grad(o, grad_at[k] + (from + r) * o.grad_row[inner] + col * o.grad_col, o.grad_col, row, cols, p.stream);
+        store_derivative(o, grad_at[k] + (from + r) * o.grad_row[inner] + col * o.grad_col, o.grad_col, row, cols,
+                         p.stream);
       } else {
         add(o, k, from + r, col, row, cols);
       }
@@ -431,38 +458,32 @@ class Slot {
   }
 
   const Plan& p;
-  int64_t row_slot, col_slot, slice, slot_col, first_col, last_col;
-  int inner;  // the innermost row dim
-  // Operands by how they vary: along the rows only, along the columns only (within a group), along both.
-  int splats[kMaxOperands], shared[kMaxOperands], varying[kMaxOperands];
-  int splat_count = 0, shared_count = 0, varying_count = 0;
-  bool direct[kMaxOperands];       // of the varying: read in place
-  bool repeated[kMaxOperands];     // brought in once for all rows
-  bool plain_store[kMaxOperands];  // derivative written in place
-  DType stored;                    // as what the inner loops read them
-  bool staging = false, wanted = false, shared_wanted = false, sums_wanted = false, masked = false;
-  int64_t index[kMaxDims], at[kMaxOperands], mask_at[kMaxOperands], grad_at[kMaxOperands], partial_at[kMaxOperands];
-  double sum[kGroup];
-  T scale[kGroup], splat_value[kMaxOperands][kGroup], splat_slope[kMaxOperands][kGroup];
-  const T* shared_row[kMaxOperands];
-  alignas(64) double level_sum[kBlock];
-  alignas(64) T ones[kBlock], level[kBlock], shared_product[kBlock], shared_grad[kBlock], shared_value[kMaxOperands][kBlock];
-  alignas(64) T value[kMaxOperands][kBlock], slope[kMaxOperands][kBlock], grad[kMaxOperands][kBlock];
+  char* const scratch;
+  const int64_t row_task, col_task, slice;
+  const int inner;  // the innermost row dim
+  int64_t task_col, first_col, last_col;
+  double* sum;
+  T* scale;
+  int64_t index[kMaxDims], data_at[kMaxOperands], mask_at[kMaxOperands], grad_at[kMaxOperands],
+      partial_at[kMaxOperands];
 };
 
 template <class T>
-void run_slot(const Plan& plan, int64_t slot, int64_t slice) {
-  Slot<T>(plan, slot, slice).run();
+void walk(const Plan& plan, int64_t task, int64_t slice, char* scratch) {
+  Walker<T>(plan, task, slice, scratch).walk();
 }
 
-// ---- the sum of the slots ------------------------------------------------------------------------------------------------
+// ---- the sum of the tasks
+// ------------------------------------------------------------------------------------------------
 
-// Part `part` of `parts` of the derivative of one operand: its slots' sums added in order.
+// Part `part` of `parts` of the derivative of one operand: its tasks' sums added in order.
 template <class T>
-void combine(const Plan& p, int operand, int64_t part, int64_t parts) {
+void combine(const Plan& p, int operand, int64_t part, int64_t parts, char* scratch) {
   const PlanOperand& o = p.operand[operand];
-  const int64_t cols = o.splat ? 1 : p.cols, blocks = (cols + kBlock - 1) / kBlock, items = o.sums_size / cols * blocks;
-  const int64_t slots = o.splat ? p.row_slots * p.col_slots : p.row_slots;
+  const int64_t cols = o.kind == Kind::splat ? 1 : p.cols, blocks = (cols + kBlock - 1) / kBlock,
+                items = o.sums_size / cols * blocks;
+  const int64_t tasks = o.kind == Kind::splat ? p.row_tasks * p.col_tasks : p.row_tasks;
+  double* const total = piece<double>(scratch, p.scratch.total);
   for (int64_t item = part * items / parts; item < (part + 1) * items / parts; ++item) {
     int64_t row = item / blocks, at = 0, grad_at = 0;
     const double* sums = o.sums + row * cols + item % blocks * kBlock;
@@ -472,20 +493,16 @@ void combine(const Plan& p, int operand, int64_t part, int64_t parts) {
       grad_at += row % p.row_size[d] * o.grad_row[d];
       row /= p.row_size[d];
     }
-    const int64_t col = item % blocks * kBlock, count = cols - col < kBlock ? cols - col : kBlock;
-    alignas(64) double total[kBlock];
+    const int64_t col = item % blocks * kBlock, count = smaller(kBlock, cols - col);
     fill(total, 0.0, count);
-    for (int64_t slot = 0; slot < slots; ++slot)
-      for (int64_t i = 0; i < count; ++i) total[i] += sums[slot * o.sums_size + i];
-    finish<T>(o, at, grad_at, col, total, count);
+    for (int64_t task = 0; task < tasks; ++task)
+      for (int64_t i = 0; i < count; ++i) total[i] += sums[task * o.sums_size + i];
+    finish<T>(p, o, scratch, at, grad_at, col, total, count);
   }
 }
 
+constexpr SumKernels kSumKernels = {{walk<float>, walk<double>}, {combine<float>, combine<double>}};
+
 }  // namespace
-
-#define FUSIONSUM_STRING(name) #name
-#define FUSIONSUM_NAME(name) FUSIONSUM_STRING(name)
-extern const Isa isa = {FUSIONSUM_NAME(FUSIONSUM_ISA), {run_slot<float>, run_slot<double>}, {combine<float>, combine<double>}};
-
 }  // namespace FUSIONSUM_ISA
 }  // namespace fusionsum

@@ -1,32 +1,37 @@
-// The kernel bodies: `rows`, `columns` and `combine` (pass.h says what they compute). kernel_<dtype>.cu instantiates them.
+// The kernels `rows` and `columns`, which execute a pass (pass.h says what they compute), and the sums over threads.
+// kernel_<dtype>.cu instantiates them; `combine`, which adds their partial sums, is in combine.cu.
 //
-// Shape letters: N varying operands, W columns in a packet, U rows at a time. kGrad: varying operands want their derivatives.
-// kExtra: some operand has an activation, a mask or no data; kernels without are a third of the size and of the registers.
+// Shape letters: N varying operands, W columns in a packet, U rows at a time. kGrad: some varying operand wants its
+// derivative. kExtra: some operand has an activation, a mask or no data; kernels without are a third of the size and of
+// the registers.
 #pragma once
 #include "packet.cuh"
 
 namespace fusionsum {
 namespace cuda {
 
-constexpr int kAnyCount = kPassOperands;  // N read from the pass; operands that are not there count as 1
+constexpr int kAnyCount = kPassOperands;  // N, where the pass says how many there are; the others count as 1
 constexpr int kMaxTerms = 32;             // summed in the working precision, before sums are added in float64
 
-// ---- where things are ----------------------------------------------------------------------------------------------------
+// ---- where things are -----------------------------------------------------------------------------------------------
 
+// Offsets into an operand's arrays, in elements.
 struct Place {
   int64_t data, mask, grad;
 };
 
-// index / size, for what is not negative and below 2^52, given 1 / size: the estimate is off by one at most. An integer division
-// is a call, for which registers are spilled.
+// index / size, for an index of 0 <= index < 2^52 and inverse = 1 / size: the estimate is off by one at most. An
+// integer division is a function call in PTX, for which registers are spilled.
 FUSIONSUM_INLINE int64_t quotient(int64_t index, int64_t size, double inverse) {
   const int64_t estimate = static_cast<int64_t>(static_cast<double>(index) * inverse), rest = index - estimate * size;
   return estimate + (rest >= size) - (rest < 0);
 }
 
-// Adds the offsets of N operands, from `first_operand` on, at an index into the row dims [first, first + count), flattened.
+// Adds to the places of N operands, from `first_operand` on, their offsets at an index into `count` flattened row dims,
+// of which `first` is the outermost.
 template <int N>
-FUSIONSUM_INLINE void locate(const Pass& p, int operands, int first_operand, int first, int count, int64_t index, Place (&at)[N]) {
+FUSIONSUM_INLINE void locate(const Pass& p, int operands, int first_operand, int first, int count, int64_t index,
+                             Place (&at)[N]) {
   GPU_LOOP
   for (int d = first + count - 1; d >= first; --d) {
     int64_t digit = index;
@@ -55,11 +60,12 @@ FUSIONSUM_INLINE Place in_row(const Pass& p, int k, int64_t unit, int64_t row) {
   return at[0];
 }
 
-// A thread of a block of slots x groups x lanes, and the block's share of the rows.
+// A thread's lane, group and slot in its block, and the block's tile and part of the grid.
 struct Thread {
   int lane, group, slot, lanes, groups, slots;
   int part, tile, split;
-  int64_t begin, end, first_unit, unit_step;  // of the run; and units, in steps of all blocks' slots
+  int64_t begin, end;             // the rows of a run that are the block's
+  int64_t first_unit, unit_step;  // the unit of slot 0, first and from one to the next
 
   FUSIONSUM_INLINE explicit Thread(const Pass& p) {
     const int index = static_cast<int>(threadIdx.x), per_slot = p.lanes_log2 + p.groups_log2;
@@ -79,9 +85,10 @@ struct Thread {
   }
 };
 
-// ---- values --------------------------------------------------------------------------------------------------------------
+// ---- values ---------------------------------------------------------------------------------------------------------
 
-// Takes the first of W values, moves the others down and puts one last: an array in registers has no run-time index.
+// Takes the first of W values out, moves the others down and puts `last` behind them. A loop that is not unrolled walks
+// through an array so: an array in registers cannot be indexed at run time.
 template <int W, class T>
 FUSIONSUM_INLINE T rotate(T (&x)[W], T last) {
   const T first = x[0];
@@ -104,7 +111,8 @@ FUSIONSUM_INLINE Value<T> activated(Activation activation, T x) {
   }
 }
 
-// What an operand counts as, its derivative, and whether it is present: where it is not its data is not read.
+// An operand's factor y in the product, the derivative dy of y by the operand's value, and whether the operand is
+// present: where it is absent its data are not read.
 template <class T>
 struct Entry {
   T y, dy;
@@ -132,19 +140,22 @@ template <class T, bool kExtra>
 FUSIONSUM_INLINE T splat_product(const Pass& p, int64_t unit, int64_t row, int skip) {
   T product = T(1);
   GPU_LOOP
-  for (int k = p.varying + p.shared; k < p.operands; ++k)
-    if (k != skip && (p.operand[k].data || p.operand[k].mask)) product = product * splat_entry<T, kExtra>(p, k, unit, row).y;
+  for (int k = p.varying + p.uniform; k < p.operands; ++k)
+    if (k != skip && (p.operand[k].data || p.operand[k].mask))
+      product = product * splat_entry<T, kExtra>(p, k, unit, row).y;
   return product;
 }
 
-// The same, without skipping, for U rows in steps, those before `end`.
+// scale[u] = the product of all splat operands at row + u * step, or 1 from `end` on.
 template <int U, bool kExtra, class T>
 FUSIONSUM_INLINE void scale_rows(const Pass& p, int64_t unit, int64_t row, int step, int64_t end, T (&scale)[U]) {
   GPU_LOOP
-  for (int u = 0; u < U; ++u, row += step) rotate<U>(scale, row < end ? splat_product<T, kExtra>(p, unit, row, -1) : T(1));
+  for (int u = 0; u < U; ++u, row += step)
+    rotate<U>(scale, row < end ? splat_product<T, kExtra>(p, unit, row, -1) : T(1));
 }
 
-// x[i] = x[i] * o's value at col + i: plain values, by the widest accesses there are.
+// x[i] = x[i] * (the value of o at col + i), for an operand without mask and activation: by 16-byte accesses where o is
+// packed.
 template <class T, int W>
 FUSIONSUM_INLINE void multiply_by(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
   with_dtype(o.dtype, o.data, [&](const auto* p) {
@@ -166,27 +177,28 @@ FUSIONSUM_INLINE void multiply_by(const PassOperand& o, Place at, int64_t col, T
   });
 }
 
-// The same for any values.
+// x[i] = x[i] * (the factor of o at col + i), for any operand.
 template <class T, int W, bool kExtra>
 FUSIONSUM_INLINE void times(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
   if (kExtra && (o.mask || o.activation != Activation::none)) {
     GPU_LOOP
-    for (int i = 0; i < W; ++i) rotate<W>(x, x[0] * entry<T, kExtra>(o, at.data + (col + i) * o.col, at.mask + (col + i) * o.mask_col).y);
+    for (int i = 0; i < W; ++i)
+      rotate<W>(x, x[0] * entry<T, kExtra>(o, at.data + (col + i) * o.col, at.mask + (col + i) * o.mask_col).y);
   } else {
     multiply_by<T, W>(o, at, col, x);
   }
 }
-// The product of the shared operands at W columns of a unit, without operand `skip`.
+// x[i] = the product of the uniform operands at col + i, without operand `skip`.
 template <class T, int W, bool kExtra>
-FUSIONSUM_INLINE void shared_product(const Pass& p, int64_t unit, int64_t col, int skip, T (&x)[W]) {
+FUSIONSUM_INLINE void uniform_product(const Pass& p, int64_t unit, int64_t col, int skip, T (&x)[W]) {
   FUSIONSUM_UNROLL(8)
   for (int i = 0; i < W; ++i) x[i] = T(1);
   GPU_LOOP
-  for (int k = p.varying; k < p.varying + p.shared; ++k)
+  for (int k = p.varying; k < p.varying + p.uniform; ++k)
     if (k != skip && p.operand[k].data) times<T, W, kExtra>(p.operand[k], in_unit(p, k, unit), col, x);
 }
 
-// ---- one row of the varying operands ---------------------------------------------------------------------------------------
+// ---- one row of the varying operands --------------------------------------------------------------------------------
 
 template <class S, int N, bool kGrad, bool kExtra>
 struct Row {
@@ -196,14 +208,15 @@ struct Row {
   static constexpr int W = Store::width;
 
   Place at[N];
-  bool present[N];          // of the whole row; a mask that varies along the columns, only where N is any, is read with each entry
+  bool present[N];  // for the whole row; `multiply` reads a mask that varies along the columns (kAnyCount only)
   Activation activation[N];  // none where the operand is absent
-  bool here;                 // is there such a row?
+  bool here;                 // false: this row lies past the end, and nothing of it is read or written
   Packet packet[N];
 
   FUSIONSUM_INLINE static int count(const Pass& p) { return N < kAnyCount ? N : p.varying; }
 
-  // `base` is where the unit is. Many operands' bases would not fit the registers: they are found again for each row.
+  // `base` holds the operands' places at the unit. From N = 4 on they would not fit the registers, and each row finds
+  // them again.
   static constexpr bool kBased = N < 4;
   FUSIONSUM_INLINE void locate(const Pass& p, const Place (&base)[N], int64_t unit, int64_t row, bool is_here) {
     here = is_here;
@@ -226,13 +239,14 @@ struct Row {
       const PassOperand& o = p.operand[k];
       if (present[k] && (!kExtra || o.data)) {
         packet[k] = Store::load(o, at[k].data + col * (W > 1 ? 1 : o.col));
-      } else {  // what the operand counts as; operands that are not there, past the count, as 1
+      } else {  // an absent operand counts as 1 or 0; a row that is not here and a place beyond the count, as 1
         packet[k] = Store::all(here && k < count(p) && !present[k] && !o.absent_is_one ? T(0) : T(1));
       }
     }
   }
 
-  // The product of the row's values at `column`, from x; where asked for, partial[k] = c * the others * the own slope.
+  // Returns the product of the row's factors at `column`, of which x holds the values. With kGrad,
+  // partial[k] = c * (the product of the other factors) * (the derivative of factor k by its value).
   FUSIONSUM_INLINE T multiply(const Pass& p, int64_t column, T c, T (&x)[N], T (&partial)[N]) const {
     T slope[N];
     bool is_present[N];
@@ -264,10 +278,12 @@ struct Row {
     }
   }
 
-  // Calls use(i, product, shared[i]) for the W columns from `col` and stores the derivatives, which are multiplied by `shared`
-  // and `scale`. In kernels with activations i is 0, and `use` has to rotate what it indexes.
+  // For each of the W columns from `col`, calls use(i, product, uniform[i]), where `product` is that of the row's
+  // factors, and stores the derivatives of varying operands, which are multiplied by uniform[i] and `scale`. `i` is the
+  // column's number without kExtra, where the loop is unrolled. With kExtra it is not, i is always 0, and arrays are
+  // rotated from column to column instead: `use` has to rotate an array of W values that it reads or writes by i.
   template <class Use>
-  FUSIONSUM_INLINE void differentiate(const Pass& p, int64_t col, T (&shared)[W], T scale, Use use) {
+  FUSIONSUM_INLINE void differentiate(const Pass& p, int64_t col, T (&uniform)[W], T scale, Use use) {
     Packet out[N];
     const auto one = [&](int i, int step, auto take, auto put, T c) {
       T x[N], partial[N];
@@ -287,27 +303,31 @@ struct Row {
       }
       GPU_UNROLL(W <= 4 ? W : 1)
       for (int i = 0; i < W; ++i) {
-        const T c = rotate<W>(shared, shared[0]);
+        const T c = rotate<W>(uniform, uniform[0]);
         one(0, i, [](Packet& from, int) { return from.take(); }, [](Packet& to, int, T value) { to.push(value); }, c);
       }
     } else {
       FUSIONSUM_UNROLL(8)
       for (int i = 0; i < W; ++i)
-        one(i, i, [](Packet& from, int j) { return from.get(j); }, [](Packet& to, int j, T value) { to.set(j, value); }, shared[i]);
+        one(
+            i, i, [](Packet& from, int j) { return from.get(j); }, [](Packet& to, int j, T value) { to.set(j, value); },
+            uniform[i]);
     }
     if constexpr (kGrad) {
       FUSIONSUM_UNROLL(16)
       for (int k = 0; k < N; ++k) {
         const PassOperand& o = p.operand[k];
-        if (k < count(p) && o.target == Target::each) Store::store(o, at[k].grad + col * (W > 1 ? 1 : o.grad_col), out[k], p.stream);
+        if (k < count(p) && o.reach == Reach::row)
+          Store::store(o, at[k].grad + col * (W > 1 ? 1 : o.grad_col), out[k], p.stream);
       }
     }
   }
 };
 
-// ---- sums over threads, in a fixed order -------------------------------------------------------------------------------------
+// ---- sums over threads, in a fixed order ----------------------------------------------------------------------------
 
-// Over each aligned segment of 2^log2 threads; the first of the segment has the sum. Every thread of the block must call it.
+// The sum of x over each aligned segment of 2^log2 threads, returned to the segment's first thread; to the others,
+// anything. Every thread of the block must call it.
 FUSIONSUM_INLINE double segment_sum(double x, int log2, double* buffer) {
   const int width = 1 << log2, index = static_cast<int>(threadIdx.x);
   GPU_LOOP
@@ -324,8 +344,9 @@ FUSIONSUM_INLINE double segment_sum(double x, int log2, double* buffer) {
   return x;
 }
 
-// x[i * kThreads + thread], i < W: sums over the threads with the same index modulo `lanes`, of each aligned segment of
-// lanes * count. `which` is the thread's place among the count; those with 0 have the sums.
+// Each thread has W values, x[i * kThreads + thread]. Adds up, in each aligned segment of lanes * count threads, those
+// of the `count` threads with the same lane, and leaves the sums with the one of them whose place among them, `which`,
+// is 0. Every thread of the block must call it.
 template <int W>
 FUSIONSUM_INLINE void strided_sum(double* x, int lanes, int count, int which) {
   double* const own = x + threadIdx.x;
@@ -343,11 +364,13 @@ FUSIONSUM_INLINE void strided_sum(double* x, int lanes, int count, int which) {
 template <int N, bool kExtra>
 constexpr int kBlocks = N + kExtra > 4 ? 1 : 2;  // per multiprocessor, at least: 255 or 128 registers
 
-// ---- sums over the columns ---------------------------------------------------------------------------------------------------
+// ---- sums over the columns ------------------------------------------------------------------------------------------
 
-// Loads of so many rows are in flight together: up to eight of 16 bytes a thread, within 128 registers.
+// U, the rows whose loads are in flight together: up to eight loads of 16 bytes a thread, within 128 registers.
 template <int N, bool kGrad, bool kExtra>
-constexpr int kRowsAtOnce = N > 4 || (kGrad && kExtra) ? 1 : kGrad || kExtra ? (N <= 2 ? 2 : 1) : (N <= 2 ? 4 : 2);
+constexpr int kRowsAtOnce = N > 4 || (kGrad && kExtra) ? 1
+                            : kGrad || kExtra          ? (N <= 2 ? 2 : 1)
+                                                       : (N <= 2 ? 4 : 2);
 
 template <class S, int N, bool kGrad, bool kExtra>
 __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __grid_constant__ Pass p) {
@@ -357,13 +380,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __gri
   GPU_SHARED(double, buffer, kThreads / 32);
   const Thread t(p);
   const int64_t first_col = static_cast<int64_t>(t.tile) * p.packets_per_tile * W, cols_left = p.cols - first_col;
-  const int packets = cols_left < static_cast<int64_t>(p.packets_per_tile) * W ? static_cast<int>(cols_left / W) : p.packets_per_tile;
-  int summed = -1;  // the splat operand that is summed over rows too
-  bool each = false;
+  const int packets =
+      cols_left < static_cast<int64_t>(p.packets_per_tile) * W ? static_cast<int>(cols_left / W) : p.packets_per_tile;
+  int summed = -1;    // the splat operand whose derivative is summed over rows too
+  bool each = false;  // some splat operand has a derivative for each row
   GPU_LOOP
-  for (int k = p.varying + p.shared; k < p.operands; ++k) {
-    if (p.operand[k].target == Target::each) each = true;
-    if (p.operand[k].target == Target::unit || p.operand[k].target == Target::all) summed = k;
+  for (int k = p.varying + p.uniform; k < p.operands; ++k) {
+    if (p.operand[k].reach == Reach::row) each = true;
+    if (p.operand[k].reach == Reach::run || p.operand[k].reach == Reach::all) summed = k;
   }
   double total = 0;
   for (int64_t unit0 = t.first_unit; unit0 < p.units; unit0 += t.unit_step) {
@@ -391,11 +415,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __gri
           FUSIONSUM_UNROLL(4)
           for (int u = 0; u < U; ++u)
             if (row[u].here) row[u].load(p, col);
-          T shared[W];
-          shared_product<T, W, kExtra>(p, unit, col, -1, shared);
+          T uniform[W];
+          uniform_product<T, W, kExtra>(p, unit, col, -1, uniform);
           FUSIONSUM_UNROLL(4)
           for (int u = 0; u < U; ++u) {
-            if (row[u].here) row[u].differentiate(p, col, shared, scale[u], [&](int, T product, T c) { s[u] = madd(product, c, s[u]); });
+            if (row[u].here)
+              row[u].differentiate(p, col, uniform, scale[u],
+                                   [&](int, T product, T c) { s[u] = madd(product, c, s[u]); });
           }
         }
         FUSIONSUM_UNROLL(4)
@@ -405,20 +431,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __gri
       for (int u = 0; u < U; ++u) {
         const int64_t r = row0 + u * t.groups + t.group;
         const bool here = unit_here && r < t.end;
-        const double own_share = rotate<U>(sum, sum[0]);
+        const double own_sum = rotate<U>(sum, sum[0]);
         if (summed >= 0 && here) {
           const Entry<T> own = splat_entry<T, kExtra>(p, summed, unit, r);
-          total += own.derivative(own_share * splat_product<T, kExtra>(p, unit, r, summed));
+          total += own.derivative(own_sum * splat_product<T, kExtra>(p, unit, r, summed));
         }
         if (!each) continue;
-        const double whole = segment_sum(own_share, p.lanes_log2, buffer);
+        const double whole = segment_sum(own_sum, p.lanes_log2, buffer);
         if (!here || t.lane != 0) continue;
         GPU_LOOP
-        for (int k = p.varying + p.shared; k < p.operands; ++k) {
+        for (int k = p.varying + p.uniform; k < p.operands; ++k) {
           const PassOperand& o = p.operand[k];
-          if (o.target != Target::each) continue;
+          if (o.reach != Reach::row) continue;
           const Place at = in_row(p, k, unit, r);
-          const double value = entry<T, kExtra>(o, at.data, at.mask).derivative(whole * splat_product<T, kExtra>(p, unit, r, k));
+          const double value =
+              entry<T, kExtra>(o, at.data, at.mask).derivative(whole * splat_product<T, kExtra>(p, unit, r, k));
           if (o.sums) {
             o.sums[(t.tile * p.units + unit) * p.run + r] = value;
           } else {
@@ -427,7 +454,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __gri
         }
       }
     }
-    if (summed >= 0 && p.operand[summed].target == Target::unit) {
+    if (summed >= 0 && p.operand[summed].reach == Reach::run) {
       const PassOperand& o = p.operand[summed];
       const double whole = segment_sum(total, p.lanes_log2 + p.groups_log2, buffer);
       total = 0;
@@ -440,21 +467,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __gri
       }
     }
   }
-  if (summed >= 0 && p.operand[summed].target == Target::all) {
+  if (summed >= 0 && p.operand[summed].reach == Reach::all) {
     const double whole = segment_sum(total, 8, buffer);
     if (threadIdx.x == 0) p.operand[summed].sums[t.part * p.tiles + t.tile] = whole;
   }
 }
 static_assert(kThreads == 1 << 8, "the whole block is a segment");
 
-// ---- sums over the run -------------------------------------------------------------------------------------------------------
+// ---- sums over the run ----------------------------------------------------------------------------------------------
 
 template <class S, int N, bool kGrad, bool kExtra>
 __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __grid_constant__ Pass p) {
   using R = Row<S, N, kGrad, kExtra>;
   using T = typename R::T;
   constexpr int W = R::W, U = kRowsAtOnce<N, true, kExtra>;
-  GPU_SHARED(double, sums, W * kThreads);  // of each thread's columns: in registers they would cost 2 W of them
+  // Of each thread's columns: in registers they would take 2 W of them.
+  GPU_SHARED(double, sums, (W * kThreads));
   const Thread t(p);
   const int64_t col = (static_cast<int64_t>(t.tile) * t.lanes + t.lane) * W;
   double* const own = sums + threadIdx.x;
@@ -466,8 +494,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
     if (here) {
       Place base[N] = {};
       if (R::kBased) locate<N>(p, R::count(p), 0, 0, p.unit_dims, unit, base);
-      T shared[W] = {}, level[W] = {};
-      if (kGrad) shared_product<T, W, kExtra>(p, unit, col, -1, shared);
+      T uniform[W] = {}, level[W] = {};
+      if (kGrad) uniform_product<T, W, kExtra>(p, unit, col, -1, uniform);
       int terms = 0;
       GPU_LOOP
       for (int64_t row0 = t.begin + t.group; row0 < t.end; row0 += U * t.groups) {
@@ -484,7 +512,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
         FUSIONSUM_UNROLL(4)
         for (int u = 0; u < U; ++u) {
           if (!row[u].here) continue;
-          row[u].differentiate(p, col, shared, scale[u], [&](int i, T product, T) {
+          row[u].differentiate(p, col, uniform, scale[u], [&](int i, T product, T) {
             if (kExtra) {
               rotate<W>(level, madd(product, scale[u], level[0]));
             } else {
@@ -504,17 +532,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
     strided_sum<W>(sums, t.lanes, t.groups, t.group);
     if (t.group != 0 || col >= p.cols) continue;
     GPU_LOOP
-    for (int k = p.varying; k < p.varying + p.shared; ++k) {
+    for (int k = p.varying; k < p.varying + p.uniform; ++k) {
       const PassOperand& o = p.operand[k];
-      const bool all = o.target == Target::all, first = all && unit0 == t.first_unit;
-      if (o.target == Target::none || (!here && !first)) continue;
+      const bool all = o.reach == Reach::all, first = all && unit0 == t.first_unit;
+      if (o.reach == Reach::none || (!here && !first)) continue;
       T others[W] = {};
-      if (here) shared_product<T, W, kExtra>(p, unit, col, k, others);
+      if (here) uniform_product<T, W, kExtra>(p, unit, col, k, others);
       const Place at = here ? in_unit(p, k, unit) : Place{0, 0, 0};
       GPU_LOOP
       for (int i = 0; i < W; ++i) {
         Entry<T> entry_here{T(1), T(1), here};
-        if (kExtra && here) entry_here = entry<T, true>(o, at.data + (col + i) * o.col, at.mask + (col + i) * o.mask_col);
+        if (kExtra && here)
+          entry_here = entry<T, true>(o, at.data + (col + i) * o.col, at.mask + (col + i) * o.mask_col);
         const double value = entry_here.derivative(own[i * kThreads] * rotate<W>(others, others[0]));
         if (all) {
           double* const to = &o.sums[(static_cast<int64_t>(t.part) * t.slots + t.slot) * p.cols + col + i];
@@ -529,7 +558,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
   }
 }
 
-// ---- the table of a dtype ------------------------------------------------------------------------------------------------------
+// ---- the table of one storage type ----------------------------------------------------------------------------------
 
 template <class S, int N, bool kGrad, bool kExtra>
 constexpr void add(Kernels& table, int count) {

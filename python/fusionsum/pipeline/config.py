@@ -1,12 +1,13 @@
-"""The configuration of a run: what can be set, its defaults, and errors that name the key and suggest the right one.
+"""The configuration of a training: its keys, their defaults, and errors that name the key and suggest the right one.
 
 What lives here: the sections, YAML in and out, ``--set a.b=c``. What lives elsewhere: the options of a kind of modality
-(``preprocess.py``), those of a fusion layer (its constructor, checked in ``fuse.py``).
+(``kinds.py``), the options of a fusion layer (its constructor, checked in ``fuse.py``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,22 +17,19 @@ from typing import Any, Literal
 
 import yaml
 
-from .manifest import unknown
-from .preprocess import KINDS, Modality
+from .errors import ConfigError, unknown
+from .kinds import KINDS, Modality
 
 BASELINES = ("alone", "concat-linear", "mlp", "late-product", "score-sum")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be meant: the message names the key, what came and what was expected."""
+DRAWN = ("train", "validation", "test")  # the splits that `data.split: by-seed` draws
 
 
 @dataclass(frozen=True)
 class Data:
     """Where the rows come from and how they are split.
 
-    `split`: ``manifest`` takes the manifest's column; ``by-seed`` draws one anew for each seed, by group, so that
-    intervals over seeds contain the luck of the split.
+    `split`: ``manifest`` takes the manifest's column; ``by-seed`` draws a split for each seed, by group, so that the
+    intervals over seeds include the variation between splits.
     """
 
     manifest: str = "manifest.csv"
@@ -43,10 +41,15 @@ class Data:
     workers: int = 2
     cache: str = ".fusionsum-cache"
 
+    @property
+    def splits(self) -> tuple[str, ...] | None:
+        """The names that the manifest's column ``split`` may hold; None if the splits are drawn."""
+        return None if self.split == "by-seed" else tuple(dict.fromkeys(("train", "validation", *self.test)))
+
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned. Retrieval: of `target`'s modalities given all others, in `dim` dimensions."""
+    """The task. Retrieval finds the modalities of `target` by all other modalities, in a space of `dim` dimensions."""
 
     kind: Literal["classification", "regression", "retrieval"] = "classification"
     target: tuple[str, ...] = ()
@@ -79,7 +82,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Config:
-    """A run: every section with its defaults filled in."""
+    """A whole configuration: every section with its defaults filled in."""
 
     modalities: dict[str, Modality]
     title: str = "fusionsum"
@@ -89,9 +92,14 @@ class Config:
     baselines: tuple[str, ...] = BASELINES
     train: Train = field(default_factory=Train)
 
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """The manifest's columns that hold each modality."""
+        return {name: modality.columns_of(name) for name, modality in self.modalities.items()}
+
 
 def _convert(value: Any, kind: Any, key: str) -> Any:
-    """Make `value` of the annotated type, or say what was expected."""
+    """Return `value` as the annotated type `kind`, or raise ConfigError with the type that was expected."""
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value not in options:
@@ -139,10 +147,14 @@ def _modality(given: Any, key: str) -> Modality:
     return _section(KINDS[kind], rest, key)
 
 
+def _expect(condition: bool, section: Any, key: str, name: str, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}.{name}: expected {expected}, got {getattr(section, name)}")
+
+
 def _positive(section: Any, key: str, names: Iterable[str]) -> None:
     for name in names:
-        if getattr(section, name) <= 0:
-            raise ConfigError(f"{key}.{name}: expected more than 0, got {getattr(section, name)}")
+        _expect(getattr(section, name) > 0, section, key, name, "more than 0")
 
 
 def from_mapping(given: Mapping[str, Any]) -> Config:
@@ -151,7 +163,7 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
     Parameters
     ----------
     given : mapping
-        As a YAML file holds it.
+        The sections, as `yaml.safe_load` reads them from a file.
 
     Returns
     -------
@@ -160,7 +172,8 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
     Raises
     ------
     ConfigError
-        If a key or a choice is unknown, a value is of the wrong type or out of range; it suggests the nearest name.
+        If a key or a choice is unknown (the message suggests the nearest name), or a value is of the wrong type or out of
+        range.
 
     Examples
     --------
@@ -170,7 +183,7 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
     >>> from_mapping({"modalities": {"photo": {"kind": "image"}}, "train": {"seed": 3}})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    fusionsum.pipeline.config.ConfigError: train: unknown key 'seed'; did you mean 'seeds'? There are: ...
+    fusionsum.pipeline.errors.ConfigError: train: unknown key 'seed'; did you mean 'seeds'? There are: ...
     """
     if not isinstance(given, Mapping):
         raise ConfigError(f"expected a mapping of sections, got {given!r}")
@@ -185,16 +198,12 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
         # Modules are registered by these names.
         if not str(name).isidentifier():
             raise ConfigError(f"modalities: expected names of letters, digits and _, got {name!r}")
-    fusion = dict(given.get("fusion") or {})
-    layer = fusion.pop("layer", Fusion.layer)
-    if "fusion" not in given:
-        fusion = Fusion().options
     config = Config(
         modalities={name: _modality(value, f"modalities.{name}") for name, value in modalities.items()},
         title=_convert(given.get("title", Config.title), str, "title"),
         data=_section(Data, given.get("data"), "data"),
         task=_section(Task, given.get("task"), "task"),
-        fusion=Fusion(_convert(layer, str, "fusion.layer"), fusion),
+        fusion=_fusion(given["fusion"]) if "fusion" in given else Fusion(),
         baselines=_convert(given.get("baselines", BASELINES), tuple[str, ...], "baselines"),
         train=_section(Train, given.get("train"), "train"),
     )
@@ -202,8 +211,22 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
     return config
 
 
+def _fusion(given: Any) -> Fusion:
+    options = {} if given is None else given
+    if not isinstance(options, Mapping):
+        raise ConfigError(
+            f"fusion: expected a mapping of a layer and its options, like {{layer: MLB, mm_dim: 128}}; got {given!r}"
+        )
+    options = dict(options)
+    layer = _convert(options.pop("layer", Fusion.layer), str, "fusion.layer")
+    for option in options:
+        if not isinstance(option, str):
+            raise ConfigError(f"fusion: expected names of options, got {option!r}")
+    return Fusion(layer, options)
+
+
 def _check(config: Config) -> None:
-    """Check what concerns several keys, and ranges."""
+    """Check the ranges of values, and the keys that depend on each other."""
     for name in config.baselines:
         if name not in BASELINES:
             raise ConfigError(f"baselines: {unknown('baseline', name, BASELINES)}")
@@ -215,22 +238,29 @@ def _check(config: Config) -> None:
         raise ConfigError("task.target: retrieval needs one modality or more to find, and one or more to ask with")
     if config.task.target and not retrieval:
         raise ConfigError(f"task.target: {config.task.kind} has none")
+    if config.data.split == "by-seed" and config.data.test != ("test",):
+        raise ConfigError(
+            f"data.test: expected [test], for data.split: by-seed draws {', '.join(DRAWN)}; got {list(config.data.test)}"
+        )
     _positive(config.task, "task", ["dim"])
-    _positive(config.train, "train", ["seeds", "epochs", "batch_size", "learning_rate", "clip", "threads"])
-    _positive(config.data, "data", ["workers"])
-    for section, key in (
-        (config.train, "modality_dropout"),
-        (config.data, "validation_share"),
-        (config.data, "test_share"),
+    train, data = config.train, config.data
+    _positive(train, "train", ["seeds", "epochs", "batch_size", "learning_rate", "clip", "threads"])
+    _expect(math.isfinite(train.learning_rate), train, "train", "learning_rate", "a finite number")
+    _expect(0 <= train.weight_decay < math.inf, train, "train", "weight_decay", "at least 0 and finite")
+    _expect(train.patience >= 0, train, "train", "patience", "at least 0")
+    _positive(data, "data", ["workers"])
+    for section, key, name in (
+        (train, "train", "modality_dropout"),
+        (data, "data", "validation_share"),
+        (data, "data", "test_share"),
     ):
-        if not 0 <= getattr(section, key) < 1:
-            raise ConfigError(f"{key}: expected at least 0 and less than 1, got {getattr(section, key)}")
+        _expect(0 <= getattr(section, name) < 1, section, key, name, "at least 0 and less than 1")
     for name, modality in config.modalities.items():
         _positive(modality, f"modalities.{name}", modality.sizes)
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
-    """Return what `from_mapping` makes this configuration of: plain values, for YAML and for checkpoints."""
+    """Return the mapping of plain values that `from_mapping` reads back, for YAML and for checkpoints."""
 
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value

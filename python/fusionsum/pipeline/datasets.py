@@ -1,13 +1,12 @@
 """Data sets: ``fusionsum prepare NAME`` makes a folder with manifests and the configurations that go with them.
 
-What lives here: fetching Debian packages (or taking files that are there already), and what of them becomes a row. What
-lives elsewhere: reading manifests (``manifest.py``) and files (``preprocess.py``). What each set can and cannot show is
-in ``docs/pipeline.md``. Nothing of them is part of this package; their licences are printed.
+What lives here: fetching Debian packages (or taking files that are there already), and turning their files into rows.
+What lives elsewhere: reading manifests (``manifest.py``) and files (``preprocess.py``). ``docs/pipeline.md`` says what
+each data set can and cannot show. No data set is part of this package; their licences are printed.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import re
 import shutil
@@ -27,29 +26,27 @@ from num2words import num2words
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from .manifest import unknown
+from .errors import PrepareError, unknown
+from .manifest import write_csv
 
-# digits-sum: in Latin script, and of words below 22 letters, for the GRU's time is theirs. Those held out have relatives
-# among the others, without which no model could read them.
+# digits-sum: languages in Latin script, whose number words are below 22 letters: the GRU's time grows with the letters.
+# Each held-out language has a relative among the others, without which no model could read its words.
 NUMBERS = range(100)
 LANGUAGES = "cs da de en eo es fr is it nl pt ro sl sr sv tr".split()
 HELD_OUT_LANGUAGES = "ca no sk".split()
 TEST_PAIRS = 4096
-# openclipart: places for all sorts of things, and pictures without a subject.
+# openclipart: folders of mixed subjects, and of pictures without a subject.
 NOT_SUBJECTS = ("computer", "shapes", "signs_and_symbols", "special", "unsorted")
-MOST_PIXELS = 2**25  # a few clip arts are of 170 to 620 million, which Pillow takes seconds for, or refuses
-LEAST = 30  # rows of a class that is worth telling apart
-# Where what the modalities say adds up. On both real sets the least validation loss is lower so, with every seed.
+MOST_PIXELS = 2**25  # a few clip arts have 170 to 620 million pixels: Pillow takes seconds for one, or refuses it
+LEAST = 30  # rows of a class; smaller classes are left out
+# The fusion of both real data sets. With every seed, the additive initialisation has a lower least validation loss than
+# the published one (docs/pipeline.md).
 ADDITIVE = {"layer": "LowRankFusion", "rank": 16, "init": "additive"}
-
-
-class PrepareError(RuntimeError):
-    """Data that cannot be fetched or is not where it was said to be."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """How to make one: from a folder of unpacked Debian packages, or from nothing; its licence."""
+    """How a data set is made: from the files of Debian packages, or of installed Python packages; its licence."""
 
     make: Callable[[Path, Path], Sequence[str]]
     packages: tuple[str, ...]
@@ -72,7 +69,7 @@ def prepare(name: str, out: Path, source: Path | None = None) -> list[Path]:
     Raises
     ------
     PrepareError
-        If there is no such data set, or its files cannot be had.
+        If `name` is unknown, or the files cannot be found or fetched.
     """
     if name not in DATA_SETS:
         raise PrepareError(unknown("data set", name, DATA_SETS))
@@ -88,7 +85,7 @@ def prepare(name: str, out: Path, source: Path | None = None) -> list[Path]:
 
 
 def unpack(packages: Sequence[str], files: Path, source: Path | None) -> None:
-    """Unpack Debian packages below a folder, without root; those that are unpacked there already are left."""
+    """Unpack Debian packages below a folder, without root; packages that are unpacked there already stay."""
     wanted = [p for p in packages if not (files / "usr/share/doc" / p).exists()]
     if source is not None and (source / "usr/share").exists():
         absent = [p for p in packages if not (source / "usr/share/doc" / p).exists()]
@@ -121,14 +118,6 @@ def _call(command: Sequence[str], folder: Path) -> None:
         raise PrepareError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
-def write_manifest(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV; the columns are the first row's."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), restval="", extrasaction="raise")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def _configure(out: Path, name: str, given: Mapping[str, Any]) -> str:
     (out / name).write_text(yaml.safe_dump(dict(given), sort_keys=False), encoding="utf-8")
     return name
@@ -138,7 +127,7 @@ def _configure(out: Path, name: str, given: Mapping[str, Any]) -> str:
 
 
 def spell(number: int, language: str) -> str:
-    """Write a number in words, lower case and without diacritics, which relatives often differ in.
+    """Write a number in words, in lower case and without diacritics, in which related languages often differ.
 
     Examples
     --------
@@ -152,9 +141,9 @@ def spell(number: int, language: str) -> str:
 def digits_sum(out: Path, files: Path, pairs: int = 51200, test_share: float = 0.2) -> Sequence[str]:
     """Pair scans of handwritten digits with written-out numbers; the label is (digit + number) mod 10.
 
-    Inputs are real, the label is constructed, so that neither modality alone, nor any sum of what each says alone, tells
-    anything about it. Train and test share no item: images are split, words are split, and whole languages are held out
-    besides. A word that several languages share counts as one, and as unseen where any held-out language has it.
+    Inputs are real. The label is constructed, so that neither modality alone, nor any sum of scores of the modalities,
+    tells anything about it. Train and test share no item: images are split, words are split, and whole languages are
+    held out. A word of several languages counts once, and as unseen if a held-out language has it.
     """
     unseen = {spell(n, language): n for language in HELD_OUT_LANGUAGES for n in NUMBERS}
     known = {spell(n, language): n for language in LANGUAGES for n in NUMBERS}
@@ -179,7 +168,7 @@ def digits_sum(out: Path, files: Path, pairs: int = 51200, test_share: float = 0
             word, number = texts[w]
             label = (int(handwriting.target[i]) + number) % 10
             rows.append({"id": len(rows), "split": split, "label": label, "image": f"digits/{i}.png", "text": word})
-    write_manifest(out / "manifest.csv", rows)
+    write_csv(out / "manifest.csv", rows)
     config = {
         "title": "digits-sum: (handwritten digit + number word) mod 10",
         "data": {"test": ["unseen words", "unseen languages"]},
@@ -246,7 +235,7 @@ def openclipart(out: Path, files: Path) -> Sequence[str]:
     print(
         f"openclipart: {len(rows)} pictures of {len({r['group'] for r in rows})} authors; {malformed} SVG not well-formed"
     )
-    write_manifest(out / "manifest.csv", rows)
+    write_csv(out / "manifest.csv", rows)
     image = {"kind": "image", "encoder": "efficientnet-lite0"}
     data = {"split": "by-seed"}
     category = {
@@ -292,7 +281,7 @@ def _stamps(stamps: Path) -> Iterable[tuple[Path, dict[str, str], dict[str, Path
 def tuxpaint(out: Path, files: Path) -> Sequence[str]:
     """Rows of stamps: picture, caption and spoken description in each of some languages; the group is the caption.
 
-    Letters and digits (``symbols``) are left out: they make categories easy, and captions alike.
+    Letters and digits (``symbols``) are left out: with them categories are easy and captions alike.
     """
     stamps = files / "usr/share/tuxpaint/stamps"
     rows = []
@@ -308,8 +297,8 @@ def tuxpaint(out: Path, files: Path) -> Sequence[str]:
         rows.append(row)
     there = ", ".join(f"{x} {sum(bool(row[f'speech_{x}']) for row in rows)}" for x in SPOKEN)
     print(f"tuxpaint: {len(rows)} stamps; with a spoken description: {there}")
-    write_manifest(out / "manifest.csv", rows)
-    write_manifest(out / "category.csv", _frequent(rows))
+    write_csv(out / "manifest.csv", rows)
+    write_csv(out / "category.csv", _frequent(rows))
     image = {"kind": "image", "encoder": "efficientnet-lite0"}
     text = {"kind": "text", "encoder": "minilm"}
     speech = {"kind": "audio", "encoder": "speech-embedding"}

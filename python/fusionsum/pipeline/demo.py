@@ -1,6 +1,7 @@
-"""What ``fusionsum demo`` runs: the five steps on digits-sum, and the time of a training step against naive torch.
+"""The demo, ``fusionsum demo``: the five steps on digits-sum, and the time of a training step against naive torch.
 
-What lives elsewhere: the data (``datasets.py``), the comparison of models and the report, which are any run's.
+What lives elsewhere: the data (``datasets.py``); training, evaluation and report, the same as of other data
+(``predictor.py``, ``report.py``).
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 
 from ..backend import native
 from ..nn import LowRankFusion
-from . import train as step4
 from .config import load
 from .datasets import digits_sum
-from .evaluate import Results, interval
+from .evaluate import Evaluation, interval
 from .fuse import FUSED, FusionModel
 from .predictor import MultimodalPredictor, contained
 from .report import label, verdicts, write_report
+from .train import loss_of, optimizer, step
 
 CONSTRUCTED = (
     "The inputs are real, the label is constructed: it needs both modalities and how they interact. Each alone, and any "
@@ -40,7 +41,7 @@ class StepTime:
 
 
 class NaiveFusion(nn.Module):
-    """The computation and the parameters of a `LowRankFusion` as one would write it in torch, to time against."""
+    """The computation of a `LowRankFusion` in plain torch operations, with the same parameters: the contender."""
 
     def __init__(self, fusion: LowRankFusion) -> None:
         super().__init__()
@@ -55,12 +56,12 @@ class NaiveFusion(nn.Module):
 
 
 def _interleave(ours: Callable[[], object], naive: Callable[[], object], pairs: int) -> StepTime:
-    """Time A B A B ..., so that what else the machine does falls on both."""
+    """Time A B A B ..., so that other load on the machine slows both alike."""
     times: list[list[float]] = [[], []]
     for _ in range(pairs):
-        for run, spent in zip((ours, naive), times, strict=True):
+        for call, spent in zip((ours, naive), times, strict=True):
             start = time.perf_counter()
-            run()
+            call()
             spent.append(1e3 * (time.perf_counter() - start))
     warm = [spent[pairs // 10 :] for spent in times]
     ratio = statistics.median(b / a for a, b in zip(*warm, strict=True))
@@ -74,11 +75,11 @@ def step_times(predictor: MultimodalPredictor, pairs: int) -> dict[str, StepTime
     fused = predictor.model(FUSED, state)
     naive = FusionModel(dict(fused.encoders.items()), NaiveFusion(fused.head))
     inputs, labels = predictor.rows(predictor.gathered, state).batch(torch.arange(settings.batch_size))
-    loss = step4.loss_of("classification")
+    loss = loss_of("classification")
 
     def whole(model: nn.Module) -> Callable[[], object]:
-        optim = step4.optimizer(model, dataclasses.replace(settings, learning_rate=0.0))
-        return lambda: step4.step(model, optim, loss, inputs, labels, settings.clip)
+        optim = optimizer(model, dataclasses.replace(settings, learning_rate=0.0))
+        return lambda: step(model, optim, loss, inputs, labels, settings.clip)
 
     with torch.no_grad():
         features = [encoder(inputs[name][0]) for name, encoder in fused.encoders.items()]
@@ -94,8 +95,8 @@ def step_times(predictor: MultimodalPredictor, pairs: int) -> dict[str, StepTime
     }
 
 
-def run(out: Path, seeds: int = 3, steps: int = 800, timed_pairs: int = 60) -> Results:
-    """Train and compare every model on digits-sum; write a run's folder, its data in ``data/``.
+def demonstrate(out: Path, seeds: int = 3, steps: int = 800, timed_pairs: int = 60) -> Evaluation:
+    """Train and compare every model on digits-sum; write the report to a folder, with the data in ``data/``.
 
     Parameters
     ----------
@@ -110,7 +111,7 @@ def run(out: Path, seeds: int = 3, steps: int = 800, timed_pairs: int = 60) -> R
 
     Returns
     -------
-    dict
+    Evaluation
         As `MultimodalPredictor.evaluate` returns it.
     """
     start = time.perf_counter()
@@ -118,8 +119,7 @@ def run(out: Path, seeds: int = 3, steps: int = 800, timed_pairs: int = 60) -> R
     data.mkdir(parents=True, exist_ok=True)
     (config,) = digits_sum(data, data, pairs=64 * steps)
     predictor = MultimodalPredictor(load(data / config, [f"train.seeds={seeds}"])).fit()
-    results = predictor.evaluate()
-    assert predictor.gathered is not None
+    evaluation = predictor.evaluate()
     with contained(1):
         times = step_times(predictor, timed_pairs)
     backend = "NumPy reference" if native is None else f"native, {native.isa()}"
@@ -129,22 +129,18 @@ def run(out: Path, seeds: int = 3, steps: int = 800, timed_pairs: int = 60) -> R
         f"fusion_sum ({backend}) and the same model on naive torch, one thread, interleaved, medians. {timings}.",
         f"The demo ran for {time.perf_counter() - start:.0f} s.",
     ]
-    write_report(out, predictor, predictor.gathered, results, notes)
-    print(
-        _table(predictor, results),
-        *verdicts(predictor, results),
-        *notes,
-        f"Written to {out / 'report.html'}.",
-        sep="\n",
-    )
-    return results
+    write_report(out, evaluation, notes)
+    print(_table(evaluation), *verdicts(evaluation), *notes, f"Written to {out / 'report.html'}.", sep="\n")
+    return evaluation
 
 
-def _table(predictor: MultimodalPredictor, results: Results) -> str:
+def _table(evaluation: Evaluation) -> str:
     """Return accuracies as a Markdown table."""
+    results = evaluation.results
     lines = [f"\n| model | parameters | {' | '.join(results)} |", f"|---|---|{'---|' * len(results)}"]
     for name in next(iter(results.values())):
-        count = predictor.details["parameters"].get(name)
+        count = evaluation.parameters.get(name)
         cells = [str(interval(models[name]["all"]["accuracy"])) for models in results.values()]
-        lines.append(f"| {label(predictor, name)} | {'–' if count is None else f'{count:,}'} | {' | '.join(cells)} |")
+        called = label(evaluation.config, name)
+        lines.append(f"| {called} | {'–' if count is None else f'{count:,}'} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])

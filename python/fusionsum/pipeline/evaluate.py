@@ -1,7 +1,8 @@
-"""Step 5: what a model says of rows, and how good that is.
+"""Step 5: the models' outputs on rows, and their metrics.
 
-What lives here: outputs with modalities withheld, the combination of unimodal models, metrics and their intervals. What
-lives elsewhere: plots and the report (``report.py``), which models there are (``fuse.py``).
+What lives here: outputs with modalities withheld, the combination of unimodal models, metrics and their intervals, and
+the record of an evaluation. What lives elsewhere: plots and the report (``report.py``), the names of the models
+(``fuse.py``), the splits and seeds that are evaluated (``predictor.py``).
 """
 
 from __future__ import annotations
@@ -16,22 +17,24 @@ from scipy.stats import t as student
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 
-from .fuse import FusionModel, TwoTowers
+from .config import Config
+from .fuse import ALONE, FUSED, FusionModel, TwoTowers, combined_models, input_modalities, sides
+from .run import History
 from .train import EVALUATED, Rows
 
-Results = dict[
-    str, dict[str, dict[str, dict[str, list[float]]]]
-]  # [split][model][condition][metric]: one value per seed
+# [split][model][condition][metric]: one value per seed
+Results = dict[str, dict[str, dict[str, dict[str, list[float]]]]]
+GIVEN = "given"  # the split of rows that are not the run's own
 BINS = 15  # of confidence, for the calibration error
 RECALLED = (1, 5, 10)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says of N rows.
+    """A model's outputs on N rows.
 
-    `values`: logits (N, C); predictions (N, 1); or scores (N, G) of the gallery. `cosines` (N, G) are retrieval's without
-    the learned weights. `known` (N,): whether a row has any of the modalities that the model looks at.
+    `values`: logits (N, C); predictions (N, 1); or scores (N, G) of the gallery. `cosines` (N, G) are retrieval's scores
+    without the learned weights. `known` (N,): whether a row has any of the modalities that the model encodes.
     """
 
     values: np.ndarray
@@ -41,7 +44,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Condition:
-    """What is done to the rows: nothing, or one modality is withheld, by ``present`` or as features of 0."""
+    """All modalities, or one of them withheld: through ``present``, or with `zero_fill` as features of 0."""
 
     withheld: str | None = None
     zero_fill: bool = False
@@ -60,7 +63,7 @@ def outputs(
     gallery: Tensor | None = None,
     conditions: Sequence[Condition] = (Condition(),),
 ) -> dict[Condition, Outputs]:
-    """Run a model on some rows, its encoders once.
+    """Return a model's outputs on some rows under some conditions; its encoders are applied once.
 
     Parameters
     ----------
@@ -70,7 +73,7 @@ def outputs(
     gallery : Tensor, optional
         Retrieval: the numbers of the rows whose targets are to be scored.
     conditions : sequence of Condition, optional
-        Those of a modality that the model does not look at change nothing.
+        Withholding a modality that the model does not encode changes nothing.
 
     Returns
     -------
@@ -102,7 +105,7 @@ def outputs(
 
 
 def combine(name: str, kind: str, parts: Sequence[Outputs]) -> Outputs:
-    """Combine what unimodal models say; of each row, those whose modality it has.
+    """Combine the outputs of unimodal models; each row is combined of the models whose modality it has.
 
     ``late-product`` multiplies the classes' probabilities; ``score-sum`` adds probabilities or cosines, or takes the mean
     of predicted numbers.
@@ -118,7 +121,7 @@ def combine(name: str, kind: str, parts: Sequence[Outputs]) -> Outputs:
     if kind == "regression":
         total = total / known.sum(axis=0).clip(min=1)[:, None]
     elif kind == "classification" and name == "score-sum":
-        total = np.log(total.clip(min=1e-12))  # back to logits; of a row without any modality they are equal
+        total = np.log(total.clip(min=1e-12))  # back to logits: all equal for a row without any modality
     return Outputs(total, np.any(known, axis=0))
 
 
@@ -199,14 +202,14 @@ def _finite(values: np.ndarray) -> None:
 
 
 def retrieval_metrics(scores: np.ndarray, relevant: np.ndarray, query: str, target: str) -> dict[str, float]:
-    """Return recall at 1, 5 and 10 and the median rank, both ways; ``chance_R@10`` is that of a random order.
+    """Return recall at 1, 5 and 10 and the median rank, of targets by queries and of queries by targets.
 
     Parameters
     ----------
     scores, relevant : ndarray
         ``(Q, G)``, as in `ranks`.
     query, target : str
-        What the two sides are called in the metrics' names.
+        The names of the two sides in the metrics' names.
     """
     found: dict[str, float] = {}
     for a, b, s, r in ((query, target, scores, relevant), (target, query, scores.T, relevant.T)):
@@ -217,7 +220,7 @@ def retrieval_metrics(scores: np.ndarray, relevant: np.ndarray, query: str, targ
 
 
 def chance(kind: str, labels: np.ndarray, metric: str) -> float | None:
-    """Return what always saying the commonest class, or a random order of the gallery, would reach; None if no such."""
+    """Return the metric of always the commonest class, or of a random order of the gallery; None for other metrics."""
     if kind == "classification" and metric == "accuracy":
         return float(np.bincount(labels).max() / len(labels))
     if kind == "retrieval" and "_R@" in metric:
@@ -261,3 +264,157 @@ def headline(kind: str, metrics: Mapping[str, object], target: str = "") -> str:
 def better(metric: str) -> int:
     """Return 1 if more of a metric is better, else -1."""
     return -1 if metric in ("mae", "ece") or metric.endswith("median_rank") else 1
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One seed's models on one split: their metrics ``[model][condition][metric]``, and the arrays that plots need.
+
+    `labels` (N,) are the rows' labels; `probabilities` (N, C) the fused model's, None where the task has no classes.
+    """
+
+    metrics: dict[str, dict[str, dict[str, float]]]
+    labels: np.ndarray
+    probabilities: np.ndarray | None
+
+
+def measure(
+    config: Config, models: Mapping[str, nn.Module], rows: Rows, chosen: Tensor, scale: float = 1.0
+) -> Measured:
+    """Measure the models of one seed on some rows, with all modalities and with each withheld.
+
+    Parameters
+    ----------
+    config : Config
+    models : mapping of str to FusionModel or TwoTowers
+    rows, chosen
+        The data, and the numbers of the rows.
+    scale : float, optional
+        Regression: the labels' unit, by which this seed's training divided them.
+    """
+    kind = config.task.kind
+    labels = rows.labels[chosen].numpy()
+    gallery = None
+    if kind == "retrieval":
+        _, first = np.unique(labels, return_index=True)
+        gallery = chosen[torch.from_numpy(first)]
+
+    def metrics(output: Outputs) -> dict[str, float]:
+        if kind == "classification":
+            return classification_metrics(output.values, labels)
+        if kind == "regression":
+            found = regression_metrics(output.values[:, 0].astype(np.float64), labels.astype(np.float64))
+            return found | {"mae": found["mae"] * scale}
+        return retrieval_metrics(output.values, labels[:, None] == rows.labels[gallery].numpy(), *sides(config))
+
+    inputs = input_modalities(config)
+    withheld = inputs if len(inputs) > 1 else []
+    conditions = [Condition(), *(Condition(name, zero_fill) for name in withheld for zero_fill in (False, True))]
+    every = {name: outputs(model, rows, chosen, gallery, conditions) for name, model in models.items()}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for condition in conditions:
+        of_model = {name: made[condition] for name, made in every.items()}
+        # A unimodal model is measured on all modalities only. A combination leaves the withheld modality's model out,
+        # which has no zero-filled counterpart.
+        alone = [of_model[name] for name in of_model if name.endswith(ALONE) and name != f"{condition.withheld}{ALONE}"]
+        if alone and not condition.zero_fill:
+            of_model |= {name: combine(name, kind, alone) for name in combined_models(config)}
+        for name, output in of_model.items():
+            if not (condition.withheld and name.endswith(ALONE)):
+                found.setdefault(name, {})[str(condition)] = metrics(output)
+    fused = every[FUSED][Condition()].values
+    return Measured(found, labels, softmax(fused, axis=1) if kind == "classification" else None)
+
+
+def over_seeds(measured: Sequence[Measured]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Return ``[model][condition][metric]``: a list of the seeds' values."""
+    return {
+        model: {
+            condition: {metric: [m.metrics[model][condition][metric] for m in measured] for metric in values}
+            for condition, values in conditions.items()
+        }
+        for model, conditions in measured[0].metrics.items()
+    }
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The rows that have a modality, and all rows, of each split; the items that training and test rows share."""
+
+    rows: dict[str, tuple[int, int]]
+    shared: int | None
+
+
+def coverage(items: np.ndarray, parts: Mapping[str, np.ndarray], tests: Sequence[str]) -> Coverage:
+    """Count a modality's rows and shared items.
+
+    Parameters
+    ----------
+    items : ndarray
+        ``(N,)``: the number of each row's item, or -1.
+    parts : mapping of str to ndarray
+        By split, the numbers of its rows.
+    tests : sequence of str
+        The splits for testing. Without a split ``train`` there are no shared items to count.
+
+    Examples
+    --------
+    >>> coverage(np.array([7, -1, 7, 8]), {"train": np.array([0, 1]), "test": np.array([2, 3])}, ["test"])
+    Coverage(rows={'train': (1, 2), 'test': (2, 2)}, shared=1)
+    """
+    rows = {split: (int((items[part] >= 0).sum()), len(part)) for split, part in parts.items()}
+    if "train" not in parts:
+        return Coverage(rows, None)
+    common = np.intersect1d(items[parts["train"]], items[np.concatenate([parts[name] for name in tests])])
+    return Coverage(rows, int((common >= 0).sum()))
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The result of `MultimodalPredictor.evaluate`, with all that ``report.write_report`` shows.
+
+    Attributes
+    ----------
+    config : Config
+    results : dict
+        ``[split][model][condition][metric]``: one value per seed.
+    split : str
+        How the rows came by their splits: ``manifest`` and ``by-seed`` as the configuration says, or ``given``: rows of
+        another manifest, all of them evaluated.
+    manifest : str
+        The file name of the rows' manifest.
+    rows : int
+        How many of them are used.
+    messages : list of str
+        A line for each row that was left out.
+    parameters : dict
+        The number of trainable parameters of each trained model.
+    histories : dict
+        By model and seed, the epochs of its training.
+    classes : tuple of str
+        Classification's labels, in the order of the outputs.
+    labels, probabilities : dict
+        By split, an array per seed: the rows' labels as numbers (N,), and the fused model's probabilities (N, C), no
+        arrays where the task has no classes.
+    coverage : dict
+        By modality, of the first seed's splits.
+    """
+
+    config: Config
+    results: Results
+    split: str
+    manifest: str
+    rows: int
+    messages: list[str]
+    parameters: dict[str, int]
+    histories: dict[tuple[str, int], History]
+    classes: tuple[str, ...]
+    labels: dict[str, list[np.ndarray]]
+    probabilities: dict[str, list[np.ndarray]]
+    coverage: dict[str, Coverage]
+
+    @property
+    def metric(self) -> str:
+        """The metric that models are compared by."""
+        metrics = next(iter(self.results.values()))[FUSED]["all"]
+        return headline(self.config.task.kind, metrics, sides(self.config)[1])

@@ -1,10 +1,10 @@
 """Step 2: an encoder per modality, from step 1's tensors to a vector of features.
 
-What lives here: the encoders that are trained end to end, and their look-up by name. What lives elsewhere: the frozen
-ones (``pretrained.py``), of whose features a `Projection` is trained.
+What lives here: the encoders that are trained end to end, and their look-up by name. What lives elsewhere: frozen
+encoders (``pretrained.py``), on whose features a `Projection` is trained.
 
-Each ends in a LayerNorm: a product of features that start small has small gradients. Without it one seed of three of
-the fused model of the demo had not left the plateau at chance after 800 steps, at a learning rate of 4e-3.
+Each encoder ends in a LayerNorm: a product of features that start small has small gradients. Without the LayerNorm, one
+of three seeds of the demo's fused model was still at chance after 800 steps, at a learning rate of 4e-3.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .manifest import unknown
+from .errors import unknown
 
 HIDDEN = 64
 
 
 class Encoder(Protocol):
-    """What an encoder is: a `torch.nn.Module` made as ``Encoder(fitted, features)``.
+    """An encoder: a `torch.nn.Module` made as ``Encoder(fitted, features)``.
 
-    ``fitted`` is what step 1 learned of the training items: their ``shape``, and for texts the size of the
-    ``vocabulary``. Called with ``(B, *shape)``, it returns ``(B, features)``. A configuration names a class of one's own
-    as ``package.module:Class``.
+    ``fitted`` holds step 1's statistics of the training items: their ``shape``, and for texts the size of the
+    ``vocabulary``. The encoder maps ``(B, *shape)`` to ``(B, features)``. A configuration names a class of one's own as
+    ``package.module:Class``.
 
     Examples
     --------
@@ -171,7 +171,7 @@ class TableMLP(nn.Sequential):
 
 
 class Projection(nn.Sequential):
-    """A linear map of frozen features: (B, width) to (B, features). Half of them are dropped in training."""
+    """A linear map of frozen features: (B, width) to (B, features). In training, half of the frozen features drop out."""
 
     def __init__(self, fitted: Mapping[str, Any], features: int) -> None:
         super().__init__(nn.Dropout(0.5), nn.Linear(fitted["shape"][0], features), nn.LayerNorm(features))
@@ -187,12 +187,12 @@ ENCODERS: dict[str, dict[str, Callable[[Mapping[str, Any], int], nn.Module]]] = 
 
 
 def encoder_class(kind: str, name: str, others: tuple[str, ...] = ()) -> Callable[[Mapping[str, Any], int], nn.Module]:
-    """Look an encoder up, or import the one that ``package.module:Class`` names.
+    """Return the encoder class of a kind and a name, or import the class that ``package.module:Class`` names.
 
     Raises
     ------
     ValueError
-        If there is none; it suggests the nearest name, of these and of `others`.
+        If there is no such class; the message suggests the nearest name, of the kind's encoders and of `others`.
     """
     if ":" in name:
         module, _, attribute = name.partition(":")

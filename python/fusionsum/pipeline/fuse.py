@@ -1,7 +1,7 @@
 """Step 3: a model is an encoder per modality and a head that fuses their features, any layer of `fusionsum.nn`.
 
-What lives here: the look-up of layers, the models of each task, and the baselines that the fused model is compared with.
-What lives elsewhere: the fusion layers (``fusionsum.nn``), the encoders (``features.py``).
+What lives here: the look-up of layers, the names and the making of the fused model and of the baselines that it is
+compared with. What lives elsewhere: the fusion layers (``fusionsum.nn``), the encoders (``features.py``).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .. import nn as fusion_layers
 from ..api import fusion_sum
 from .config import Config
+from .errors import unknown
 from .features import encoder_class
-from .manifest import unknown
-from .preprocess import Modality
+from .kinds import Modality
 
 Inputs = Mapping[str, tuple[Tensor, Tensor]]  # by modality: items (B, ...), and whether they are there (B,) bool
 FUSED = "fused"
@@ -27,7 +27,7 @@ LOGIT_SCALE = 14.3  # 1 / 0.07, where CLIP starts
 
 
 def layers() -> dict[str, type[nn.Module]]:
-    """Return the layers that take any modalities to any number of outputs, by name."""
+    """Return by name the layers of `fusionsum.nn` that map any modalities to any number of outputs."""
     return {
         name: layer
         for name, layer in vars(fusion_layers).items()
@@ -73,9 +73,9 @@ def parameter_count(module: nn.Module) -> int:
 
 
 class FusionModel(nn.Module):
-    """Encode each modality, then fuse. Inputs that have no encoder here are not looked at.
+    """Encode each modality, then fuse the features in `head`. Inputs of other modalities than the encoders' are ignored.
 
-    A missing modality reaches a layer that takes ``present`` as its mask, and any other as features of 0.
+    If `head` takes ``present``, it gets the masks of missing modalities; otherwise their features are set to 0.
     """
 
     def __init__(self, encoders: dict[str, nn.Module], head: nn.Module) -> None:
@@ -91,7 +91,7 @@ class FusionModel(nn.Module):
         return features, [present for _, present in pairs]
 
     def fuse(self, features: Sequence[Tensor], masks: Sequence[Tensor], zero_fill: bool = False) -> Tensor:
-        """Return (B, output_dim); with `zero_fill` no layer is told what is missing."""
+        """Return (B, output_dim); with `zero_fill` missing features are 0 even if the head takes ``present``."""
         if all(bool(mask.all()) for mask in masks):
             return self.head(*features)
         if self.takes_present and not zero_fill:
@@ -127,8 +127,17 @@ def input_modalities(config: Config) -> list[str]:
     return [name for name in config.modalities if name not in config.task.target]
 
 
+def sides(config: Config) -> tuple[str, str]:
+    """Return the names of retrieval's query and target in metrics: their modalities, joined by ``+``."""
+    return "+".join(input_modalities(config)), "+".join(config.task.target)
+
+
 def trained_models(config: Config) -> list[str]:
-    """Return the names of the models that are trained, the fused one first; what one modality leaves alike is left out."""
+    """Return the names of the models that are trained: the fused model, then the baselines.
+
+    With one input modality every baseline would be the fused model again, a linear map of that modality's features: only
+    the fused model is trained.
+    """
     inputs = input_modalities(config)
     if len(inputs) == 1:
         return [FUSED]
@@ -137,7 +146,7 @@ def trained_models(config: Config) -> list[str]:
 
 
 def combined_models(config: Config) -> list[str]:
-    """Return the names of the models that combine what the unimodal ones say, and are not trained themselves."""
+    """Return the names of the models that combine the unimodal models' outputs, without any training of their own."""
     names = ("late-product", "score-sum") if config.task.kind == "classification" else ("score-sum",)
     return [name for name in names if name in config.baselines] if len(input_modalities(config)) > 1 else []
 
@@ -156,7 +165,7 @@ def build(
     config : Config
     name : str
     modalities, fitted : mapping
-        Step 1's modalities as the model gets them, and what it learned of their training items.
+        By name, each modality as its encoder gets it (`Vector` behind a frozen encoder), and `preprocess.fit`'s statistics.
     output_dim : int
         Of the head: classes, 1, or the dimensions of the retrieval space.
 
@@ -186,9 +195,8 @@ def _head(config: Config, name: str, input_dims: Sequence[int], output_dim: int)
     if len(input_dims) == 1:
         return nn.Linear(input_dims[0], output_dim)
     if name == "concat-linear":
-        return fusion_layers.LateFusion(
-            input_dims, output_dim
-        )  # a linear map of what is joined is a sum of linear maps
+        # A linear map of the concatenated features is a sum of linear maps of each modality's.
+        return fusion_layers.LateFusion(input_dims, output_dim)
     fused = layer(config.fusion.layer, input_dims, output_dim, config.fusion.options)
     if name == FUSED:
         return fused

@@ -1,51 +1,26 @@
 """The manifest: one row an example, and every check that can be made before a file is opened.
 
-What lives here: reading CSV and JSONL, the checks, the splits. What lives elsewhere: opening the files that the cells
-name (``preprocess.py``).
+What lives here: reading CSV and JSONL, writing CSV, the checks, the splits. What lives elsewhere: opening the files that
+the cells name (``preprocess.py``); the configuration that asks for columns, labels and splits
+(``config.py``).
 """
 
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .config import Config
-
-SHOWN = 20  # of the problems; the rest is counted
-
-
-class ManifestError(ValueError):
-    """Bad rows: the message has a line for each, with file, line number and column."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        super().__init__("\n".join([*problems[:SHOWN], *more]))
-        self.problems = list(problems)
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """Say that a name is unknown, which one is nearest, and which there are.
-
-    Examples
-    --------
-    >>> unknown("layer", "LowRankFusin", ["LowRankFusion", "MLB"])
-    "unknown layer 'LowRankFusin'; did you mean 'LowRankFusion'? There are: LowRankFusion, MLB"
-    """
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {name!r}; {guess}There are: {', '.join(known) or 'none'}"
+from .config import DRAWN, Data, Task
+from .errors import ManifestError, unknown
 
 
 @dataclass(frozen=True)
@@ -135,16 +110,34 @@ def _from_jsonl(path: Path, text: str) -> Manifest:
     return Manifest(path, tuple(dict.fromkeys(key for row in rows for key in row)), rows, lines)
 
 
-def check(manifest: Manifest, config: Config, labelled: bool = True) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV; the columns are the first row's, and a cell that a row lacks is empty."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def check(
+    manifest: Manifest,
+    columns: Mapping[str, Collection[str]],
+    task: Task,
+    splits: Collection[str] | None = None,
+    labelled: bool = True,
+) -> None:
     """Check all that can be known without opening the files.
 
     Parameters
     ----------
     manifest : Manifest
-    config : Config
-        Says which columns there must be and what a label is.
+    columns : mapping of str to collection of str
+        The columns of each modality.
+    task : Task
+        Its kind says whether rows have labels, of which type; `target` are retrieval's modalities to find.
+    splits : collection of str, optional
+        The names that the column ``split`` may hold; None if the column is not needed.
     labelled : bool, optional
-        Whether the rows are for training or evaluation; those to predict need neither split nor label.
+        Whether the rows are for training or evaluation; rows to predict need neither split nor label.
 
     Raises
     ------
@@ -152,20 +145,19 @@ def check(manifest: Manifest, config: Config, labelled: bool = True) -> None:
         Of all problems at once: missing columns, empty or duplicate ids, labels that are missing, NaN or not numbers,
         unknown or missing splits, groups that straddle splits, rows without any modality.
     """
-    supervised = labelled and config.task.kind != "retrieval"
-    drawn = config.data.split == "by-seed"
-    cells = {name: modality.columns_of(name) for name, modality in config.modalities.items()}
-    needed = ["id", *(["label"] if supervised else []), *(["split"] if labelled and not drawn else [])]
+    supervised = labelled and task.kind != "retrieval"
+    divided = labelled and splits is not None
+    needed = ["id", *(["label"] if supervised else []), *(["split"] if divided else [])]
     problems = [
         f"{manifest.path.name}: {unknown('column', column, manifest.columns)}"
-        for column in [*needed, *(column for columns in cells.values() for column in columns)]
+        for column in [*needed, *(column for names in columns.values() for column in names)]
         if column not in manifest.columns
     ]
     if problems:
         raise ManifestError(problems)
-    sides = {"all modalities are": [name for name in cells if name not in config.task.target]}
-    if labelled and config.task.target:
-        sides["the target is"] = list(config.task.target)
+    sides = {"all modalities are": [name for name in columns if name not in task.target]}
+    if labelled and task.target:
+        sides["the target is"] = list(task.target)
     first: dict[str, int] = {}
     for i, row in enumerate(manifest.rows):
         if not row.get("id"):
@@ -175,12 +167,12 @@ def check(manifest: Manifest, config: Config, labelled: bool = True) -> None:
                 f"{manifest.where(i, 'id')}: {row['id']!r} is that of line {manifest.lines[first[row['id']]]} too"
             )
         for side, names in sides.items():
-            if not any(row.get(column) for name in names for column in cells[name]):
+            if not any(row.get(column) for name in names for column in columns[name]):
                 problems.append(f"{manifest.where(i, ', '.join(names))}: {side} missing")
         if supervised:
-            problems += _label_problem(manifest, i, config.task.kind)
-    if labelled and not drawn:
-        problems += _split_problems(manifest, {"train", "validation", *config.data.test})
+            problems += _label_problem(manifest, i, task.kind)
+    if labelled and splits is not None:
+        problems += _split_problems(manifest, set(splits))
     if problems:
         raise ManifestError(problems)
 
@@ -203,39 +195,39 @@ def _split_problems(manifest: Manifest, known: Collection[str]) -> list[str]:
     problems = []
     places: dict[str, dict[str, int]] = defaultdict(dict)
     for i, row in enumerate(manifest.rows):
-        if row["split"] not in known:
-            problems.append(f"{manifest.where(i, 'split')}: {unknown('split', row['split'], sorted(known))}")
+        split = row.get("split", "")
+        if split not in known:
+            problems.append(f"{manifest.where(i, 'split')}: {unknown('split', split, sorted(known))}")
         elif row.get("group"):
-            places[row["group"]].setdefault(row["split"], i)
-    for group, splits in places.items():
-        if len(splits) > 1:
-            rows = ", ".join(f"{split} (line {manifest.lines[i]})" for split, i in splits.items())
+            places[row["group"]].setdefault(split, i)
+    for group, held in places.items():
+        if len(held) > 1:
+            rows = ", ".join(f"{split} (line {manifest.lines[i]})" for split, i in held.items())
             problems.append(f"{manifest.path.name}, column 'group': {group!r} straddles splits: {rows}")
     if "train" not in manifest.column("split"):
         problems.append(f"{manifest.path.name}, column 'split': no row is 'train'")
     return problems
 
 
-def splits(manifest: Manifest, config: Config, seed: int) -> dict[str, np.ndarray]:
+def splits(manifest: Manifest, data: Data, seed: int) -> dict[str, np.ndarray]:
     """Return the rows of each split, in the manifest's order.
 
-    With ``data.split: by-seed`` whole groups, in random order, go to ``test`` as long as they fit into its share of the
-    rows, then to ``validation``, then to ``train``; a row without a group is a group of its own.
+    With ``data.split: by-seed`` the groups are shuffled; each goes whole to ``test`` if it fits into what is left of the
+    test share, else to ``validation`` if it fits there, else to ``train``. A row without a group is a group of its own.
 
     Returns
     -------
     dict of str to ndarray
         ``train``, ``validation`` (maybe empty) and the test splits: int64 row numbers.
     """
-    if config.data.split == "manifest":
+    if data.splits is not None:
         column = np.array(manifest.column("split"))
-        names = ["train", "validation", *config.data.test]
-        return {name: np.flatnonzero(column == name) for name in names}
+        return {name: np.flatnonzero(column == name) for name in data.splits}
     groups = [group or f"\0{i}" for i, group in enumerate(manifest.column("group"))]
     number = {group: k for k, group in enumerate(dict.fromkeys(groups))}
     of_row = np.array([number[group] for group in groups])
     sizes = np.bincount(of_row, minlength=len(number))
-    room = {2: config.data.test_share * len(manifest), 1: config.data.validation_share * len(manifest)}
+    room = {2: data.test_share * len(manifest), 1: data.validation_share * len(manifest)}
     place = np.zeros(len(number), dtype=np.int64)
     for group in np.random.default_rng(seed).permutation(len(number)):
         for part in room:
@@ -243,4 +235,4 @@ def splits(manifest: Manifest, config: Config, seed: int) -> dict[str, np.ndarra
                 room[part] -= sizes[group]
                 place[group] = part
                 break
-    return {name: np.flatnonzero(place[of_row] == k) for k, name in enumerate(["train", "validation", "test"])}
+    return {name: np.flatnonzero(place[of_row] == k) for k, name in enumerate(DRAWN)}

@@ -1,318 +1,33 @@
 """Step 1: the files and texts that a manifest names become uniform tensors.
 
-What lives here: the kinds of modality with their options (the configuration's too), how each kind is decoded, the cache
-by content, and columns: the distinct items of a modality and which row has which. What lives elsewhere: the manifest
-and its checks (``manifest.py``), encoders (``features.py``), the frozen ones (``pretrained.py``).
+What lives here: reading the items of every modality, the cache by content, and columns: the distinct items of a modality
+and the item of each row. What lives elsewhere: decoding, by kind (``kinds.py``); the manifest and its checks
+(``manifest.py``); encoders (``features.py``) and frozen encoders (``pretrained.py``).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import math
 import os
-import struct
 import threading
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import soundfile
 import torch
-from PIL import Image as PillowImage
-from PIL import ImageOps
-from scipy.signal import resample_poly
 from torch import Tensor
 from tqdm import tqdm
 
-from .manifest import Manifest, ManifestError
+from .config import Config
+from .errors import ManifestError
+from .kinds import Modality
+from .manifest import Manifest, check, read
+from .pretrained import EXTRACTORS, Extractor, extractor
 
 CHUNK = 64  # items that are decoded, encoded and stored at a time
-VERSION = "1"  # of everything that is cached: raise it when an item would come out different
-
-
-@dataclass(frozen=True)
-class Modality:
-    """What every kind of modality has: its encoder, the number of features that it gives, its column.
-
-    A kind says what identifies an item (`content`), how one is decoded (`decode`), what is learned from the training
-    items (`fit`: plain values, kept with the model), and the tensor of the items given that (`tensor`).
-    """
-
-    encoder: str = ""
-    features: int = 64
-    column: str = ""
-
-    kind: ClassVar[str]
-    dtype: ClassVar[torch.dtype] = torch.float32
-    sizes: ClassVar[tuple[str, ...]] = ("features",)
-
-    def columns_of(self, name: str) -> tuple[str, ...]:
-        """Return the manifest's columns that hold this modality; `name` is its own."""
-        return (self.column or name,)
-
-    def content(self, folder: Path, cells: tuple[str, ...]) -> bytes:
-        """Return the bytes that the item is made of: a file's, its name relative to the manifest's folder."""
-        return (folder / cells[0]).read_bytes()
-
-    def decode(self, content: bytes) -> np.ndarray:
-        """Return the item as an array; raise OSError or ValueError if it cannot be decoded."""
-        raise NotImplementedError
-
-    def fit(self, items: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Learn what `tensor` needs to know from the training items."""
-        return {}
-
-    def tensor(self, items: Sequence[np.ndarray], fitted: dict[str, Any]) -> Tensor:
-        """Return the items as one tensor, ``(len(items), ...)``."""
-        return torch.from_numpy(np.stack(items))
-
-    def recipe(self) -> str:
-        """Name what `decode` depends on, for the cache."""
-        return f"{VERSION} {replace(self, encoder='', features=1, column='')!r}"
-
-
-@dataclass(frozen=True)
-class Image(Modality):
-    """Pictures, turned as EXIF says, on white, fitted into a white square; uint8 ``(channels, size, size)``."""
-
-    encoder: str = "cnn"
-    size: int = 64
-    channels: int = 3
-
-    kind = "image"
-    dtype = torch.uint8
-    sizes = ("features", "size", "channels")
-
-    def decode(self, content: bytes) -> np.ndarray:
-        """Decode any format that Pillow reads."""
-        try:
-            with PillowImage.open(io.BytesIO(content)) as file:
-                picture = ImageOps.exif_transpose(file).convert("RGBA")
-        except (SyntaxError, PillowImage.DecompressionBombError) as error:  # what Pillow raises for some broken files
-            raise ValueError(str(error)) from None
-        white = PillowImage.new("RGBA", picture.size, "white")
-        white.alpha_composite(picture)
-        flat = white.convert("L" if self.channels == 1 else "RGB")
-        shape = (self.size, self.size)
-        fitted = ImageOps.pad(flat, shape, PillowImage.Resampling.BICUBIC, "white") if flat.size != shape else flat
-        return np.asarray(fitted).reshape(*shape, self.channels).transpose(2, 0, 1).copy()
-
-
-def normalise(text: str) -> str:
-    r"""Write the same text in the same way: Unicode NFKC, one space for any white space, nothing that is not printed.
-
-    Examples
-    --------
-    >>> normalise(" \ufb01re\u00a0\tengine ")
-    'fire engine'
-    """
-    composed = " ".join(unicodedata.normalize("NFKC", text).split())
-    return "".join(c for c in composed if unicodedata.category(c) not in ("Cc", "Cf"))
-
-
-@dataclass(frozen=True)
-class Text(Modality):
-    """Texts, as codes of characters or of a Hugging Face tokenizer's; int64, padded with 0 on the left.
-
-    As wide as the longest training text, but at most `length`; what is beyond is cut off. Code 1 is any character that no
-    training text has. `lower` and `accents` say whether case and diacritics count.
-    """
-
-    encoder: str = "gru"
-    length: int = 64
-    lower: bool = True
-    accents: bool = True
-    tokenizer: str = ""
-
-    kind = "text"
-    dtype = torch.int64
-    sizes = ("features", "length")
-
-    def content(self, folder: Path, cells: tuple[str, ...]) -> bytes:
-        """Return the normalised text itself."""
-        text = normalise(cells[0])
-        text = text.lower() if self.lower else text
-        if not self.accents:
-            text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-        if not text:
-            raise ValueError("is empty once normalised")
-        return text.encode()
-
-    def decode(self, content: bytes) -> np.ndarray:
-        """Return Unicode code points, uint32."""
-        return np.frombuffer(content.decode().encode("utf-32-le"), dtype="<u4")
-
-    def fit(self, items: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Collect the alphabet, or the size of the tokenizer's vocabulary, and the width."""
-        alphabet = "".join(map(chr, np.unique(np.concatenate(items))))
-        vocabulary = len(_tokenizer(self.tokenizer)) if self.tokenizer else len(alphabet) + 2
-        fitted = {"alphabet": alphabet, "vocabulary": vocabulary}
-        return fitted | {"width": min(self.length, max(map(len, self._codes(items, fitted))))}
-
-    def tensor(self, items: Sequence[np.ndarray], fitted: dict[str, Any]) -> Tensor:
-        """Code the texts, cut and padded."""
-        width = fitted["width"]
-        codes = np.zeros((len(items), width), dtype=np.int64)
-        for row, code in zip(codes, self._codes(items, fitted), strict=True):
-            row[max(0, width - len(code)) :] = code[:width]
-        return torch.from_numpy(codes)
-
-    def _codes(self, items: Sequence[np.ndarray], fitted: dict[str, Any]) -> list[list[int]]:
-        if self.tokenizer:
-            return [_tokenizer(self.tokenizer).encode(string(item)) for item in items]
-        place = {ord(c): k for k, c in enumerate(fitted["alphabet"], 2)}
-        return [[place.get(c, 1) for c in item.tolist()] for item in items]
-
-
-def string(item: np.ndarray) -> str:
-    """Return the text of code points, what `Text.decode` undoes."""
-    return item.astype("<u4").tobytes().decode("utf-32-le")
-
-
-@cache
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)
-
-
-@dataclass(frozen=True)
-class Audio(Modality):
-    """Sound: one channel, resampled, its peak at 1, cut or padded to `seconds`; log-mel float32 ``(mels, frames)``."""
-
-    encoder: str = "cnn"
-    seconds: float = 3.0
-    rate: int = 16000
-    mels: int = 40
-
-    kind = "audio"
-    sizes = ("features", "seconds", "rate", "mels")
-
-    def waveform(self, content: bytes) -> np.ndarray:
-        """Return float32 ``(seconds * rate,)`` of any format that libsndfile reads."""
-        try:
-            sound, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise ValueError(str(error)) from None
-        if not len(sound):
-            raise ValueError("holds no sound")
-        mono = sound.mean(axis=1)
-        if rate != self.rate:
-            common = math.gcd(rate, self.rate)
-            mono = resample_poly(mono, self.rate // common, rate // common)
-        if not np.isfinite(mono).all():
-            raise ValueError("holds samples that are not finite")
-        fixed = np.zeros(round(self.seconds * self.rate), dtype=np.float32)
-        mono = mono[: len(fixed)]
-        fixed[: len(mono)] = mono / max(float(np.abs(mono).max()), 1e-6)
-        return fixed
-
-    def decode(self, content: bytes) -> np.ndarray:
-        """Return log-mel energies of 25 ms windows, 10 ms apart."""
-        window, hop = round(0.025 * self.rate), round(0.01 * self.rate)
-        size = 1 << (window - 1).bit_length()
-        sound = torch.from_numpy(self.waveform(content))
-        spectrum = torch.stft(sound, size, hop, window, torch.hann_window(window), return_complex=True).abs().square()
-        return torch.log(mel_filters(self.mels, size, self.rate) @ spectrum + 1e-6).numpy()
-
-    def fit(self, items: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Collect mean and spread over all training frames."""
-        return _standard(np.stack(items).swapaxes(1, 2).reshape(-1, self.mels))
-
-    def tensor(self, items: Sequence[np.ndarray], fitted: dict[str, Any]) -> Tensor:
-        """Stack and standardise each band."""
-        mean, scale = (np.array(fitted[key], dtype=np.float32)[:, None] for key in ("mean", "scale"))
-        return torch.from_numpy((np.stack(items) - mean) / scale)
-
-
-@cache
-def mel_filters(mels: int, size: int, rate: int) -> Tensor:
-    """Return triangular filters on the mel scale of O'Shaughnessy, ``2595 log10(1 + f / 700)``.
-
-    Returns
-    -------
-    torch.Tensor
-        ``(mels, size // 2 + 1)`` float32: each triangle's peak is 1, at its neighbours' feet.
-
-    Examples
-    --------
-    >>> mel_filters(40, 512, 16000).shape
-    torch.Size([40, 257])
-    """
-    top = 2595 * math.log10(1 + rate / 2 / 700)
-    corners = 700 * (10 ** (np.linspace(0, top, mels + 2) / 2595) - 1)
-    bins = np.fft.rfftfreq(size, 1 / rate)
-    low, peak, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
-    triangles = np.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)).clip(min=0)
-    return torch.from_numpy(triangles).float()
-
-
-@dataclass(frozen=True)
-class Table(Modality):
-    """Numbers of one column or several (`columns`), standardised; float32 ``(len(columns),)``."""
-
-    encoder: str = "mlp"
-    columns: tuple[str, ...] = ()
-
-    kind = "table"
-
-    def columns_of(self, name: str) -> tuple[str, ...]:
-        """Return the configured columns."""
-        return self.columns or super().columns_of(name)
-
-    def content(self, folder: Path, cells: tuple[str, ...]) -> bytes:
-        """Return the numbers as float64; a row has all of them or none."""
-        if "" in cells:
-            raise ValueError("some numbers are there and some are missing: fill them in, or leave all empty")
-        numbers = [float(cell) for cell in cells]
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError(f"expected finite numbers, got {', '.join(cells)}")
-        return struct.pack(f"<{len(numbers)}d", *numbers)
-
-    def decode(self, content: bytes) -> np.ndarray:
-        """Return float64 numbers."""
-        return np.frombuffer(content, dtype="<f8")
-
-    def fit(self, items: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Collect mean and spread of each column."""
-        return _standard(np.stack(items))
-
-    def tensor(self, items: Sequence[np.ndarray], fitted: dict[str, Any]) -> Tensor:
-        """Stack and standardise."""
-        return torch.from_numpy((np.stack(items) - fitted["mean"]) / fitted["scale"]).float()
-
-
-def _standard(values: np.ndarray) -> dict[str, Any]:
-    """Return mean and standard deviation of each column; what does not vary is not scaled."""
-    spread = values.std(axis=0)
-    return {"mean": values.mean(axis=0).tolist(), "scale": np.where(spread > 1e-6, spread, 1.0).tolist()}
-
-
-@dataclass(frozen=True)
-class Vector(Modality):
-    """What a frozen encoder made of another kind's items: float32 ``(width,)``, standardised."""
-
-    encoder: str = "projection"
-
-    kind = "vector"
-
-    def fit(self, items: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Collect mean and spread of each feature."""
-        return _standard(np.stack(items))
-
-    def tensor(self, items: Sequence[np.ndarray], fitted: dict[str, Any]) -> Tensor:
-        """Stack and standardise."""
-        mean, scale = (np.array(fitted[key], dtype=np.float32) for key in ("mean", "scale"))
-        return torch.from_numpy((np.stack(items) - mean) / scale)
-
-
-KINDS: dict[str, type[Modality]] = {kind.kind: kind for kind in (Image, Text, Audio, Table)}
 
 
 @dataclass(frozen=True)
@@ -323,7 +38,7 @@ class Items:
     index: np.ndarray
 
     def of(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Return the distinct items that some rows have."""
+        """Return the distinct items of some rows."""
         return [self.distinct[k] for k in np.unique(self.index[rows]) if k >= 0]
 
 
@@ -335,13 +50,13 @@ class Column:
     index: Tensor
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows' items, and whether they are there: a missing one is some other's, or zeros."""
+        """Return the rows' items, and whether each is there; a missing item's values are another item's, or zeros."""
         index = self.index[rows]
         return self.values[index.clamp(min=0)], index >= 0
 
 
 def fit(name: str, modality: Modality, items: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Learn from the training items all that tensors and encoders need to know, their ``shape`` included.
+    """Return the statistics of the training items that tensors and encoders need, their ``shape`` included.
 
     Raises
     ------
@@ -355,7 +70,7 @@ def fit(name: str, modality: Modality, items: Sequence[np.ndarray]) -> dict[str,
 
 
 def column(modality: Modality, items: Items, fitted: dict[str, Any]) -> Column:
-    """Make the tensor of a modality's items; where no row has one, of one item that is all zeros."""
+    """Return the column of a modality's items; if no row has the modality, its only item is zeros."""
     if items.distinct:
         values = modality.tensor(items.distinct, fitted)
     else:
@@ -364,18 +79,18 @@ def column(modality: Modality, items: Items, fitted: dict[str, Any]) -> Column:
 
 
 class Cache:
-    """Arrays by the hash of the content that they were made of and of the recipe."""
+    """Arrays on disk, by the hash of the item's bytes and of the recipe: the options of decoding and encoding."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def key(self, recipe: str, content: bytes) -> Path:
-        """Return the place of what a recipe makes of a content."""
+        """Return the file of the array that a recipe makes of an item's bytes."""
         digest = hashlib.sha256(recipe.encode() + b"\0" + content).hexdigest()
         return self.folder / digest[:2] / f"{digest[2:]}.npy"
 
     def store(self, place: Path, array: np.ndarray) -> None:
-        """Write so that no reader and no interruption ever sees a part of it."""
+        """Write the array so that no reader, and no interruption, ever sees a part of the file."""
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = place.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
         with partial.open("wb") as file:
@@ -385,7 +100,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Problem:
-    """An item that cannot be used, and why."""
+    """A row's item that cannot be used, and the reason."""
 
     row: int
     column: str
@@ -398,21 +113,21 @@ def gather(
     modality: Modality,
     cache: Cache,
     workers: int = 2,
-    extractor: Any = None,
+    frozen: Extractor | None = None,
     progress: bool = True,
 ) -> tuple[Items, list[Problem]]:
-    """Decode one modality's items, each distinct one once, from the cache where it is there.
+    """Return one modality's items; each distinct item is decoded once, or read from the cache.
 
     Parameters
     ----------
     manifest, name, modality
-        The rows, and which modality of them.
+        The rows, the modality's name and its options.
     cache : Cache
-        Of decoded items, or with `extractor` of its features.
+        Of decoded items; with `frozen`, of their features.
     workers : int, optional
         Threads that read and decode; Pillow, libsndfile and NumPy let go of the interpreter.
-    extractor : pretrained.Extractor, optional
-        Makes features of the items; they are then what is gathered.
+    frozen : pretrained.Extractor, optional
+        A frozen encoder: the items returned are then the features that it computes.
     progress : bool, optional
         Whether to show a bar.
 
@@ -424,8 +139,8 @@ def gather(
     """
     columns = modality.columns_of(name)
     cells = list(zip(*(manifest.column(c) for c in columns), strict=True))
-    recipe = modality.recipe() if extractor is None else f"{extractor.recipe} {modality.recipe()}"
-    decode: Callable[[bytes], Any] = modality.decode if extractor is None else extractor.reader(modality)
+    recipe = modality.recipe() if frozen is None else f"{frozen.recipe} {modality.recipe()}"
+    decode: Callable[[bytes], Any] = modality.decode if frozen is None else frozen.reader(modality)
     folder = manifest.path.parent
 
     def read(cell: tuple[str, ...]) -> tuple[Path | None, Any, bool]:
@@ -451,7 +166,7 @@ def gather(
             found = list(pool.map(read, chunk))
             fresh = [k for k, (place, _, cached) in enumerate(found) if place is not None and not cached]
             items: Iterable[np.ndarray] = [found[k][1] for k in fresh]
-            made = dict(zip(fresh, extractor.encode(items) if extractor and fresh else items, strict=True))
+            made = dict(zip(fresh, frozen.encode(items) if frozen and fresh else items, strict=True))
             for k, (cell, (place, item, _)) in enumerate(zip(chunk, found, strict=True)):
                 if place is None:
                     reasons[cell] = item
@@ -470,14 +185,20 @@ def gather(
 
 
 def without(manifest: Manifest, problems: Sequence[Problem], on_error: str) -> tuple[Manifest, np.ndarray, list[str]]:
-    """Raise for the rows that have problems, or leave them out, as `on_error` says.
+    """Leave out the rows that have problems, or raise for them.
+
+    Parameters
+    ----------
+    manifest, problems
+    on_error : str
+        ``raise`` or ``skip``, the configuration's ``data.on_error``.
 
     Returns
     -------
     manifest : Manifest
-        Without these rows.
+        Without the rows that have problems.
     kept : ndarray
-        The numbers of the rows that are left.
+        The numbers of the remaining rows.
     messages : list of str
         A line for each problem, with file, line and column.
 
@@ -492,3 +213,41 @@ def without(manifest: Manifest, problems: Sequence[Problem], on_error: str) -> t
     if messages and (on_error == "raise" or not len(kept)):
         raise ManifestError(messages)
     return manifest.take(kept), kept, messages
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Step 1's result: the manifest's usable rows, their items by modality, and a line for each row left out."""
+
+    manifest: Manifest
+    items: dict[str, Items]
+    messages: list[str]
+
+    def target_numbers(self, target: Sequence[str]) -> np.ndarray:
+        """Return a number for each row's items of the target modalities, equal for equal items; -1 if all are missing."""
+        indices = np.stack([self.items[name].index for name in target], axis=1)
+        _, numbers = np.unique(indices, axis=0, return_inverse=True)
+        return np.where((indices < 0).all(axis=1), -1, numbers.reshape(-1))
+
+
+def gather_rows(config: Config, path: Path, labelled: bool = True, progress: bool = True) -> Gathered:
+    """Read and check a manifest and gather the items of every modality.
+
+    Raises
+    ------
+    ManifestError
+        If a row is bad and ``data.on_error`` is ``raise``, with a line for each.
+    """
+    manifest = read(path)
+    check(manifest, config.columns, config.task, config.data.splits, labelled)
+    items: dict[str, Items] = {}
+    problems: list[Problem] = []
+    for name, modality in config.modalities.items():
+        frozen = extractor(modality.kind, modality.encoder) if modality.encoder in EXTRACTORS[modality.kind] else None
+        cache = Cache(Path(config.data.cache))
+        items[name], bad = gather(manifest, name, modality, cache, config.data.workers, frozen, progress)
+        problems += bad
+    manifest, kept, messages = without(manifest, problems, config.data.on_error)
+    for message in messages:
+        print(f"skipped: {message}")
+    return Gathered(manifest, {name: Items(i.distinct, i.index[kept]) for name, i in items.items()}, messages)

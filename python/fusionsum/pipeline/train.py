@@ -1,17 +1,14 @@
 """Step 4: the training loop, with early stopping and checkpoints that resume to the same bits.
 
-What lives here: one model's training on rows in memory; the losses. What lives elsewhere: which models and seeds there
-are (``predictor.py``). All randomness is torch's global generator, whose state is part of a checkpoint.
+What lives here: one model's training on rows in memory; the losses. What lives elsewhere: the models and seeds to train
+(``predictor.py``), the checkpoint's file (``run.py``). All randomness is torch's global generator, whose state is part of
+a checkpoint.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import math
-import os
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,15 +20,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from tqdm import tqdm
 
-from .config import Train, differences
+from .config import Train
 from .fuse import Inputs, TwoTowers
 from .preprocess import Column
+from .run import History, read_checkpoint, write_checkpoint
 
 EVALUATED = 512  # rows at a time where no gradient is kept
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or is of another configuration."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ def contrastive(model: TwoTowers, embedded: tuple[Tensor, Tensor], labels: Tenso
 
 
 def loss_of(kind: str) -> Callable[[Any, Any, Tensor], Tensor]:
-    """Return a task's loss of (model, its output, labels)."""
+    """Return a task's loss, a function of the model, the model's output and the labels."""
     losses: dict[str, Callable[[Any, Any, Tensor], Tensor]] = {
         "classification": lambda model, logits, labels: cross_entropy(logits, labels),
         "regression": lambda model, values, labels: mse_loss(values.squeeze(-1), labels),
@@ -71,7 +65,7 @@ def loss_of(kind: str) -> Callable[[Any, Any, Tensor], Tensor]:
 
 
 def dropped(inputs: Inputs, probability: float) -> Inputs:
-    """Take each modality of each row away at random, but never all that a row has."""
+    """Take each modality of each row away at random, but never all modalities of a row."""
     masks = torch.stack([present for _, present in inputs.values()])
     kept = masks & (torch.rand(masks.shape) >= probability)
     kept = torch.where(kept.any(dim=0), kept, masks)
@@ -102,7 +96,7 @@ def step(
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, loss: Callable[..., Tensor], rows: Rows, chosen: Tensor, batch_size: int) -> float:
-    """Return the mean loss over some rows, in batches of the training's size: a contrastive loss depends on it."""
+    """Return the mean loss over some rows, in batches of training's size, on which a contrastive loss depends."""
     model.eval()
     total = 0.0
     for part in chosen.split(batch_size):
@@ -121,7 +115,7 @@ def train(
     query: list[str],
     checkpoint: Path | None = None,
     bar: tqdm | None = None,
-) -> list[dict[str, float]]:
+) -> History:
     """Train a model, in place; with validation rows and patience, to the weights of its best epoch.
 
     Parameters
@@ -134,11 +128,11 @@ def train(
         The numbers of the rows to train on, ``train``, and to validate on, ``validation``, which may be empty.
     settings : Train
     identity : mapping
-        What the run is of: a checkpoint of another is refused.
+        The configuration and the manifest's hash: a checkpoint of another identity is refused.
     query : list of str
         The modalities that `settings.modality_dropout` may take away.
     checkpoint : pathlib.Path, optional
-        Written after every epoch, and continued from if it is there. Beside it the log, ``.csv``.
+        Written after every epoch, with its log, ``.csv``, beside it; if it exists, training continues from it.
     bar : tqdm, optional
         Advanced by every step.
 
@@ -161,16 +155,18 @@ def train(
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optim, settings.learning_rate, total_steps=settings.epochs * steps
         )
-    history: list[dict[str, float]] = []
+    history: History = []
     best: dict[str, Any] = {"loss": float("inf"), "epoch": 0, "weights": None}
     done = False
     if checkpoint is not None and checkpoint.exists():
         state = read_checkpoint(checkpoint, identity)
         model.load_state_dict(state["model"])
-        optim.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["generator"])
-        history, best, done = state["history"], state["best"], state["done"]
+        history, done = state["history"], state["done"]
+        if not done:
+            optim.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            torch.set_rng_state(state["generator"])
+            best = state["best"]
     if bar is not None:
         bar.update(len(history) * steps)
     board = _board(checkpoint)
@@ -207,50 +203,18 @@ def train(
                 board.add_scalar(name, value, epoch)
         if checkpoint is not None:
             state = {
-                "identity": identity,
-                "model": model.state_dict(),
                 "optimizer": optim.state_dict(),
                 "schedule": schedule.state_dict(),
                 "generator": torch.get_rng_state(),
-                "history": history,
                 "best": {**best, "weights": None} if done else best,
-                "done": done,
             }
-            write(checkpoint, state)
-            _write_log(checkpoint.with_suffix(".csv"), history)
+            write_checkpoint(checkpoint, identity, model.state_dict(), history, done, state)
     if board is not None:
         board.close()
     if bar is not None:
-        bar.update((settings.epochs - len(history)) * steps)  # what early stopping saved
+        bar.update((settings.epochs - len(history)) * steps)  # the steps that early stopping saved
     model.eval()
     return history
-
-
-def read_checkpoint(path: Path, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read a checkpoint, and if `identity` is given make sure that it is of that configuration."""
-    try:
-        state = torch.load(path, weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if identity is not None and (different := differences(state["identity"], identity)):
-        raise CheckpointError(f"{path}: is of another configuration (there, and here): {'; '.join(different)}")
-    return state
-
-
-def write(path: Path, state: Any) -> None:
-    """Save so that an interruption leaves the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def _write_log(path: Path, history: list[dict[str, float]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(history[0]))
-    writer.writeheader()
-    writer.writerows(history)
-    path.write_text(text.getvalue(), encoding="utf-8")
 
 
 def _board(checkpoint: Path | None) -> Any:

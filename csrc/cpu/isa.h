@@ -1,0 +1,12 @@
+// One instruction set: its name, and the kernels of each operation. isa_<name>.cpp makes one.
+#pragma once
+#include "sum/plan.h"
+
+namespace fusionsum {
+
+struct Isa {
+  const char* name;
+  SumKernels sum;
+};
+
+}  // namespace fusionsum

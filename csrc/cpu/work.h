@@ -1,0 +1,50 @@
+// How a call's work is shared out: tasks, the slices that long tasks are cut into, and the memory that threads work in.
+//
+// What lives elsewhere: the threads (parallel.h); which tasks there are, and what is done in them (sum/).
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+namespace fusionsum {
+
+constexpr int64_t kCacheLine = 128;  // two, which some processors fetch together
+
+// Memory for one call. Its owner is whoever makes the call: planners say how much they need, kernels never allocate.
+class Workspace {
+ public:
+  // At least so many bytes from a cache line on; what an earlier call of this function returned is lost. Throws
+  // std::bad_alloc.
+  char* reserve(int64_t bytes);
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  alignas(kCacheLine) char small_[4096];  // enough for small calls, of which an allocation is a tenth
+  std::unique_ptr<char, Free> large_;
+  int64_t size_ = sizeof small_;
+};
+
+constexpr int64_t in_cache_lines(int64_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
+
+// Tasks may run in any order and at the same time; the slices of one task run in order.
+struct Work {
+  int64_t tasks, slices;
+  int64_t slice_cost;  // of one slice of one task, in entries of operands
+  int threads;         // at most, as `threads_for` says
+  char* scratch;       // threads x scratch_bytes
+  int64_t scratch_bytes;
+  void (*slice)(const void* context, int64_t task, int64_t slice, char* scratch);  // must not throw
+  const void* context;
+};
+
+// Done between two looks for Ctrl-C: a tenth of a second with the slowest activation.
+constexpr int64_t kPauseCost = 1 << 26;
+
+int threads_for(int64_t tasks);
+
+// `interrupted` is asked between slices; when it returns true the rest is left undone, and so it returns false.
+bool carry_out(const Work& work, bool (*interrupted)());
+
+}  // namespace fusionsum

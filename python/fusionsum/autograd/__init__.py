@@ -1,0 +1,21 @@
+"""The fusion sum for tensors: autograd of every order, forward mode, ``torch.func``, ``torch.compile`` and export.
+
+Importing this package registers the operations with torch. What lives where:
+
+* ``routing.py``: which way a call of tensors takes;
+* ``derivatives.py``: the sum's derivatives, whatever watches the call;
+* ``vmap.py``: a batch axis in front of every operand;
+* ``operations.py``: what torch is told of each operation, one record each;
+* ``schema.py``: how a `Call` becomes arguments of a registered operation;
+* ``registration.py``: the machinery that takes such a record.
+
+What lives elsewhere: the kernels for plain tensors (``tensors.py``, ``contraction.py``), the formulas (``reference.py``).
+
+Autocast changes nothing: operands are taken as they come and promote, as in ``torch.mul``, compiled or not. Limits of
+torch's, each an error: ``torch.compile`` has no double backward and no ``torch.func.grad`` of a registered operation, and
+``torch.jit.trace`` no lists of optional tensors.
+"""
+
+from .routing import fusion_sum, fusion_sum_grad
+
+__all__ = ["fusion_sum", "fusion_sum_grad"]

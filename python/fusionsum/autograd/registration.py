@@ -1,0 +1,164 @@
+"""Operations as torch knows them: one record each, and the machinery that takes it.
+
+What lives here: registering a record with the dispatcher, autograd, vmap and the ONNX exporter, and the
+``autograd.Function`` in which functorch and forward AD meet an operation. What lives elsewhere: the records
+(``operations.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.utils import _pytree
+
+_functorch_active = torch._C._are_functorch_transforms_active
+_library = torch.library.Library("fusionsum", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_registered: dict[str, Operation] = {}
+
+
+class Operation(NamedTuple):
+    """All that torch is told of an operation. Its functions take the arguments of the schema, `inputs`, in their order.
+
+    An output is a tensor or a list of tensors, and so are its gradient and its tangent.
+    """
+
+    name: str
+    schema: str
+    kernel: Callable[..., Any]  # (*inputs): the output, of plain tensors on any device
+    fake: Callable[..., Any]  # (*inputs): an empty output
+    backward: Callable[..., tuple[Any, ...]]  # (grad, needs, *inputs): per input a gradient, a list of them or None
+    jvp: Callable[..., Any]  # (tangents, *inputs): the output's tangent
+    vmap: Callable[..., tuple[Any, Any]]  # (size, in_dims, *inputs): the output and its batch axes
+    decomposition: Callable[..., Any] | None = None  # (*inputs): the output by torch's own operations, for ONNX
+
+
+def apply(name: str, *inputs: Any) -> Any:
+    """Call a registered operation so that all that watches sees it."""
+    if layered():
+        leaves, spec = _pytree.tree_flatten(inputs)
+        return _Layered.apply(name, spec, *leaves)
+    return _overload(name)(*inputs)
+
+
+def layered() -> bool:
+    """Tell whether a functorch transform or forward AD watches. A compiler traces functorch itself, and no jvp rules.
+
+    torch 2.10 calls the operations' vmap rules, on fake tensors, while a compiler traces and `is_compiling` is false.
+    """
+    watched = _functorch_active() or forward_ad._current_level >= 0
+    return watched and not is_compiling() and TracingContext.try_get() is None
+
+
+def _overload(name: str) -> Any:
+    return getattr(torch.ops.fusionsum, name).default
+
+
+class _Layered(torch.autograd.Function):
+    """An operation under functorch or forward AD: apply(name, spec, *leaves), the leaves being those of its inputs.
+
+    It has setup_context, jvp and vmap, for which plain recording must not pay (65 us a call).
+    """
+
+    @staticmethod
+    def forward(name: str, spec: Any, *leaves: Any) -> Any:
+        output = _overload(name)(*_pytree.tree_unflatten(leaves, spec))
+        return output if isinstance(output, Tensor) else tuple(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name, spec, *leaves = inputs
+        _keep(ctx, leaves, spec, ctx.save_for_backward, ctx.save_for_forward)
+        ctx.is_list = not isinstance(output, Tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        inputs, needs = _kept(ctx), _pytree.tree_unflatten(ctx.needs_input_grad[2:], ctx.spec)
+        found = _registered[ctx.name].backward(grads if ctx.is_list else grads[0], needs, *inputs)
+        return None, None, *_flat(found, inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _registered[ctx.name].jvp(_pytree.tree_unflatten(tangents[2:], ctx.spec), *_kept(ctx))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, name: str, spec: Any, *leaves: Any) -> Any:
+        axes, inputs = (_pytree.tree_unflatten(flat, spec) for flat in (in_dims[2:], leaves))
+        output, out_dims = _registered[name].vmap(info.batch_size, axes, *inputs)
+        return (output, out_dims) if isinstance(output, Tensor) else (tuple(output), tuple(out_dims))
+
+
+def _keep(ctx: Any, leaves: Sequence[Any], spec: Any, *save: Callable[..., None]) -> None:
+    for save_tensors in save:
+        save_tensors(*(x if isinstance(x, Tensor) else None for x in leaves))
+    ctx.others = [None if isinstance(x, Tensor) else x for x in leaves]
+    ctx.spec = spec
+
+
+def _kept(ctx: Any) -> Any:
+    leaves = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+    return _pytree.tree_unflatten(leaves, ctx.spec)
+
+
+def _flat(grads: Sequence[Any], inputs: Sequence[Any]) -> Iterator[Any]:
+    for d, x in zip(grads, inputs, strict=True):
+        if isinstance(x, list):
+            yield from [None] * len(x) if d is None else d
+        else:
+            yield d
+
+
+def register(operation: Operation) -> None:
+    """Register an operation as ``torch.ops.fusionsum.<name>``."""
+    name, qualified = operation.name, f"fusionsum::{operation.name}"
+    _registered[name] = operation
+    _library.define(name + operation.schema, tags=_TAGS)
+    _library.impl(name, operation.kernel, "CompositeExplicitAutograd")  # for every device: the kernel names its own
+    _library.impl(name, functools.partial(_under_older_vmap, operation.vmap), "Batched")
+    torch.library.register_fake(qualified, operation.fake, lib=_library)
+    torch.library.register_autograd(
+        qualified, functools.partial(_backward, operation.backward), setup_context=_setup, lib=_library
+    )
+
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        return operation.vmap(info.batch_size, in_dims, *inputs)
+
+    torch.library.register_vmap(qualified, vmap, lib=_library)
+    if operation.decomposition is not None:
+        # The ONNX exporter decomposes every operation in this table; compilers and torch.export only those on lists of
+        # their own. On fake tensors of symbolic sizes torch would too, if `meta_table` had no entry for the operation.
+        torch._decomp.decomposition_table[_overload(name)] = operation.decomposition
+        torch._decomp.meta_table[_overload(name)] = operation.fake
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    leaves, spec = _pytree.tree_flatten(inputs)
+    _keep(ctx, leaves, spec, ctx.save_for_backward)
+
+
+def _backward(rule: Callable[..., tuple[Any, ...]], ctx: Any, grad: Any) -> tuple[Any, ...]:
+    inputs = _kept(ctx)
+    found = rule(grad, ctx.needs_input_grad, *inputs)
+    return tuple(
+        [None] * len(x) if d is None and isinstance(x, list) and all(isinstance(entry, Tensor) for entry in x) else d
+        for d, x in zip(found, inputs, strict=True)  # torch wants a list for a list that holds tensors only
+    )
+
+
+def _under_older_vmap(rule: Callable[..., Any], *inputs: Any) -> Any:
+    """Map under torch's older vmap, which is_grads_batched and gradcheck still use and which has no public rules."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    tensors = [x for x in _pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+    size = max(torch._remove_batch_dim(x, level, 1, 0).shape[0] for x in tensors)
+    unwrapped = _pytree.tree_map_only(Tensor, lambda x: torch._remove_batch_dim(x, level, size, 0), inputs)
+    in_dims = _pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, inputs)
+    found, _ = rule(size, in_dims, *unwrapped)
+    return _pytree.tree_map(lambda x: torch._add_batch_dim(x, 0, level), found)

@@ -1,0 +1,54 @@
+"""The sum under vmap: a batch axis in front of every operand.
+
+What lives elsewhere: telling torch of these rules (``operations.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import reference, tensors
+from ..call import Call
+from . import derivatives
+
+
+def _batch_first(size: int, given: Sequence[Any], axes: Sequence[Any]) -> list[Any]:
+    return [
+        x if x is None else x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)
+        for x, axis in zip(given, axes, strict=True)
+    ]
+
+
+def _batched(size: int, axes: Call, call: Call) -> tuple[Call, Call]:
+    """Move the batch first; then insert axes of 1 after it, so that the others still line up on the right."""
+    operands = _batch_first(size, call.operands, axes.operands)
+    masks = [
+        mask if mask is None else reference.align_mask(mask, x)
+        for mask, x in zip(_batch_first(size, call.masks, axes.masks), operands, strict=True)
+    ]
+    ndim = max(x.ndim for x in operands if x is not None)
+    padded, padded_masks = (
+        [x if x is None else x.reshape(size, *(1,) * (ndim - x.ndim), *x.shape[1:]) for x in group]
+        for group in (operands, masks)
+    )
+    dim = call.dim if call.dim < 0 else call.dim - (ndim - 1)
+    return call.with_operands(operands, masks), call.with_operands(padded, padded_masks)._replace(dim=dim)
+
+
+def fusion_sum(size: int, axes: Call, call: Call) -> tuple[Tensor, int]:
+    """Evaluate a batch of sums; `axes` has the batch axis, or None, in the place of every operand and mask."""
+    unpadded, batched = _batched(size, axes, call)
+    return derivatives.fusion_sum(batched).to(tensors.result_dtype(unpadded, batch_dims=1)), 0
+
+
+def fusion_sum_grad(
+    size: int, grad_axis: Any, axes: Call, grad_output: Tensor, call: Call, needs: Sequence[bool]
+) -> tuple[list[Tensor], list[int]]:
+    """Evaluate the gradients of a batch of sums."""
+    unpadded, batched = _batched(size, axes, call)
+    grads = derivatives.fusion_sum_grad(_batch_first(size, [grad_output], [grad_axis])[0], batched, needs)
+    found = [d.reshape(x.shape) for d, x in zip(grads, unpadded.operands, strict=True) if d is not None]
+    return found, [0] * len(found)

@@ -1,0 +1,43 @@
+// What the tests of the CUDA kernels link in the place of csrc/bindings/execute.cpp: arrays, which are the CPU's, go to
+// the CUDA library that use_cuda was given, an emulation (emulation.py). The module that this makes has no kernels of
+// the CPU.
+#include <stdexcept>
+#include <vector>
+
+#include "bindings/execute.h"
+#include "cpu/dispatch.h"
+#include "cuda/cuda.h"
+
+namespace fusionsum {
+
+namespace scalar {
+extern const Isa isa{"emulator", {}};  // the one that cpu/dispatch.cpp finds
+}
+
+namespace {
+const CudaLibrary* library = nullptr;
+}
+
+void load_cuda_by(py::object) {}
+
+bool has_cuda() { return library; }
+
+py::object use_cuda(uintptr_t address) {
+  library = reinterpret_cast<decltype(&fusionsum_cuda)>(address)();
+  const char* const reason = library->unavailable();
+  return reason ? py::object(py::str(reason)) : py::none();
+}
+
+void execute(const Problem& problem, dlpack::Device device) {
+  if (!library) throw std::runtime_error("no emulated library was given to use_cuda");
+  const auto check = [](const char* error) {
+    if (error) throw std::runtime_error(error);
+  };
+  std::vector<char> plan(static_cast<size_t>(library->plan_bytes));
+  int64_t bytes = 0;
+  check(library->plan(&problem, plan.data(), &bytes));
+  std::vector<char> workspace(static_cast<size_t>(bytes));
+  check(library->execute(plan.data(), device.id, nullptr, workspace.data()));
+}
+
+}  // namespace fusionsum

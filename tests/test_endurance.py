@@ -1,0 +1,179 @@
+"""What only long use shows: Ctrl-C in calls of hours, and memory over 100,000 calls.
+
+What lives elsewhere: threads, forks and other signals (``test_parallel.py``). All of this runs in processes of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import resource
+
+import numpy as np
+import pytest
+
+import fusionsum as fs
+from conftest import ACTIVATIONS, DTYPES, FORMS, Case, random, require_native, run_python, widened
+from fusionsum import reference
+
+native = require_native()
+
+# Ctrl-C
+
+LIBRARIES = {
+    "numpy": """
+import numpy as np
+def far(*shape, of=0.5): return np.broadcast_to(np.array(of, bool if of is True else np.float32), shape)
+def ones(*shape): return np.ones(shape, np.float32)
+def grad_of_weights(u, weights, f):
+    native.fusion_sum_grad(u, weights, (f,), None, None, "one", -1, [True, False], False)
+""",
+    "torch": """
+import torch
+def far(*shape, of=0.5): return torch.tensor(of).expand(shape)
+def ones(*shape, **options): return torch.ones(shape, **options)
+def grad_of_weights(u, weights, f):
+    torch.ops.fusionsum.fusion_sum_grad(u, weights, [f], [""], [None], "one", -1, [True, False])
+def backward(weights, *factors, **options):
+    # Again and again, for a second or two each: a backward pass takes as long as its forward pass.
+    total = fs.fusion_sum(weights, *factors, **options).sum()
+    def again():
+        while True:
+            torch.autograd.grad(total, weights, retain_graph=True)
+    return again
+""",
+}
+INTERRUPTED = """
+import os, signal, threading, time
+import fusionsum as fs
+from fusionsum.backend import native
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
+sent = []
+def interrupt():
+    time.sleep(0.3)
+    sent.append(time.monotonic())
+    os.kill(os.getpid(), signal.SIGINT)
+def seconds_after(call):
+    threading.Thread(target=interrupt).start()
+    try:
+        call()
+    except KeyboardInterrupt:
+        return time.monotonic() - sent.pop()
+    raise SystemExit("not interrupted")
+def check_next_call():
+    z = ones(3000, 257)
+    assert fs.fusion_sum(None, z).tolist() == [257] * 3000
+    assert (fs.fusion_sum_grad(z[:, 0], None, z, z)[1] == 1).all()
+"""
+LONG_CALLS = {  # hours each, of views that take no memory
+    "many rows": "lambda: fs.fusion_sum(None, far(2**22, 2**22))",
+    "one row": "lambda: fs.fusion_sum(None, far(1, 2**44))",
+    "terms first": "lambda: fs.fusion_sum(None, far(2**22, 2**22), dim=0)",
+    "all pairs": "lambda: fs.fusion_sum(None, far(2**12, 1, 2**22), far(2**12, 2**22))",
+    "mixing": "lambda: fs.fusion_sum(far(2**11, 2**22), far(2**11, 1, 2**22), far(2**11, 1, 2**22))",
+    "activation": "lambda: fs.fusion_sum(None, far(2**10, 2**32), activations='gelu')",
+    "mask": "lambda: fs.fusion_sum(None, far(2**22, 2**22), present=[far(2**22, 1, of=True)])",
+    "gradient": "lambda: grad_of_weights(far(2**22), ones(2**22), far(2**22, 2**22))",
+    "gradient, one weight": "lambda: grad_of_weights(far(2**22), ones(1), far(2**22, 2**22))",
+    "gradient, scalar output": "lambda: grad_of_weights(far(1), ones(1), far(1, 2**44))",
+}
+LONG_CALLS_OF = {
+    "numpy": {  # 25 s, of arrays of 64 MiB each; a sum of partial sums after each pass
+        "gradient, all pairs": "lambda: fs.fusion_sum_grad(far(256, 256), None, ones(256, 1, 65536), ones(256, 65536))",
+    },
+    "torch": {
+        "recorded": "lambda: fs.fusion_sum(ones(1, requires_grad=True), far(2**22, 2**22))",
+        "backward": "backward(ones(1, requires_grad=True), far(2**17, 2**17), activations='tanh')",
+        "backward, one row": "backward(ones(1, requires_grad=True), far(1, 2**32))",
+        "backward, all pairs": """backward(
+            ones(2**16, requires_grad=True), far(2**9, 1, 2**16), far(2**8, 2**16), activations="tanh")""",
+    },
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_ctrl_c_ends_a_long_call_within_a_second(library):
+    """One process for all: it lives on, and its next call is right."""
+    calls = LONG_CALLS | LONG_CALLS_OF[library]
+    lines = [f"print(seconds_after({call}))\ncheck_next_call()" for call in calls.values()]
+    seconds = run_python("\n".join([LIBRARIES[library], INTERRUPTED, *lines]), timeout=120).split()
+    late = {name: after for name, after in zip(calls, seconds, strict=True) if not float(after) < 1}
+    assert not late, f"seconds until Ctrl-C took effect: {late}"
+
+
+# Memory
+
+WRONG = [
+    {"dim": 7},
+    {"dim": 1.0},
+    {"activations": "none"},
+    {"activations": ["tanh"] * 9},
+    {"present": [1]},
+    {"present": ()},
+    {"absent": "two"},
+]
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def uses(case, u, change):
+    """Return calls without arguments: those that work, and those that raise, one of them for its changed options."""
+    weights, factors, options = case.weights, case.factors, case.options()
+    wrong = options | change
+    right = [
+        lambda: fs.fusion_sum(weights, *factors, **options),
+        lambda: fs.fusion_sum_grad(u, weights, *factors, **options),
+    ]
+    if not isinstance(u, np.ndarray):
+        recorded = [None if z is None else z.clone().requires_grad_() for z in (weights, *factors)]
+        right.append(lambda: fs.fusion_sum(*recorded, **options).backward(u))
+    return right, [
+        lambda: fs.fusion_sum(weights, *factors, **wrong),
+        lambda: fs.fusion_sum_grad(u, weights, *factors, **wrong),
+        lambda: fs.fusion_sum(weights, *(z > 0 for z in factors), **options),
+        lambda: fs.fusion_sum_grad(u[None, None], weights, *factors, **options),
+    ]
+
+
+def as_tensors(case, u):
+    import torch  # not where the library is NumPy
+
+    def tensor(array):
+        return None if array is None else torch.tensor(widened(array)).to(getattr(torch, array.dtype.name))
+
+    masks = None if case.present is None else [torch.from_numpy(mask) for mask in case.present]
+    factors = [tensor(z) for z in case.factors]
+    return Case(tensor(case.weights), factors, case.activations, masks, case.absent, case.dim), tensor(u)
+
+
+def growth(library, calls=100_000):
+    """Call with right and wrong arguments of every kind; return MiB, by a line through the last two thirds."""
+    rng = np.random.default_rng(0)
+    right, wrong = [], []
+    for number, (form, dtype) in enumerate(itertools.product(FORMS.values(), DTYPES)):
+        case = form.case(rng, dtype)
+        case.activations = ACTIVATIONS[number % len(ACTIVATIONS)]
+        case = case.masked(rng, "rows", "one") if number % 2 else case
+        u = random(rng, case.output_shape, reference.result_dtype(*case.operands).name)
+        if library == "torch":
+            case, u = as_tensors(case, u)
+        works, raises = uses(case, u, WRONG[number % len(WRONG)])
+        right += works
+        wrong += raises
+    samples = []
+    for i in range(calls):
+        if i % 5 == 0:
+            with pytest.raises((ValueError, TypeError)):
+                wrong[i // 5 % len(wrong)]()
+        else:
+            right[i % len(right)]()
+        if i % 500 == 0 and i >= calls // 3:
+            samples.append((i, resident()))
+    return np.polyfit(*np.transpose(samples).astype(float), 1)[0] * calls / 2**20
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_memory_stays_flat_over_100_000_calls(library):
+    assert float(run_python(f"import test_endurance as t; print(t.growth({library!r}))", timeout=120)) < 0.5

@@ -1,0 +1,121 @@
+"""`fusionsum.pipeline.kinds`: each kind's decoding, and the tensors of its items.
+
+What lives elsewhere: files and cells that cannot be decoded (``test_pipeline_preprocess.py``).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import made_up
+from conftest import missing
+
+try:
+    import torch
+    from PIL import Image
+
+    from fusionsum.pipeline import kinds, preprocess
+except ModuleNotFoundError as error:
+    missing(str(error))
+
+
+def test_transparency_is_white_and_the_rest_is_padded_white():
+    picture = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
+    picture.paste((0, 0, 0, 255), (0, 0, 2, 2))
+    decoded = kinds.Image(size=4).decode(made_up.png(picture))
+    assert decoded.shape == (3, 4, 4) and decoded.dtype == np.uint8
+    assert (decoded[:, [0, 3]] == 255).all()
+    assert (decoded[:, 1:3, :2] == 0).all() and (decoded[:, 1:3, 2:] == 255).all()
+    assert kinds.Image(size=4, channels=1).decode(made_up.png(picture)).shape == (1, 4, 4)
+
+
+def test_pictures_are_turned_as_exif_says():
+    picture = Image.new("RGB", (4, 4), "white")
+    picture.paste((0, 0, 0), (0, 0, 4, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by a quarter, clockwise: the black top comes to the right
+    decoded = kinds.Image(size=4).decode(made_up.png(picture, exif=exif))
+    assert (decoded[:, :, 2:] == 0).all() and (decoded[:, :, :2] == 255).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"lower": False}, {"accents": False}])
+def test_texts_come_back_as_they_were_normalised(options):
+    text = kinds.Text(length=16, **options)
+    contents = [text.content(None, (written,)) for written in ("Ｅ\u0301te\u0301  ", "Grün\tes\u200b")]
+    strings = [content.decode() for content in contents]
+    expected = {
+        (): ["été", "grün es"],
+        ("lower",): ["Été", "Grün es"],
+        ("accents",): ["ete", "grun es"],
+    }[tuple(options)]
+    assert strings == expected
+    items = [text.decode(content) for content in contents]
+    assert [kinds.string(item) for item in items] == expected
+    fitted = preprocess.fit("text", text, items[:1])
+    codes = text.tensor(items, fitted)
+    assert codes.shape == (2, len(expected[0])) and codes.dtype == torch.int64  # the longest training text's
+    known = {c: k for k, c in enumerate(fitted["alphabet"], 2)}
+    assert codes[0, -len(expected[0]) :].tolist() == [known[c] for c in expected[0]]
+    assert codes[1].tolist() == [known.get(c, 1) for c in expected[1][: len(expected[0])]]
+    assert codes.max() < fitted["vocabulary"]
+    both = preprocess.fit("text", text, items)
+    padded = text.tensor(items, both)
+    assert padded.shape == (2, len(expected[1])) and padded.all(dim=1).tolist() == [False, True]
+    assert not padded[0, : -len(expected[0])].any()
+    assert preprocess.fit("text", kinds.Text(length=2), items)["shape"] == [2]
+
+
+def test_a_tone_is_loudest_in_its_own_mel_band_whatever_its_rate():
+    audio = kinds.Audio(seconds=0.5, rate=8000, mels=20)
+    corners = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 4000 / 700), 22) / 2595) - 1)
+    for rate in (8000, 11025, 44100):
+        time = np.arange(rate) / rate
+        decoded = audio.decode(made_up.wav(np.sin(2 * np.pi * 1000 * time)[:, None].repeat(2, axis=1), rate))
+        assert decoded.shape == (20, 51) and decoded.dtype == np.float32
+        assert decoded[:, 25].argmax() == np.abs(corners[1:-1] - 1000).argmin()
+    assert audio.waveform(made_up.wav(np.full(400, 0.1), 8000)).max() == 1
+    assert audio.waveform(made_up.wav(np.zeros(400), 8000)).shape == (4000,)
+
+
+def test_mel_filters_sum_to_one_between_the_first_and_the_last_peak():
+    filters = kinds.mel_filters(40, 2048, 16000).double()
+    corners = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 42) / 2595) - 1)
+    bins = np.arange(1025) * 16000 / 2048
+    inside = (bins >= corners[1]) & (bins <= corners[-2])
+    torch.testing.assert_close(filters[:, inside].sum(dim=0), torch.ones(int(inside.sum())).double(), atol=1e-5, rtol=0)
+    assert (filters >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["audio", "table"])
+def test_training_items_are_standardised(kind):
+    rng = np.random.default_rng(0)
+    if kind == "audio":
+        modality = kinds.Audio(seconds=0.1, rate=8000, mels=8)
+        items = [modality.decode(made_up.wav(rng.normal(size=800), 8000)) for _ in range(20)]
+    else:
+        modality = kinds.Table(columns=("a", "b"))
+        items = [modality.decode(modality.content(None, (str(x), "7"))) for x in rng.normal(5, 3, 20)]
+    fitted = preprocess.fit("x", modality, items)
+    tensor = modality.tensor(items, fitted).double()
+    assert fitted["shape"] == list(tensor.shape[1:])
+    first = tensor[:, 0]
+    assert abs(first.mean()) <= 1e-5 and abs(first.std(correction=0) - 1) <= 1e-4
+    if kind == "table":
+        assert (tensor[:, 1] == 0).all()  # a column that does not vary is not divided by its spread
+
+
+def test_texts_by_a_tokenizer(monkeypatch):
+    class Words:
+        def __len__(self):
+            return 50
+
+        def encode(self, text):
+            return [len(word) for word in text.split()]
+
+    monkeypatch.setattr(kinds, "_tokenizer", lambda name: Words() if name == "words" else None)
+    text = kinds.Text(tokenizer="words")
+    items = [text.decode(text.content(None, (written,))) for written in ("a bc def", "abcd")]
+    fitted = preprocess.fit("text", text, items)
+    assert fitted["vocabulary"] == 50
+    assert text.tensor(items, fitted).tolist() == [[1, 2, 3], [0, 0, 4]]
