@@ -17,12 +17,12 @@ import subprocess
 from conftest import missing
 from tests import compiled
 
-__all__ = ["SANITIZER", "VARIANTS", "compiler", "library", "program", "run"]
+__all__ = ["ROOT", "SANITIZER", "VARIANTS", "compiler", "library", "program", "run"]
 
 _HERE = pathlib.Path(__file__).parent
-_ROOT = _HERE.parent.parent
-_SOURCES = _ROOT / "csrc"
-_BUILD = _ROOT / "build" / "native"
+ROOT = _HERE.parent.parent
+_SOURCES = ROOT / "csrc"
+_BUILD = ROOT / "build" / "native"
 SANITIZER = 66  # the exit code of a program in which one found something
 _SANITIZED = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 VARIANTS = {  # "plain" is the product's own; "fuzzer" is clang's, whose libFuzzer has the program's main()
@@ -42,7 +42,7 @@ def compiler(variant: str) -> str | None:
 @functools.cache
 def _flags(compiler: str) -> tuple[list[str], dict[str, list[str]]]:
     """Read CMakeLists.txt: the flags of all sources, and those of each instruction set that the compiler knows."""
-    text = (_ROOT / "CMakeLists.txt").read_text()
+    text = (ROOT / "CMakeLists.txt").read_text()
     standard = re.search(r"target_compile_features\(_core PRIVATE cxx_std_(\d+)\)", text)
     options = re.search(r"target_compile_options\(_core PRIVATE ([^$)]+)", text)
     rows = re.findall(r'^ +"(\w+)\|(-[^|]+)\|(.*?)"\)?$', text, re.MULTILINE)

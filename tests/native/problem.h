@@ -197,7 +197,7 @@ inline Problem outer(DType dtype, int64_t rows, int64_t candidates, int64_t term
     o.dtype = dtype;
     o.dims = dims;
     o.data = backward || p.operands > 1 ? &some : nullptr;
-    o.grad = backward == p.operands > 1 ? &some : nullptr;
+    o.grad = backward == (p.operands > 1) ? &some : nullptr;
     o.activation = p.operands > 2 ? static_cast<Activation>(p.operands - 1) : Activation::none;
     lay_out(p, dims, kOrder, o.stride);
     lay_out(p, dims, kOrder, o.grad_stride);
@@ -312,6 +312,8 @@ class Memory {
   }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
+
+  const Problem& problem() const { return p; }
 
   // The gradients as they are in memory, after a run on memory that was all NaN.
   std::vector<emulator::Bytes> results(const Isa& isa) {
