@@ -1,4 +1,4 @@
-"""Rows L1 to L3: a training step of layers of `fusionsum.nn` against the published code's form in plain torch.
+"""Rows L1 to L4: a training step of layers of `fusionsum.nn` against the published code's form in plain torch.
 
 What lives here: sizes, the contenders' code, the floors. What lives elsewhere: timing (``measure.py``), parity with the
 published formulas to the last digits (``tests/test_nn.py``). A new row is one entry of `LAYERS`.
@@ -234,6 +234,31 @@ def _bilinear_row(rank: int, in1: int, in2: int, outputs: int, rows: int) -> Lay
     )
 
 
+# ---- L4: github.com/Justin1904/TensorFusionNetworks, model.py --------------------------------------------------------
+
+
+def _tfn(p: Parameters, training: bool, *inputs: Tensor) -> Tensor:
+    rows = inputs[0].shape[0]
+    outer, *others = (torch.cat((torch.ones(rows, 1, dtype=x.dtype), x), dim=1) for x in inputs)
+    for x in others:
+        outer = torch.bmm(outer.view(rows, -1, 1), x.unsqueeze(1)).view(rows, -1)
+    return _linear(p, "post_fusion_layer_1", outer)
+
+
+def _tensor_row(dims: tuple[int, ...], outputs: int, rows: int) -> LayerRow:
+    sizes = "/".join(map(str, dims))
+    return LayerRow(
+        f"L4 d={sizes}",
+        f"TFN, B={rows}, d={sizes}, O={outputs}",
+        tuple((rows, d) for d in dims),
+        (Floor(BOTH, "naive", 1.0),),
+        layer=lambda: nn.TensorFusion(dims, outputs),
+        parameters=_maps(post_fusion_layer_1=(math.prod(d + 1 for d in dims), outputs)),
+        codes={"naive": _tfn},
+        trained=(True,) * len(dims),
+    )
+
+
 _VQA = {"normalize": True, "dropout_input": 0.1}
 
 LAYERS = (
@@ -242,4 +267,5 @@ LAYERS = (
     *_pooling_rows("MUTAN", {"mm_dim": 700, "rank": 10}, {"mm_dim": 700, "rank": 10, "dropout_input": 0.1}),
     *_pooling_rows("MFB", {"mm_dim": 700, "factor": 5, "normalize": True}, {"mm_dim": 1000, "factor": 5} | _VQA),
     *(_bilinear_row(rank, 512, 512, 128, 128) for rank in (16, 64)),
+    *(_tensor_row(dims, 64, 128) for dims in ((4, 16, 128), (128, 16, 4), (32, 32, 32))),
 )

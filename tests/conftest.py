@@ -280,9 +280,12 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 
 
 @pytest.fixture
-def seed() -> None:
-    """Let torch generate the same numbers for every test."""
-    pytest.importorskip("torch").manual_seed(0)
+def seed() -> Any:
+    """Let torch draw the same numbers for a test in every run and in any order."""
+    torch = pytest.importorskip("torch")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 @pytest.fixture(params=["native", "numpy"])

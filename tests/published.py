@@ -146,14 +146,14 @@ def block(p, xs, masks, o):
             p.linear(f"merge_linears{0 if o['shared'] else m}.{c}", x, size * o["rank"]) for m, x in enumerate(parts)
         ]
         z = product(present_or(1, z, mask) for z, mask in zip(merged, masks, strict=True))
-        z = z.view(-1, o["rank"], size).sum(1)
+        z = z.view(len(z), o["rank"], size).sum(1)
         zs.append(unit(z) if o["pos_norm"] == "before_cat" else z)
     z = torch.cat(zs, 1)
     return p.linear("linear_out", unit(z) if o["pos_norm"] == "after_cat" else z, OUTPUTS)
 
 
 def published_sizes(dim, chunks):
-    """Equal parts, what is too much taken from the last; were that below 1, one from each of the last parts."""
+    """Equal parts, the surplus taken from the last; where that gives less than 0, one number from each of the last."""
     size = (dim + chunks - 1) // chunks
     sizes = [size] * chunks
     sizes[-1] -= sum(sizes) - dim
@@ -161,6 +161,7 @@ def published_sizes(dim, chunks):
         lacking, sizes[-1] = sizes[-2] - sizes[-1], sizes[-2]
         for j in range(lacking):
             sizes[-j - 1] -= 1
+        assert min(sizes) > 0
     return sizes
 
 
@@ -333,7 +334,8 @@ ONE_EACH = list({entry.layer: name for name, entry in reversed(TABLE.items())}.v
 
 def relative(got, wanted):
     """Return the greatest error, of the greatest value; NaN stays, for a comparison to fail."""
-    return torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(got, wanted, strict=True)]).max().item()
+    pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if b.numel()]
+    return torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()
 
 
 def loaded(entry, parameters):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from .layer import FusionLayer, activated, check_activation, check_sizes, product
+from .checks import as_activation, as_rate, as_sizes
+from .layer import FusionLayer, activated, product
 from .pooling import MLB
 
 
@@ -44,7 +45,8 @@ class ConcatMLP(FusionLayer):
     TypeError
         If a size is not an integer.
     ValueError
-        If a size is less than 1, an activation unknown, or there are no or more than eight modalities.
+        If a size is less than 1, a rate not from 0 to 1, an activation unknown, or there are no or more than eight
+        modalities.
 
     Notes
     -----
@@ -75,10 +77,9 @@ class ConcatMLP(FusionLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_dims, output_dim=output_dim)
-        check_sizes(dimensions=tuple(dimensions))
-        check_activation("activation", activation)
-        self.dimensions, self.activation, self.dropout = tuple(dimensions), activation, dropout
-        sizes = [sum(self.input_dims), *dimensions, output_dim]
+        self.dimensions = as_sizes("dimensions", dimensions)
+        self.activation, self.dropout = as_activation("activation", activation), as_rate("dropout", dropout)
+        sizes = [sum(self.input_dims), *self.dimensions, self.output_dim]
         self.linears = nn.ModuleList(
             nn.Linear(before, after, device=device, dtype=dtype) for before, after in itertools.pairwise(sizes)
         )
@@ -172,7 +173,7 @@ class LateFusion(FusionLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_dims, output_dim=output_dim)
-        self.linears = nn.ModuleList(nn.Linear(d, output_dim, device=device, dtype=dtype) for d in self.input_dims)
+        self.linears = nn.ModuleList(nn.Linear(d, self.output_dim, device=device, dtype=dtype) for d in self.input_dims)
 
     def _fuse(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> Tensor:
         scores = (

@@ -1,6 +1,7 @@
-"""What the fusion layers share: checks of sizes and inputs, missing modalities, the checkpoints of the originals.
+"""What the fusion layers share: checks of inputs, missing modalities, the checkpoints of the originals.
 
-What lives elsewhere: the layers, and with each its equation and its initialisation.
+What lives elsewhere: checks of constructors' arguments (``checks.py``); the layers, and with each its equation and its
+initialisation.
 """
 
 from __future__ import annotations
@@ -14,32 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules import module as torch_module
 
 from ..api import fusion_sum
-from ..reference import ACTIVATIONS, MAX_FACTORS
+from ..reference import MAX_FACTORS
+from .checks import as_size, as_sizes
 
 Masks = Sequence[Tensor | None] | None
 
 
-def check_sizes(**sizes: Any) -> None:
-    """Raise an error that names the first size, or entry of a sequence of sizes, that is no positive integer."""
-    for name, given in sizes.items():
-        entries = {f"{name}[{i}]": size for i, size in enumerate(given)} if isinstance(given, tuple) else {name: given}
-        for entry, size in entries.items():
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{entry}: expected an integer, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{entry}: expected at least 1, got {size}")
-
-
-def check_activation(name: str, given: Any) -> None:
-    """Raise an error unless the activation is one that the kernels have, or None."""
-    if given not in ACTIVATIONS:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {given!r}")
-
-
 def activated(name: str | None, z: Tensor) -> Tensor:
-    """Apply an activation outside of a sum: to what a layer returns, or to a plain baseline's hidden units."""
+    """Apply an activation outside of a fusion sum: to a layer's output, or to a baseline's hidden units."""
     return z if name is None else getattr(nn.functional, name)(z)
 
 
@@ -53,8 +39,9 @@ def product(
 ) -> Tensor:
     """Multiply (..., n) factors element by element, with activations and masks: a sum of one term.
 
-    A linear map may follow, and product and map would be one sum, the mixing form. That one does not store the product,
-    but forms it again in backward: a step took 1.1 to 1.25 times as long (B = 512 to 8192, n = 500 to 1200).
+    Where a linear map follows, product and map could be one fusion sum, with the map's weight for fusion weights. It would
+    not store the product but form it again in backward: a step took 1.1 to 1.25 times as long (B = 512 to 8192, n = 500 to
+    1200).
     """
     plain = weights is None and activations is None and all(mask is None for mask in present or ())
     if plain and len(factors) <= 2:
@@ -66,7 +53,9 @@ def product(
 
 def mapped_twice(x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
     """Map (..., in) by one linear map and another, or by their product where that takes fewer operations."""
-    if not (_is_plain(first) and _is_plain(second)):
+    if is_compiling():  # sizes may be symbols
+        return second(first(x))
+    if not (is_plain(first, nn.Linear) and is_plain(second, nn.Linear)) or first.bias is None or second.bias is None:
         return second(first(x))
     rows, size, hidden, width = x.shape[:-1].numel(), first.in_features, first.out_features, second.out_features
     if width * size * (hidden + rows) >= rows * hidden * (size + width):
@@ -75,17 +64,26 @@ def mapped_twice(x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
     return nn.functional.linear(x, second.weight @ first.weight, bias)
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Tell a linear map that is not parametrized, replaced or hooked; under a compiler sizes are symbols, and none is."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks
-    return type(linear) is nn.Linear and linear.bias is not None and not hooked and not is_compiling()
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether a module may be computed from its parameters, past its call: it is not replaced, parametrized or hooked.
+
+    A parametrized module is of a class of its own. Hooks are those of the module and those of all modules.
+    """
+    hooked = (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or torch_module._has_any_global_hook()
+    )
+    return type(module) is kind and "forward" not in module.__dict__ and not hooked
 
 
 class ReferenceState(nn.Module):
     """A layer that takes the parameters of its original implementation.
 
-    A subclass says by `_reference_names` what the original calls its parameters, and where shape or order differ also
-    by `_reference_shapes` and `_from_reference`.
+    A subclass lists the original's names in `_reference_names`; where shapes or orders differ from the layer's,
+    `_reference_shapes` has the original's and `_from_reference` converts its parameters.
     """
 
     def load_reference_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -99,7 +97,8 @@ class ReferenceState(nn.Module):
         Raises
         ------
         ValueError
-            If a name is missing or unexpected, or a shape is not that of this layer's sizes. Nothing is copied then.
+            If a name is missing or unexpected, a shape is not that of this layer's sizes, or parameters that the layer
+            shares differ in `state`. Nothing is copied then.
         """
         shapes = self._reference_shapes()
         missing, unexpected = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
@@ -112,9 +111,27 @@ class ReferenceState(nn.Module):
             if tuple(state[name].shape) != shape:
                 raise ValueError(f"state[{name!r}]: expected shape {shape}, got {tuple(state[name].shape)}")
         own: dict[str, Tensor] = {}
+        origin: dict[str, str] = {}
         for name, value in state.items():
-            own |= self._from_reference(name, value)
+            converted = self._from_reference(name, value)
+            own |= converted
+            origin |= dict.fromkeys(converted, name)
+        self._check_shared(own, origin)
         self.load_state_dict(own)
+
+    def _check_shared(self, own: Mapping[str, Tensor], origin: Mapping[str, str]) -> None:
+        """Raise an error if values differ that are to become one shared parameter; `origin` has the original's names."""
+        parameters = self.state_dict(keep_vars=True)
+        first: dict[int, str] = {}
+        for name, value in own.items():
+            earlier = first.setdefault(id(parameters.get(name, value)), name)
+            these, those = own[earlier].double(), value.double()
+            if not torch.allclose(these, those, rtol=0, atol=0, equal_nan=True):
+                greatest = (these - those).abs().max().item()
+                raise ValueError(
+                    f"state[{origin[earlier]!r}], state[{origin[name]!r}]: expected equal values, which this layer "
+                    f"shares, got a greatest difference of {greatest:.3g}"
+                )
 
     def _reference_names(self) -> dict[str, str]:
         """Map the original's names of modules or parameters to this layer's."""
@@ -153,12 +170,11 @@ class FusionLayer(ReferenceState):
 
     def __init__(self, input_dims: Sequence[int], **sizes: int) -> None:
         super().__init__()
-        if not 1 <= len(input_dims) <= MAX_FACTORS:
-            raise ValueError(f"input_dims: expected 1 to {MAX_FACTORS} modalities, got {len(input_dims)}")
-        check_sizes(input_dims=tuple(input_dims), **sizes)
-        self.input_dims = tuple(input_dims)
+        self.input_dims = as_sizes("input_dims", input_dims)
+        if not 1 <= len(self.input_dims) <= MAX_FACTORS:
+            raise ValueError(f"input_dims: expected 1 to {MAX_FACTORS} modalities, got {len(self.input_dims)}")
         for name, size in sizes.items():
-            setattr(self, name, size)
+            setattr(self, name, as_size(name, size))
 
     def forward(self, *inputs: Any, present: Masks = None) -> Tensor:
         """Fuse one tensor per modality.
@@ -169,7 +185,7 @@ class FusionLayer(ReferenceState):
             One per modality, ``(..., input_dims[m])``; the leading dims broadcast. Or one list of them.
         present : None or sequence of (None or bool torch.Tensor), optional
             One mask per modality, of its leading dims. Where it is False the modality is missing: its features are
-            never used (they may be NaN), and its gradients are exactly 0. What it counts as, the layer says.
+            never used (they may be NaN), and its gradients are exactly 0. The layer's notes say what it counts as.
 
         Returns
         -------
@@ -179,13 +195,18 @@ class FusionLayer(ReferenceState):
         Raises
         ------
         TypeError
-            If a mask is not a boolean tensor.
+            If an input is not a tensor, or a mask not a boolean one.
         ValueError
             If the number of inputs or masks, or a shape, is wrong.
         """
         given = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], (list, tuple)) else inputs
         self._check_count("inputs", given)
         for m, (x, size) in enumerate(zip(given, self.input_dims, strict=True)):
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"inputs[{m}]: expected a torch.Tensor of shape (..., {size}), got {type(x).__name__}; "
+                    "say what is missing by `present`"
+                )
             if x.shape[-1:] != (size,):
                 raise ValueError(f"inputs[{m}]: expected shape (..., {size}), got {tuple(x.shape)}")
         if present is None:
@@ -203,7 +224,7 @@ class FusionLayer(ReferenceState):
 
     @staticmethod
     def _blank(m: int, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Zero what is missing: the gradient of linear's weight multiplies it, if by 0, which NaN survives."""
+        """Set missing features to 0: a weight's gradient is their product with a gradient of 0, and NaN * 0 is NaN."""
         if mask is None:
             return x
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import fusion_sum
+from .checks import as_activations, as_choice
 from .layer import FusionLayer, Masks, product
 
 
@@ -53,7 +54,7 @@ class LowRankFusion(FusionLayer):
     TypeError
         If a size is not an integer.
     ValueError
-        If a size is less than 1, `init` is unknown, or there are no or more than eight modalities.
+        If a size is less than 1, an activation or `init` is unknown, or there are no or more than eight modalities.
 
     Notes
     -----
@@ -61,8 +62,8 @@ class LowRankFusion(FusionLayer):
 
     The published biases start near 0, so that at first there is little but the product of all modalities. Additive, which
     is ours: they start at 1, and fusion weights have the standard deviation ``1 / sqrt(rank)``, so that there is at first
-    little but a linear map of each modality. Where each says something alone that learns far better; where only their
-    interaction does, hardly at all (docs/pipeline.md has the figures).
+    little but a linear map of each modality. Where each modality is informative alone, a layer that starts so learns far
+    better; where only their interaction is, hardly at all (docs/pipeline.md has the figures).
 
     References
     ----------
@@ -97,15 +98,14 @@ class LowRankFusion(FusionLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_dims, output_dim=output_dim, rank=rank)
-        if init not in ("published", "additive"):
-            raise ValueError(f"init: expected 'published' or 'additive', got {init!r}")
-        self.activations, self.init = activations, init
+        self.activations = as_activations("activations", activations, len(self.input_dims))
+        self.init = as_choice("init", init, ("published", "additive"))
         self.factors = nn.ModuleList(
-            nn.Linear(d, rank * output_dim, device=device, dtype=dtype) for d in self.input_dims
+            nn.Linear(d, self.rank * self.output_dim, device=device, dtype=dtype) for d in self.input_dims
         )
-        self.fusion_weights = nn.Parameter(torch.empty(rank, 1, device=device, dtype=dtype))
+        self.fusion_weights = nn.Parameter(torch.empty(self.rank, 1, device=device, dtype=dtype))
         if bias:
-            self.fusion_bias = nn.Parameter(torch.empty(output_dim, device=device, dtype=dtype))
+            self.fusion_bias = nn.Parameter(torch.empty(self.output_dim, device=device, dtype=dtype))
         else:
             self.register_parameter("fusion_bias", None)
         self.reset_parameters()
@@ -113,7 +113,7 @@ class LowRankFusion(FusionLayer):
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as `init` says, and set the bias to 0."""
         for d, linear in zip(self.input_dims, self.factors, strict=True):
-            # What xavier_normal_ makes of the paper's (rank, d + 1, output_dim) tensor, its appended 1 included.
+            # As xavier_normal_ draws the paper's (rank, d + 1, output_dim) tensor: one of the d + 1 is the bias.
             std = math.sqrt(2 / ((d + 1 + self.rank) * self.output_dim))
             nn.init.normal_(linear.weight, std=std)
             nn.init.normal_(linear.bias, std=std)
@@ -218,11 +218,11 @@ class CPBilinear(FusionLayer):
         sizes = {"in1_features": in1_features, "in2_features": in2_features, "out_features": out_features}
         super().__init__((in1_features, in2_features), **sizes, rank=rank)
         self.linears = nn.ModuleList(
-            nn.Linear(d, rank, bias=False, device=device, dtype=dtype) for d in self.input_dims
+            nn.Linear(d, self.rank, bias=False, device=device, dtype=dtype) for d in self.input_dims
         )
-        self.weight = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(self.out_features, self.rank, device=device, dtype=dtype))
         self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+            "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         )
         self.reset_parameters()
 
@@ -280,8 +280,8 @@ class GatedFusion(FusionLayer):
 
     Notes
     -----
-    A missing modality adds nothing, and its features count as 0 in the gates. Linear maps have no bias, as in the paper;
-    they are initialised as torch initialises them, for the paper searches the range.
+    A missing modality adds nothing, and its features count as 0 in the gates. Linear maps have no bias, as in the paper,
+    and torch's initialisation: the paper searches the range of its own.
 
     References
     ----------
@@ -307,9 +307,9 @@ class GatedFusion(FusionLayer):
         super().__init__(input_dims, output_dim=output_dim)
         gates = 1 if len(self.input_dims) == 2 else len(self.input_dims)
         self.linears = nn.ModuleList(
-            nn.Linear(d, output_dim, bias=False, device=device, dtype=dtype) for d in self.input_dims
+            nn.Linear(d, self.output_dim, bias=False, device=device, dtype=dtype) for d in self.input_dims
         )
-        self.gate = nn.Linear(sum(self.input_dims), gates * output_dim, bias=False, device=device, dtype=dtype)
+        self.gate = nn.Linear(sum(self.input_dims), gates * self.output_dim, bias=False, device=device, dtype=dtype)
 
     def _fuse(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> Tensor:
         leading = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
@@ -318,5 +318,5 @@ class GatedFusion(FusionLayer):
         gates = self.gate(torch.cat(inputs, dim=-1)).unflatten(-1, (-1, self.output_dim))
         if len(self.input_dims) == 2:
             gates = torch.cat([gates, -gates], dim=-2)  # 1 - sigmoid(a) = sigmoid(-a)
-        # No mask: what is missing is 0 by now, and tanh(W 0) = 0.
+        # No masks: the features of a missing modality are 0 here, and so is tanh(W 0).
         return fusion_sum(None, gates, hidden, activations=["sigmoid", "tanh"], dim=-2)

@@ -5,8 +5,8 @@ lives elsewhere: what all layers share (``layer.py``); `TuckerFusion`, which has
 which adds (``baselines.py``).
 
 All follow R. Cadene's implementation, github.com/Cadene/block.bootstrap.pytorch: its names, its defaults, and torch's
-own initialisation; there they take two modalities, here one to eight. Dropout of the factors and of their product
-is one dropout of terms, by the same law, and goes into the sum as its weights.
+own initialisation; there they take two modalities, here one to eight. Dropout of every factor and of their product drops
+terms as one dropout at the joint rate does: fusion weights of 0 or ``1 / keep``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from ..api import fusion_sum
-from .layer import FusionLayer, activated, check_activation, check_sizes, mapped_twice, product
+from .checks import as_activation, as_choice, as_rate, as_size
+from .layer import FusionLayer, activated, mapped_twice, product
 
 
 class Like(TypedDict):
@@ -31,9 +32,17 @@ class Like(TypedDict):
 
 
 def normalized(z: Tensor) -> Tensor:
-    """Take signed square roots, then make each row of unit length."""
-    relu = nn.functional.relu  # not abs: its derivative times that of sqrt is NaN at 0
-    return nn.functional.normalize(relu(z).sqrt() - relu(-z).sqrt(), dim=-1)
+    """Take signed square roots, then make each row of unit length: ``sign(z) * sqrt(|z|) / max(sqrt(sum |z|), 1e-12)``.
+
+    At 0 all derivatives are 0, of a number and of a row of zeros: the first as in the original, where those of higher
+    order and of forward mode are NaN. Square roots are taken of 1 there, which no derivative passes. Elsewhere they are
+    the formula's; the second, ``-|z|**-1.5 / 4``, overflows float32 below 1e-25.
+    """
+    size = z.abs()
+    total = size.sum(-1, keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32))
+    roots = z.detach().sign() * size.masked_fill(size == 0, 1).sqrt()
+    length = total.masked_fill(total == 0, 1).sqrt().clamp_min(1e-12)  # as torch.nn.functional.normalize
+    return roots / length.to(z.dtype)
 
 
 def linears_of(dims: Sequence[int], width: int, shared: bool, like: Like) -> nn.ModuleList:
@@ -43,8 +52,28 @@ def linears_of(dims: Sequence[int], width: int, shared: bool, like: Like) -> nn.
     return nn.ModuleList(nn.Linear(d, width, **like) for d in dims)
 
 
+def chunk_sizes(dim: int, chunks: int) -> list[int]:
+    """Cut `dim` numbers into parts as block.bootstrap.pytorch does; the last may be empty, as for 24 numbers in 7 parts.
+
+    All parts are ``ceil(dim / chunks)`` long and the last is what remains. Where less than nothing would remain, all are
+    that long but the last parts, which are 1 shorter each.
+
+    Raises
+    ------
+    ValueError
+        If there are so many parts that more than one would be empty.
+    """
+    if chunks > dim + 1:
+        raise ValueError(f"chunks: expected at most mm_dim + 1, {dim + 1}, got {chunks}")
+    size = -(-dim // chunks)
+    surplus = chunks * size - dim
+    if surplus <= size:
+        return [size] * (chunks - 1) + [size - surplus]
+    return [size] * (chunks - surplus) + [size - 1] * surplus
+
+
 class Pooling(FusionLayer):
-    """The maps and the order of steps that the family shares; `_pool` is what a layer does between its maps."""
+    """The maps and the order of steps that the family shares; a subclass computes the pooled vector in `_pool`."""
 
     dropout_pre_norm = 0.0
 
@@ -56,7 +85,7 @@ class Pooling(FusionLayer):
         like: Like,
         *,
         terms: int = 1,
-        pooled_dim: int | None = None,
+        stages: int = 1,
         shared: bool = False,
         activ_input: str | None = None,
         activ_output: str | None = None,
@@ -66,15 +95,16 @@ class Pooling(FusionLayer):
         dropout_output: float = 0.0,
     ) -> None:
         super().__init__(input_dims, output_dim=output_dim, mm_dim=mm_dim)
-        check_activation("activ_input", activ_input)
-        check_activation("activ_output", activ_output)
+        self.activ_input = as_activation("activ_input", activ_input)
+        self.activ_output = as_activation("activ_output", activ_output)
+        self.dropout_input = as_rate("dropout_input", dropout_input)
+        self.dropout_pre_lin = as_rate("dropout_pre_lin", dropout_pre_lin)
+        self.dropout_output = as_rate("dropout_output", dropout_output)
         if shared and len(set(self.input_dims)) > 1:
             raise ValueError(f"shared: expected input_dims of one size, got {self.input_dims}")
         self.shared, self.normalize, self._terms = shared, normalize, terms
-        self.activ_input, self.activ_output = activ_input, activ_output
-        self.dropout_input, self.dropout_pre_lin, self.dropout_output = dropout_input, dropout_pre_lin, dropout_output
-        self.linears = linears_of(self.input_dims, terms * mm_dim, shared, like)
-        self.linear_out = nn.Linear(pooled_dim or mm_dim, output_dim, **like)
+        self.linears = linears_of(self.input_dims, terms * self.mm_dim, shared, like)
+        self.linear_out = nn.Linear(stages * self.mm_dim, self.output_dim, **like)
 
     def _fuse(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> Tensor:
         z = activated(self.activ_output, self.linear_out(self._pool(inputs, present)))
@@ -90,7 +120,7 @@ class Pooling(FusionLayer):
         return [linear(x).unflatten(-1, (-1, self.mm_dim)) for linear, x in zip(linears, inputs, strict=True)]
 
     def _mapped(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Map each input to (..., mm_dim), and drop."""
+        """Map each input to (..., mm_dim), with dropout."""
         mapped = (linear(x) for linear, x in zip(self.linears, inputs, strict=True))
         return [dropout(x, self.dropout_input, self.training) for x in mapped]
 
@@ -147,7 +177,8 @@ class MLB(Pooling):
     TypeError
         If a size is not an integer.
     ValueError
-        If a size is less than 1, an activation unknown, or there are no or more than eight modalities.
+        If a size is less than 1, a rate not from 0 to 1, an activation unknown, or there are no or more than eight
+        modalities.
 
     Notes
     -----
@@ -253,7 +284,7 @@ class MFB(Pooling):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_sizes(factor=factor)
+        factor = as_size("factor", factor)
         super().__init__(
             input_dims,
             output_dim,
@@ -266,7 +297,7 @@ class MFB(Pooling):
             dropout_input=dropout_input,
             dropout_output=dropout_output,
         )
-        self.factor, self.dropout_pre_norm = factor, dropout_pre_norm
+        self.factor, self.dropout_pre_norm = factor, as_rate("dropout_pre_norm", dropout_pre_norm)
 
 
 class MFH(Pooling):
@@ -324,7 +355,7 @@ class MFH(Pooling):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_sizes(factor=factor)
+        factor = as_size("factor", factor)
         like = Like(device=device, dtype=dtype)
         super().__init__(
             input_dims,
@@ -332,7 +363,7 @@ class MFH(Pooling):
             mm_dim,
             like,
             terms=factor,
-            pooled_dim=2 * mm_dim,
+            stages=2,
             activ_input=activ_input,
             activ_output=activ_output,
             normalize=normalize,
@@ -341,7 +372,7 @@ class MFH(Pooling):
             dropout_output=dropout_output,
         )
         self.factor = factor
-        self.second_linears = linears_of(self.input_dims, factor * mm_dim, False, like)
+        self.second_linears = linears_of(self.input_dims, factor * self.mm_dim, False, like)
 
     def _pool(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> Tensor:
         first, second = self._factors(self.linears, inputs), self._factors(self.second_linears, inputs)
@@ -378,7 +409,7 @@ class MUTAN(Pooling):
     Raises
     ------
     TypeError, ValueError
-        As for `MLB`; also if maps of different sizes should be shared.
+        As for `MLB`; also if `shared` is true and `input_dims` differ.
 
     Notes
     -----
@@ -413,7 +444,6 @@ class MUTAN(Pooling):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_sizes(rank=rank)
         like = Like(device=device, dtype=dtype)
         super().__init__(
             input_dims,
@@ -426,8 +456,8 @@ class MUTAN(Pooling):
             dropout_pre_lin=dropout_pre_lin,
             dropout_output=dropout_output,
         )
-        self.rank = rank
-        self.merge_linears = linears_of([mm_dim] * len(self.input_dims), rank * mm_dim, shared, like)
+        self.rank = as_size("rank", rank)
+        self.merge_linears = linears_of([self.mm_dim] * len(self.input_dims), self.rank * self.mm_dim, shared, like)
 
     def _pool(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> Tensor:
         if self.training and self.dropout_input > 0:
@@ -451,7 +481,8 @@ class BLOCK(Pooling):
     Parameters
     ----------
     chunks : int, optional
-        The number of parts, of `mm_dim` numbers together; sizes differ by the original's rule where they must.
+        The number of parts, of `mm_dim` numbers together; where it does not divide `mm_dim`, `chunk_sizes` has the
+        original's rule, and torch may warn of an empty part.
     rank : int, optional
         The number of terms in each part.
     pos_norm : {"before_cat", "after_cat"}, optional
@@ -464,7 +495,7 @@ class BLOCK(Pooling):
     Raises
     ------
     TypeError, ValueError
-        As for `MUTAN`; also if there are more parts than numbers, or `pos_norm` is unknown.
+        As for `MUTAN`; also if `chunks` exceeds ``mm_dim + 1``, or `pos_norm` is unknown.
 
     Notes
     -----
@@ -501,7 +532,6 @@ class BLOCK(Pooling):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_sizes(chunks=chunks, rank=rank)
         like = Like(device=device, dtype=dtype)
         super().__init__(
             input_dims,
@@ -514,29 +544,21 @@ class BLOCK(Pooling):
             dropout_pre_lin=dropout_pre_lin,
             dropout_output=dropout_output,
         )
-        if chunks > mm_dim:
-            raise ValueError(f"chunks: expected at most mm_dim, {mm_dim}, got {chunks}")
-        if pos_norm not in ("before_cat", "after_cat"):
-            raise ValueError(f"pos_norm: expected 'before_cat' or 'after_cat', got {pos_norm!r}")
-        self.chunks, self.rank, self.pos_norm = chunks, rank, pos_norm
-        size = -(-mm_dim // chunks)
-        short = chunks * size - mm_dim  # what the last part lacks; were nothing left of it, the last parts lack 1 each
-        self.sizes = [size] * (chunks - 1) + [size - short]
-        if short >= size:
-            self.sizes = [size] * (chunks - short) + [size - 1] * short
-        one = [nn.ModuleList(nn.Linear(n, n * rank, **like) for n in self.sizes)]
-        merges = (
-            one * len(self.input_dims)
-            if shared
-            else one + [nn.ModuleList(nn.Linear(n, n * rank, **like) for n in self.sizes) for _ in self.input_dims[1:]]
-        )
-        self.merge_linears = nn.ModuleList(merges)
+        self.chunks, self.rank = as_size("chunks", chunks), as_size("rank", rank)
+        self.pos_norm = as_choice("pos_norm", pos_norm, ("before_cat", "after_cat"))
+        self.sizes = chunk_sizes(self.mm_dim, self.chunks)
+
+        def merges() -> nn.ModuleList:
+            return nn.ModuleList(nn.Linear(n, n * self.rank, **like) for n in self.sizes)
+
+        count = len(self.input_dims)
+        self.merge_linears = nn.ModuleList([merges()] * count if shared else [merges() for _ in range(count)])
 
     def _pool(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> Tensor:
         parts = zip(*(x.split(self.sizes, dim=-1) for x in self._mapped(inputs)), strict=True)
         pooled = []
         for xs, linears in zip(parts, zip(*self.merge_linears, strict=True), strict=True):
-            factors = [linear(x).unflatten(-1, (self.rank, -1)) for linear, x in zip(linears, xs, strict=True)]
+            factors = [linear(x).unflatten(-1, (self.rank, x.shape[-1])) for linear, x in zip(linears, xs, strict=True)]
             z = fusion_sum(None, *factors, present=present, dim=-2)
             pooled.append(normalized(z) if self.pos_norm == "before_cat" else z)
         z = torch.cat(pooled, dim=-1)

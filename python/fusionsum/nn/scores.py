@@ -9,13 +9,18 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..api import fusion_sum
-from .layer import ReferenceState, activated, check_activation, check_sizes
+from ..autograd.registration import layered
+from .checks import as_activation, as_size
+from .layer import ReferenceState, activated, is_plain
 
 
 def aligned(**indices: Tensor) -> list[Tensor]:
     """Give index tensors one number of dims, by dims of 1 at the end: (B,) and (B, K) become (B, 1) and (B, K).
+
+    Indices of no dims, as `torch.nn.Embedding` takes them, stay as they are where all are such.
 
     Raises
     ------
@@ -32,7 +37,38 @@ def aligned(**indices: Tensor) -> list[Tensor]:
             got = getattr(index, "dtype", type(index).__name__)
             raise TypeError(f"{name}: expected a tensor of integers, got {got}")
     ndim = max(index.ndim for index in indices.values())
-    return [index.reshape(*index.shape, *(1,) * (ndim - index.ndim)) for index in indices.values()]
+    return [
+        index if index.ndim == ndim else index.reshape(*index.shape, *(1,) * (ndim - index.ndim))
+        for index in indices.values()
+    ]
+
+
+def table(embedding: nn.Module) -> Tensor:
+    """Return all embeddings: the weight, unless a call of the module may do more than read it."""
+    if is_plain(embedding, nn.Embedding) and embedding.max_norm is None:
+        return embedding.weight
+    return embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
+
+
+def complex_product(a: Tensor, b: Tensor, conjugate: bool) -> Tensor:
+    """Multiply complex numbers, real parts in the first half of the last axis, by others or by their conjugates.
+
+    By torch's own operations: as fusion sums over two terms it took 2 to 6 times as long (4,096 rows of 50 to 512).
+    Computed in float32 or better and rounded once.
+    """
+    dtype = a.dtype
+    if dtype.itemsize < 4:
+        a, b = a.float(), b.float()
+    (a_re, a_im), (b_re, b_im) = a.chunk(2, -1), b.chunk(2, -1)
+    add, subtract = (torch.sub, torch.add) if conjugate else (torch.add, torch.sub)
+    if torch.is_grad_enabled() or is_compiling() or layered():
+        z = torch.cat([subtract(a_re * b_re, a_im * b_im), add(a_im * b_re, a_re * b_im)], dim=-1)
+    else:  # nothing watches: one tensor in the place of seven, 1.1 to 2 times as fast
+        z = a * b
+        real, imaginary = z.chunk(2, -1)
+        subtract(real, imaginary, out=real)
+        torch.mul(a_im, b_re, out=imaginary).addcmul_(a_re, b_im, value=-1 if conjugate else 1)
+    return z.to(dtype)
 
 
 class GMF(ReferenceState):
@@ -95,13 +131,12 @@ class GMF(ReferenceState):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(num_users=num_users, num_items=num_items, latent_dim=latent_dim)
-        check_activation("activ_output", activ_output)
-        self.num_users, self.num_items, self.latent_dim = num_users, num_items, latent_dim
-        self.activ_output = activ_output
-        self.users = nn.Embedding(num_users, latent_dim, device=device, dtype=dtype)
-        self.items = nn.Embedding(num_items, latent_dim, device=device, dtype=dtype)
-        self.fusion_weights = nn.Parameter(torch.empty(latent_dim, device=device, dtype=dtype))
+        self.num_users, self.num_items = as_size("num_users", num_users), as_size("num_items", num_items)
+        self.latent_dim = as_size("latent_dim", latent_dim)
+        self.activ_output = as_activation("activ_output", activ_output)
+        self.users = nn.Embedding(self.num_users, self.latent_dim, device=device, dtype=dtype)
+        self.items = nn.Embedding(self.num_items, self.latent_dim, device=device, dtype=dtype)
+        self.fusion_weights = nn.Parameter(torch.empty(self.latent_dim, device=device, dtype=dtype))
         self.fusion_bias = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -133,11 +168,11 @@ class GMF(ReferenceState):
             If indices are not integers.
         """
         if items is None:
-            users, candidates = aligned(users=users)[0].unsqueeze(-1), self.items.weight
+            users, candidates = aligned(users=users)[0].unsqueeze(-1), table(self.items)
         else:
             users, items = aligned(users=users, items=items)
             candidates = self.items(items)
-        scores = fusion_sum(self.fusion_weights, self.users(users), candidates) + self.fusion_bias
+        scores = fusion_sum(self.fusion_weights, self.users(users), candidates) + self.fusion_bias.squeeze(0)
         return activated(self.activ_output, scores)
 
     def _reference_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -159,9 +194,9 @@ class GMF(ReferenceState):
 
 
 class Triples(ReferenceState):
-    """Embeddings of entities and relations, and the routes to a score; a subclass says how two of three are joined."""
+    """Embeddings of entities and relations, and the lookups for a score; a subclass computes it in `_score`."""
 
-    numbers = 1  # of each embedding, per dim
+    numbers = 1  # that one dim of an embedding has: 2 where it is complex
 
     def __init__(
         self,
@@ -174,10 +209,10 @@ class Triples(ReferenceState):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(nentity=nentity, nrelation=nrelation, hidden_dim=hidden_dim)
-        self.nentity, self.nrelation, self.hidden_dim, self.gamma = nentity, nrelation, hidden_dim, gamma
-        self.entities = nn.Embedding(nentity, self.numbers * hidden_dim, device=device, dtype=dtype)
-        self.relations = nn.Embedding(nrelation, self.numbers * hidden_dim, device=device, dtype=dtype)
+        self.nentity, self.nrelation = as_size("nentity", nentity), as_size("nrelation", nrelation)
+        self.hidden_dim, self.gamma = as_size("hidden_dim", hidden_dim), gamma
+        self.entities = nn.Embedding(self.nentity, self.numbers * self.hidden_dim, device=device, dtype=dtype)
+        self.relations = nn.Embedding(self.nrelation, self.numbers * self.hidden_dim, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -212,7 +247,7 @@ class Triples(ReferenceState):
         if heads is None or tails is None:
             side, known = ("tails", heads) if tails is None else ("heads", tails)
             known, relations = aligned(**{"heads" if tails is None else "tails": known, "relations": relations})
-            known, relations, candidates = known.unsqueeze(-1), relations.unsqueeze(-1), self.entities.weight
+            known, relations, candidates = known.unsqueeze(-1), relations.unsqueeze(-1), table(self.entities)
         else:
             heads, relations, tails = aligned(heads=heads, relations=relations, tails=tails)
             side, known, other = ("heads", tails, heads) if heads.numel() > tails.numel() else ("tails", heads, tails)
@@ -220,7 +255,7 @@ class Triples(ReferenceState):
         return self._score(self.entities(known), self.relations(relations), candidates, side)
 
     def _score(self, known: Tensor, relations: Tensor, candidates: Tensor, side: str) -> Tensor:
-        """Score embeddings of the known entity, the relation, and the entity of the side that may have candidates."""
+        """Score embeddings of the known entity, the relation and the candidates, which are entities of `side`."""
         raise NotImplementedError
 
     def _reference_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -323,10 +358,4 @@ class ComplEx(Triples):
 
     def _score(self, known: Tensor, relations: Tensor, candidates: Tensor, side: str) -> Tensor:
         # Re(h r conj(t)) is the real dot product of h r with t, and of t conj(r) with h.
-        known, relations = (x.unflatten(-1, (2, -1)) for x in (known, relations))
-        real, imaginary = ([[1.0], [-1.0]], [[1.0], [1.0]]) if side == "tails" else ([[1.0], [1.0]], [[-1.0], [1.0]])
-        joined = [
-            fusion_sum(known.new_tensor(signs), known, r, dim=-2)
-            for signs, r in ((real, relations), (imaginary, relations.flip(-2)))
-        ]
-        return fusion_sum(None, torch.cat(joined, dim=-1), candidates)
+        return fusion_sum(None, complex_product(known, relations, conjugate=side == "heads"), candidates)
