@@ -267,3 +267,26 @@ for call in (
 assert fs.fusion_sum(None, np.ones((3000, 257))).tolist() == [257] * 3000
 """
     run_python(code)
+
+
+def test_a_thread_of_little_stack():
+    """256 KiB; where the C library is musl, threads have half of that."""
+    code = """
+import threading
+import numpy as np, fusionsum as fs
+rng = np.random.default_rng(0)
+weights, f, g = rng.standard_normal(600), rng.standard_normal((4096, 600)), rng.standard_normal((4096, 600))
+options = {"activations": ["tanh", "gelu"], "present": [rng.random(4096) > 0.4, None]}
+u = rng.standard_normal(4096)
+results = []
+def call():
+    results.append([fs.fusion_sum(weights, f, g, **options), *fs.fusion_sum_grad(u, weights, f, g, **options)])
+call()
+threading.stack_size(256 * 1024)
+thread = threading.Thread(target=call)
+thread.start()
+thread.join()
+assert all(map(np.array_equal, *results))
+print(len(results))
+"""
+    assert run_python(code) == "2\n"

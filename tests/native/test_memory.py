@@ -1,4 +1,4 @@
-"""Calls that get no memory: natively, and from Python on NumPy's arrays and torch's tensors.
+"""Calls that get no memory, natively and from Python on NumPy's arrays and torch's tensors; calls on little stack.
 
 What lives elsewhere: the native scenes (``memory.cpp``), the allocator that fails when told (``allocator.cpp``), outputs
 that do not fit into the process's limit (``tests/test_parallel.py``).
@@ -19,8 +19,8 @@ from conftest import FORMS, require_native, run_python
 from tests.native import build
 
 
-@pytest.mark.parametrize("scene", ["allocations", "first threads"])
-def test_each_allocation_fails_in_turn(scene):
+@pytest.mark.parametrize("scene", ["allocations", "first threads", "small stacks"])
+def test_scenes(scene):
     done = build.run("memory", "plain", scene)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert done.stdout == "done\n"
@@ -78,11 +78,11 @@ def calls(arrays: str) -> Any:
 
 def fail_each(arrays: str) -> None:
     """Fail each allocation of some calls in turn; run it in a process of its own, with the allocator."""
-    allocator, outcomes = Allocator(), []
-    gc.freeze()  # of torch's modules, which a collection would otherwise go through each time
+    allocator, outcomes, chosen = Allocator(), [], list(calls(arrays))
+    gc.freeze()  # or each collection would go through all of torch's modules
     # Where torch gets no memory for small objects of its own, it ends the process: c10's makeDataPtr is noexcept.
     at_least = 64 if arrays == "tensors" else 0
-    for (function, arguments), and_later in itertools.product(calls(arrays), (False, True)):
+    for (function, arguments), and_later in itertools.product(chosen, (False, True)):
         for k in itertools.count():
             alive = np.zeros(4, np.int64)  # holds no objects, which would count
             for i in range(len(alive)):
