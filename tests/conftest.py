@@ -258,7 +258,7 @@ def kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "check", declined)
 
 
-def run_python(code: str, *, timeout: float = 60, **environment: str) -> str:
+def run_python(code: str, *, timeout: float = 180, **environment: str) -> str:
     """Run code in a fresh interpreter that finds this package and these tests; return what it printed."""
     paths = [str(PACKAGE.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
