@@ -109,7 +109,7 @@ def library(name: str) -> pathlib.Path:
         )
 
 
-def run(name: str, variant: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(name: str, variant: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run a program; what a sanitizer finds ends it with exit code ``SANITIZER``."""
     # Each tool passes over what it does not know.
     options = f"exitcode={SANITIZER} halt_on_error=1 detect_leaks=1 die_after_fork=0"
