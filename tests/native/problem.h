@@ -130,12 +130,13 @@ inline void draw_strides(Bytes& b, const Problem& p, uint32_t dims, bool repeats
   }
 }
 
-inline Problem draw(Bytes& b) {
+// Of at most so many entries.
+inline Problem draw(Bytes& b, int64_t most = 1 << 19) {
   constexpr int64_t kSizes[] = {1,  2,  3,  4,  5,   7,   8,   9,   13,  15,  16,   17,   19,   31,   32,
                                 33, 61, 64, 65, 127, 129, 257, 511, 512, 521, 1023, 1024, 1025, 2049, 16411};
   Problem p{};
   p.ndim = b.one_in(4) ? 1 + static_cast<int>(b.below(kMaxDims - 1)) : 1 + static_cast<int>(b.below(4));
-  int64_t room = int64_t{1} << (b.one_in(32) ? 19 : b.one_in(8) ? 16 : 12);
+  int64_t room = std::min<int64_t>(most, 1 << (b.one_in(32) ? 19 : b.one_in(8) ? 16 : 12));
   for (int d = 0; d < p.ndim; ++d) {
     p.size[d] = std::min(kSizes[b.below(std::size(kSizes))], room);
     room /= p.size[d];
@@ -446,7 +447,7 @@ class Memory {
           scalar::with_dtype(o.dtype, o.data, [&](const auto* from) {
             auto stored = *from;
             scalar::narrow(z, &stored);
-            std::memcpy(origin_[data_of[k]] + at * sizeof stored, &stored, sizeof stored);
+            std::memcpy(origin_[data_of[k]] + at * item_size(o.dtype), &stored, sizeof stored);
           });
           const Value value = activated(o.activation, z);
           y[k] = value.y;

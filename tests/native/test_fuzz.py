@@ -34,7 +34,8 @@ def test_search():
         folder = build.program("fuzz", variant).parent
         corpus = folder / "corpus"
         corpus.mkdir(exist_ok=True)
-        options = [f"-max_total_time={SECONDS}", "-max_len=256", "-print_final_stats=1", f"-artifact_prefix={folder}/"]
+        options = ["-max_len=256", "-len_control=0", "-print_final_stats=1"]
+        options += [f"-max_total_time={SECONDS}", f"-artifact_prefix={folder}/"]
         done = build.run("fuzz", variant, *options, str(corpus), timeout=SECONDS + 300)
         assert done.returncode == 0, done.stderr[-4000:]
         print(done.stderr[-1000:])
