@@ -352,7 +352,8 @@ class Walker {
       for (int64_t r = 0; t.in_rows[v] && r < t.rows; ++r) {
         const bool here = present(p.varying[v], from + r, 0);
         at<const S*>(p.scratch.in_rows)[v * kGroup + r] = here ? t.in[v] + r * t.in_step[v] : at<S>(p.scratch.absent);
-        at<S*>(p.scratch.out_rows)[v * kGroup + r] = here ? t.out[v] + r * t.out_step[v] : at<S>(p.scratch.trash);
+        if (t.out[v])
+          at<S*>(p.scratch.out_rows)[v * kGroup + r] = here ? t.out[v] + r * t.out_step[v] : at<S>(p.scratch.trash);
       }
     }
   }
