@@ -6,6 +6,7 @@
 // derivative of operand k is
 //     grad_k = sum over the dims that k does not have of  phi_k'(z_k) * prod_{j != k} phi_j(z_j),
 // and the forward pass is the derivative with respect to u, at u = 1. So planner and kernels know one loop only.
+// Each dim is had by the weights or by a factor, for they make the loop space: kernels rely on it.
 //
 // What lives elsewhere: the arithmetic (formula.h), the order of loops (cpu/sum/plan.h, cuda/sum/plan.h), the choice of
 // instruction set (cpu/dispatch.h).
