@@ -7,7 +7,7 @@
 #include <new>
 
 #include "allocator.cpp"
-#include "problem.h"
+#include "scene.h"
 
 namespace native {
 namespace {
@@ -30,19 +30,24 @@ std::vector<std::unique_ptr<Memory>> some_problems() {
   return all;
 }
 
+// Whether a call ends in std::bad_alloc.
+bool runs_out(Memory& memory, const Isa& isa) {
+  try {
+    carry_out(memory.problem(), isa);
+    return false;
+  } catch (const std::bad_alloc&) {
+    return true;
+  }
+}
+
 // Fails each allocation in turn, alone and with all after it: the call throws std::bad_alloc and leaves nothing behind,
 // or does with less. Returns how many there are.
 int64_t fail_each(Memory& memory, const Isa& isa, const std::vector<emulator::Bytes>& wanted) {
   for (const bool and_later : {false, true}) {
     for (int64_t k = 0;; ++k) {
       const int64_t before = allocator_alive();
-      bool thrown = false;
       allocator_arm(k, and_later, 0);
-      try {
-        carry_out(memory.problem(), isa);
-      } catch (const std::bad_alloc&) {
-        thrown = true;
-      }
+      const bool thrown = runs_out(memory, isa);
       const int64_t asked = allocator_disarm();
       require(allocator_alive() == before, "memory was left behind");
       if (!thrown) memory.check(isa);
@@ -85,13 +90,8 @@ void first_threads() {
       const pid_t child = fork();
       if (child == 0) {
         alarm(60);
-        bool thrown = false;
         allocator_arm(k, and_later, 0);
-        try {
-          carry_out(memory.problem(), isa);
-        } catch (const std::bad_alloc&) {
-          thrown = true;
-        }
+        const bool thrown = runs_out(memory, isa);
         const bool reached = allocator_disarm() > k;
         if (!thrown) memory.check(isa);
         for (int i = 0; i < 3; ++i) require(memory.results(isa) == wanted, "the call after a failed one is wrong");
@@ -134,22 +134,10 @@ void small_stacks() {
   }
 }
 
-struct Scene {
-  const char* name;
-  void (*play)();
-};
 constexpr Scene kScenes[] = {
     {"allocations", allocations}, {"first threads", first_threads}, {"small stacks", small_stacks}};
 
 }  // namespace
 }  // namespace native
 
-int main(int count, char** arguments) {
-  for (const native::Scene& scene : native::kScenes) {
-    if (count != 2 || std::string(arguments[1]) != scene.name) continue;
-    scene.play();
-    std::puts("done");
-    return 0;
-  }
-  native::fail("expected: memory SCENE");
-}
+int main(int count, char** arguments) { return native::play("memory", native::kScenes, count, arguments); }

@@ -7,7 +7,7 @@
 #include <atomic>
 #include <thread>
 
-#include "problem.h"
+#include "scene.h"
 
 namespace native {
 namespace {
@@ -182,10 +182,6 @@ void leak() {
   lost = nullptr;
 }
 
-struct Scene {
-  const char* name;
-  void (*play)();
-};
 constexpr Scene kScenes[] = {{"nested", nested},
                              {"nested in a second caller", nested_in_second_caller},
                              {"nested in torch's pool", nested_in_torch},
@@ -197,12 +193,4 @@ constexpr Scene kScenes[] = {{"nested", nested},
 }  // namespace
 }  // namespace native
 
-int main(int count, char** arguments) {
-  for (const native::Scene& scene : native::kScenes) {
-    if (count != 2 || std::string(arguments[1]) != scene.name) continue;
-    scene.play();
-    std::puts("done");
-    return 0;
-  }
-  native::fail("expected: pool SCENE");
-}
+int main(int count, char** arguments) { return native::play("pool", native::kScenes, count, arguments); }

@@ -218,6 +218,7 @@ void classify(Plan& plan) {
 // Gives each piece of a thread's scratch memory its place.
 void lay_out(Plan& plan) {
   Scratch& s = plan.scratch;
+  s = Scratch{};  // the walk forms pointers to pieces that this plan lacks, too, though it never follows them
   const int64_t item = plan.wide ? 8 : 4, width = std::min(kBlock, plan.cols), tile = std::min(kBlock, kGroup * width);
   int64_t end = 0;
   const auto take = [&](int64_t entries, int64_t size) {
