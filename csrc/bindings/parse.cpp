@@ -93,8 +93,7 @@ bool broadcast(const Array* arrays, int count, Broadcast& to) {
 
 bool read_dim(py::handle dim, int ndim, int& to) {
   if (!PyIndex_Check(dim.ptr()) || PyBool_Check(dim.ptr())) return false;
-  const Py_ssize_t axis =
-      PyNumber_AsSsize_t(dim.ptr(), nullptr);  // what is too large is clipped, and out of range below
+  const Py_ssize_t axis = PyNumber_AsSsize_t(dim.ptr(), nullptr);  // clips an integer too large: out of range below
   if (axis == -1 && PyErr_Occurred()) {
     PyErr_Clear();
     return false;

@@ -28,9 +28,8 @@ from .call import Call, check
 
 LEAST_WORK = 2**22  # multiply-adds: below, the kernels take less time than the preparations here, some 0.2 ms
 TILE_BYTES = 2**25  # of a tile of P or Q, and of a block of U or F: a call holds a few of each at a time
-LEAST_ROWS = (
-    512  # of a tile, if a side has several: with fewer, BLAS is bound by memory, and tiles are formed too often
-)
+# Rows of a tile, if a side has several: with fewer, BLAS is bound by memory, and tiles are formed too often.
+LEAST_ROWS = 512
 
 # MKL cuts a product of matrices as the number of threads suggests, along the terms too, and the bits follow. In a batch it
 # gives each item to one thread if there are at least as many items as threads. So products go to it as batches of 8 items,
