@@ -144,12 +144,13 @@ struct Tile {
   int64_t out_step[kMaxOperands];
   const S* const* in_rows[kMaxOperands];  // masked operands: where each row is instead; null: as in and in_step say
   S* const* out_rows[kMaxOperands];
-  bool stream[kMaxOperands];  // store out[k] past the caches
-  bool masked;                // rows may lie anywhere
-  const T* uniform;           // the product of the uniform operands, a row for all rows; null: none
-  T* uniform_out;             // += its derivative; null: not asked for
-  const T* scale;             // per row: the product of the splat operands
-  double* sum;                // per row: += sum over the columns of the product, without scale
+  bool stream[kMaxOperands];     // store out[k] past the caches
+  bool in_memory[kMaxOperands];  // rows are read where they lie, not from scratch memory
+  bool masked;                   // rows may lie anywhere
+  const T* uniform;              // the product of the uniform operands, a row for all rows; null: none
+  T* uniform_out;                // += its derivative; null: not asked for
+  const T* scale;                // per row: the product of the splat operands
+  double* sum;                   // per row: += sum over the columns of the product, without scale
 
   const S* in_row(int k, int64_t r) const { return in_rows[k] ? in_rows[k][r] : in[k] + r * in_step[k]; }
   S* out_row(int k, int64_t r) const {
@@ -207,11 +208,12 @@ FUSIONSUM_INLINE int count_of(const Tile<T, S>& t) {
 constexpr int at_least_one(int n) { return n ? n : 1; }  // arrays of nothing are not C++
 
 // What to ask memory for while row `in` of operand k is read: bytes further on, or the row `next` where rows are masked
-// and may lie anywhere. The processor's own prefetcher stops at each page. 8 KB under way, of all operands and of what
+// and may lie anywhere. The processor's own prefetcher stops at each page. 12 KB under way, of all operands and of what
 // is stored together, hide the latency of memory: on Zen 5 one operand reads 1.2 times as fast as with 2 KB, two of 16
 // bits 1.15 times as fast.
 template <int N, bool kStores, class T, class S>
 FUSIONSUM_INLINE const S* ahead(const Tile<T, S>& t, int k, int64_t next, const S* in) {
+  if (!t.in_memory[k]) return in;  // beyond a scratch row lies another thread's, whose core would lose the line
   if (t.masked) return next < t.rows ? t.in_row(k, next) : in;
   return in + 12288 / (kStores ? 2 : 1) / at_least_one(N) / static_cast<int64_t>(sizeof(S));
 }

@@ -332,6 +332,7 @@ class Walker {
                  : o.grad_in_place        ? static_cast<S*>(o.grad) + grad_at[k] + col
                                           : as<S>(at<T>(o.derivative));
       t.stream[v] = p.stream && o.grad_in_place;
+      t.in_memory[v] = o.data && o.in_place;
       t.in_rows[v] = leads ? at<const S*>(p.scratch.in_rows) + v * kGroup : nullptr;
       t.out_rows[v] = leads ? at<S*>(p.scratch.out_rows) + v * kGroup : nullptr;
       if (o.repeated) load(k, 0, 1, col, cols, at<T>(o.value), slopes(o));
