@@ -7,6 +7,7 @@ What lives here: registering a record with the dispatcher, autograd, vmap and th
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -132,9 +133,12 @@ def register(operation: Operation) -> None:
 
     torch.library.register_vmap(qualified, vmap, lib=_library)
     if operation.decomposition is not None:
-        # The ONNX exporter decomposes every operation in this table; compilers and torch.export only those on lists of
-        # their own. On fake tensors of symbolic sizes torch would too, if `meta_table` had no entry for the operation.
-        torch._decomp.decomposition_table[_overload(name)] = operation.decomposition
+        # The ONNX exporter decomposes every operation in the table it finds under this name; compilers and torch.export
+        # only those on lists of their own. The table itself stays as it is: where CI is set, Inductor refuses an operation
+        # that is in it. On fake tensors of symbolic sizes torch would decompose too, if `meta_table` had no entry.
+        torch._decomp.decomposition_table = collections.ChainMap(
+            {_overload(name): operation.decomposition}, torch._decomp.decomposition_table
+        )
         torch._decomp.meta_table[_overload(name)] = operation.fake
 
 
