@@ -3,6 +3,7 @@
 #include "../cpu/parallel.h"
 #include "execute.h"
 #include "parse.h"
+#include "scores.h"
 #include "sum.h"
 #include "torch.h"
 
@@ -25,6 +26,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   using namespace fusionsum;
   m.def("fusion_sum", &fusion_sum);
   m.def("fusion_sum_grad", &fusion_sum_grad);
+  define_scores(m);
   m.def("use_torch", &use_torch);
   m.def("use_cuda", &use_cuda);
   m.def("isa", [] { return active_isa().name; });

@@ -9,17 +9,6 @@
 namespace fusionsum {
 namespace {
 
-bool read_activation(py::handle name, Activation& to) {
-  if (!name.is_none() && !PyUnicode_Check(name.ptr())) return false;
-  for (int i = 0; i < static_cast<int>(std::size(kActivationNames)); ++i) {
-    if (name.is_none() ? i == 0 : i > 0 && PyUnicode_CompareWithASCIIString(name.ptr(), kActivationNames[i]) == 0) {
-      to = static_cast<Activation>(i);
-      return true;
-    }
-  }
-  return false;
-}
-
 bool read_mask(py::handle object, const Array& factor, const Broadcast& b, int terms, Home& home, Operand& to) {
   if (object.is_none()) return true;
   Array mask;
@@ -40,6 +29,17 @@ bool read_mask(py::handle object, const Array& factor, const Broadcast& b, int t
 }
 
 }  // namespace
+
+bool read_activation(py::handle name, Activation& to) {
+  if (!name.is_none() && !PyUnicode_Check(name.ptr())) return false;
+  for (int i = 0; i < static_cast<int>(std::size(kActivationNames)); ++i) {
+    if (name.is_none() ? i == 0 : i > 0 && PyUnicode_CompareWithASCIIString(name.ptr(), kActivationNames[i]) == 0) {
+      to = static_cast<Activation>(i);
+      return true;
+    }
+  }
+  return false;
+}
 
 bool is_sequence_of(py::handle object, size_t count) {
   return (PyTuple_Check(object.ptr()) || PyList_Check(object.ptr())) && py::len(object) == count;

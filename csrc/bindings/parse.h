@@ -74,6 +74,9 @@ py::object allocate_grad(const Broadcast& b, const Home& home, DType dtype, int 
 
 // ---- options of factors ---------------------------------------------------------------------------------------------
 
+// Reads None or a name.
+bool read_activation(py::handle name, Activation& to);
+
 // Sets the factors' activations: `activations` is None or a name for all, or a sequence with one for each.
 bool read_activations(py::handle activations, int count, Operand* factors);
 

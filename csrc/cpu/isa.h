@@ -1,5 +1,6 @@
 // One instruction set: its name, and the kernels of each operation. isa_<name>.cpp makes one.
 #pragma once
+#include "scores/plan.h"
 #include "sum/plan.h"
 
 namespace fusionsum {
@@ -7,6 +8,7 @@ namespace fusionsum {
 struct Isa {
   const char* name;
   SumKernels sum;
+  ScoreKernels scores;
 };
 
 }  // namespace fusionsum

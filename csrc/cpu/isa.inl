@@ -6,7 +6,7 @@ namespace FUSIONSUM_ISA {
 
 #define FUSIONSUM_STRING(name) #name
 #define FUSIONSUM_NAME(name) FUSIONSUM_STRING(name)
-extern const Isa isa = {FUSIONSUM_NAME(FUSIONSUM_ISA), kSumKernels};
+extern const Isa isa = {FUSIONSUM_NAME(FUSIONSUM_ISA), kSumKernels, kScoreKernels};
 
 }  // namespace FUSIONSUM_ISA
 }  // namespace fusionsum

@@ -1,3 +1,4 @@
 #include "simd/avx2.h"
 #include "sum/walk.inl"
+#include "scores/walk.inl"
 #include "isa.inl"

@@ -1,3 +1,4 @@
 #include "simd/scalar.h"
 #include "sum/walk.inl"
+#include "scores/walk.inl"
 #include "isa.inl"

@@ -20,7 +20,15 @@ struct Simd;
 template <>
 struct Simd<float> {
   using V = F32;
-  static constexpr int width = 16;
+  static constexpr int width = 16, tile_rows = 14, tile_vectors = 2;  // 28 of 32 registers hold a tile of scores
+  static V broadcast(float x) { return _mm512_set1_ps(x); }
+  static unsigned above(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }  // a bit where a > b
+  static float max(V v) {
+    const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_maskz_extractf32x8_ps(0xff, v, 1));
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  }
   static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static V load_part(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
@@ -37,7 +45,14 @@ struct Simd<float> {
 template <>
 struct Simd<double> {
   using V = F64;
-  static constexpr int width = 8;
+  static constexpr int width = 8, tile_rows = 14, tile_vectors = 2;
+  static V broadcast(double x) { return _mm512_set1_pd(x); }
+  static unsigned above(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
+  static double max(V v) {
+    const __m256d h = _mm256_max_pd(_mm512_castpd512_pd256(v), _mm512_maskz_extractf64x4_pd(0xf, v, 1));
+    const __m128d m = _mm_max_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(m, _mm_unpackhi_pd(m, m)));
+  }
   static __mmask8 first(int count) { return static_cast<__mmask8>((1u << count) - 1); }
   static V load(const double* p) { return _mm512_loadu_pd(p); }
   static V load_part(const double* p, int count) { return _mm512_maskz_loadu_pd(first(count), p); }

@@ -13,7 +13,10 @@ namespace {
 template <class T>
 struct Simd {
   using V = T;
-  static constexpr int width = 1;
+  static constexpr int width = 1, tile_rows = 4, tile_vectors = 4;
+  static V broadcast(T x) { return x; }
+  static unsigned above(V a, V b) { return a > b; }
+  static T max(V v) { return v; }
   static V load(const T* p) { return *p; }
   static V load_part(const T* p, int) { return *p; }
   static void store(T* p, V v) { *p = v; }

@@ -1,0 +1,214 @@
+// From scores to a plan, and its execution; the choice of the best candidates of a top-k. Compiled for the baseline:
+// nothing here depends on the instruction set but the shape of its tile.
+#include "plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "../../space.h"
+
+namespace fusionsum {
+namespace {
+
+constexpr int64_t kMaxStripes = 64, kFewestStripes = 16;   // as many cores are kept busy
+constexpr int64_t kKeyBytes = int64_t{8} << 20;            // of a chunk of keys, packed and formed
+constexpr int64_t kQueryBytes = int64_t{32} << 20;         // of a chunk of queries, formed, or of its candidates
+constexpr int64_t kQueryChunk = 1 << 16;
+constexpr int64_t kByDots = 4;  // queries: so few are multiplied faster by keys as they lie than by packed ones
+
+int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+
+bool in_place(const Side& side, DType working) {
+  const Factor& f = side.factor[0];
+  return side.factors == 1 && f.dtype == working && f.activation == Activation::none && !f.mask && f.term == 1;
+}
+
+// Keys and queries of a block: whole tiles both ways, whose Gamma stays in the second-level cache.
+int64_t block_of(int64_t tile_rows, int64_t tile_cols, int64_t item) {
+  const int64_t tile = std::lcm(tile_rows, tile_cols), most = item == 8 ? 128 : 256;
+  return std::max<int64_t>(1, most / tile) * tile;
+}
+
+// ---- candidates -----------------------------------------------------------------------------------------------------
+
+// Larger scores first, equal ones by the lower key, NaN after all numbers.
+template <class T>
+bool better(const Hit<T>& a, const Hit<T>& b) {
+  const bool number_a = a.score == a.score, number_b = b.score == b.score;
+  if (!number_a || !number_b) return number_a != number_b ? number_a : a.key < b.key;
+  return a.score != b.score ? a.score > b.score : a.key < b.key;
+}
+
+template <class T>
+Hit<T>* candidates(const ScorePlan& p, int64_t slot) {
+  return reinterpret_cast<Hit<T>*>(p.candidates) + slot * p.room;
+}
+
+template <class T>
+void compact(const ScorePlan& p, int64_t slot) {
+  const int64_t k = p.scores->k;
+  Hit<T>* const all = candidates<T>(p, slot);
+  std::nth_element(all, all + k - 1, all + p.held[slot], better<T>);
+  p.held[slot] = k;
+  const T least = all[k - 1].score;  // while it is NaN, every score is kept: any number is better
+  reinterpret_cast<T*>(p.threshold)[slot] = least;
+  p.full[slot] = least == least;
+}
+
+template <class T>
+void select(const ScorePlan& p, int64_t first_query, int64_t begin, int64_t end) {
+  const Scores& s = *p.scores;
+  for (int64_t b = begin; b < end; ++b) {
+    Hit<T>* const all = candidates<T>(p, b * p.segments);
+    int64_t count = 0;
+    for (int64_t slot = b * p.segments; slot < (b + 1) * p.segments; ++slot) {
+      std::copy_n(candidates<T>(p, slot), p.held[slot], all + count);
+      count += p.held[slot];
+    }
+    const int64_t found = std::min(count, s.k);
+    std::partial_sort(all, all + found, all + count, better<T>);
+    T* const values = static_cast<T*>(s.values) + (first_query + b) * s.k;
+    int64_t* const indices = s.indices + (first_query + b) * s.k;
+    for (int64_t i = 0; i < s.k; ++i) {
+      values[i] = i < found ? all[i].score : -std::numeric_limits<T>::infinity();
+      indices[i] = i < found ? all[i].key : -1;
+    }
+  }
+}
+
+// ---- sizes ----------------------------------------------------------------------------------------------------------
+
+// Takes pieces of one block of memory, whose address is known once its size is.
+struct Layout {
+  int64_t bytes = 0;
+  int64_t take(int64_t count, int64_t size) {
+    const int64_t at = bytes;
+    bytes += in_cache_lines(count * size);
+    return at;
+  }
+};
+
+struct Tile {
+  int64_t rows, cols;
+};
+
+void cut(const Scores& s, Tile tile, ScorePlan& p) {
+  const int64_t item = s.wide ? 8 : 4, queries = s.queries.rows, keys = s.keys.rows;
+  const DType working = s.wide ? DType::f64 : DType::f32;
+  p.scores = &s;
+  p.latin = s.differentiates || s.epilogue == Epilogue::softmax;
+  p.by_dots = queries <= kByDots && !s.differentiates && (s.epilogue == Epilogue::store || s.epilogue == Epilogue::top_k);
+  p.block = block_of(tile.rows, tile.cols, item);
+  p.queries_in_place = in_place(s.queries, working);
+  p.keys_in_place = in_place(s.keys, working);
+
+  const int64_t row = std::max<int64_t>(1, s.terms) * item;
+  p.query_chunk = std::min(queries, kQueryChunk);
+  if (!p.queries_in_place) p.query_chunk = std::min(p.query_chunk, std::max<int64_t>(p.block, kQueryBytes / row));
+  p.room = s.k + std::max<int64_t>(s.k, 64);
+  const int64_t fewest = 2 * tile.rows;
+  const auto stripe_of = [&](int64_t rows) {  // whole blocks where there are enough, for 16 to 64 stripes
+    if (rows >= kFewestStripes * p.block) return divide_up(rows, kMaxStripes * p.block) * p.block;
+    return std::min(p.block, std::max(fewest, round_up(divide_up(rows, kFewestStripes), tile.rows)));
+  };
+  p.stripe = stripe_of(p.query_chunk);
+  p.stripes = divide_up(p.query_chunk, p.stripe);
+
+  const bool keys_twice = !p.keys_in_place && !p.by_dots;
+  p.key_chunk = std::max(p.block, kKeyBytes / (row * (keys_twice ? 2 : 1)) / p.block * p.block);
+  p.key_chunk = std::min(p.key_chunk, round_up(keys, tile.cols));
+  p.segments = p.latin ? p.stripes : 1;
+  if (!p.latin && (s.epilogue == Epilogue::top_k || s.epilogue == Epilogue::store))
+    p.segments = std::max<int64_t>(1, kFewestStripes / p.stripes);
+  p.segment = round_up(divide_up(p.key_chunk, p.segments), tile.cols);
+  p.segments = divide_up(p.key_chunk, p.segment);
+  if (s.epilogue == Epilogue::top_k) {
+    const int64_t slot = p.room * (s.wide ? sizeof(Hit<double>) : sizeof(Hit<float>));
+    const int64_t most = std::max<int64_t>(1, kQueryBytes / (slot * p.segments));
+    if (p.query_chunk > most) {
+      p.query_chunk = most;
+      p.stripe = std::min(p.stripe, round_up(most, tile.rows));
+      p.stripes = divide_up(p.query_chunk, p.stripe);
+    }
+  }
+  p.query_chunks = divide_up(queries, p.query_chunk);
+  p.key_chunks = divide_up(keys, p.key_chunk);
+  p.steps = p.latin ? p.stripes : 1;
+  p.tasks = p.latin ? p.stripes : p.stripes * p.segments;
+}
+
+// Places of all that tasks share, then of a thread's scratch memory. Called once for the sizes, once more with memory.
+int64_t lay_out(const Scores& s, Tile tile, ScorePlan& p, char* memory) {
+  const int64_t item = s.wide ? 8 : 4;
+  Layout shared;
+  const auto take = [&](bool wanted, int64_t count, int64_t size) {
+    return wanted ? memory + shared.take(count, size) : nullptr;
+  };
+  const int64_t keys = round_up(p.key_chunk, tile.cols), slots = p.query_chunk * p.segments;
+  const bool scores = !(s.epilogue == Epilogue::store && s.differentiates), top_k = s.epilogue == Epilogue::top_k;
+  p.panels = take(scores && !p.by_dots, keys * s.terms, item);
+  p.query_rows = take(!p.queries_in_place, p.query_chunk * s.terms, item);
+  p.key_rows = take(!p.keys_in_place, p.key_chunk * s.terms, item);
+  p.bias = take(true, keys, item);
+  p.label = take(s.key_labels, keys, item);
+  p.id = take(s.key_ids, keys, item);
+  p.coefs = take(s.key_coefs, kSoftmaxCoefs * keys, item);
+  p.d_scale = reinterpret_cast<double*>(take(s.d_scale, p.query_chunks * p.stripes, sizeof(double)));
+  p.candidates = take(top_k, slots * p.room, s.wide ? sizeof(Hit<double>) : sizeof(Hit<float>));
+  p.threshold = take(top_k, slots, item);
+  p.held = reinterpret_cast<int64_t*>(take(top_k, slots, sizeof(int64_t)));
+  p.full = reinterpret_cast<uint8_t*>(take(top_k, slots, 1));
+  p.compact = s.wide ? compact<double> : compact<float>;
+  p.select = s.wide ? select<double> : select<float>;
+
+  Layout own;
+  p.strip = own.take((s.differentiates ? p.block : tile.rows) * (p.block + 16), item);
+  p.row = own.take(2 * s.terms, item);
+  p.tile = own.take(tile.rows * (s.terms + 16), item);
+  p.panel = own.take(std::max(p.block, s.epilogue == Epilogue::rank ? s.terms : 0) * tile.cols, item);
+  p.key_reference = own.take(p.block, item);
+  p.key_sum = own.take(p.block, item);
+  p.scratch_bytes = own.bytes;
+  return shared.bytes;
+}
+
+}  // namespace
+
+bool execute(const Scores& s, const ScoreKernels& kernels, Workspace& workspace, bool (*interrupted)()) {
+  const double lowest = s.wide ? std::numeric_limits<double>::lowest() : std::numeric_limits<float>::lowest();
+  const Statistics none{lowest, 0, 0, std::numeric_limits<double>::lowest(), 0, 0, 0};
+  if (s.query_stats) std::fill_n(s.query_stats, s.queries.rows, none);
+  if (s.key_stats) std::fill_n(s.key_stats, s.keys.rows, none);
+  if (s.d_scale) *s.d_scale = 0;
+  if (!s.queries.rows || !s.keys.rows || (s.epilogue == Epilogue::top_k && !s.k)) return true;
+
+  const Tile tile{kernels.tile_rows[s.wide], kernels.tile_cols[s.wide]};
+  ScorePlan plan{};
+  cut(s, tile, plan);
+  const int64_t bytes = lay_out(s, tile, plan, nullptr);
+  const int threads = threads_for(plan.tasks);
+  char* const memory = workspace.reserve(bytes + threads * plan.scratch_bytes);
+  lay_out(s, tile, plan, memory);
+
+  struct Context {
+    const ScorePlan* plan;
+    const ScoreKernels* kernels;
+  } context{&plan, &kernels};
+  const Work work{plan.tasks,
+                  plan.query_chunks * (plan.key_chunks * (1 + plan.steps) + 1),
+                  1 + plan.stripe * plan.segment * (s.terms + 16) / 16,  // a multiply-add is a sixteenth of an entry
+                  threads,
+                  memory + bytes,
+                  plan.scratch_bytes,
+                  [](const void* context, int64_t task, int64_t slice, char* scratch) {
+                    const Context& c = *static_cast<const Context*>(context);
+                    c.kernels->walk[c.plan->scores->wide](*c.plan, task, slice, scratch);
+                  },
+                  &context};
+  if (!carry_out(work, interrupted)) return false;
+  for (int64_t i = 0; s.d_scale && i < plan.query_chunks * plan.stripes; ++i) *s.d_scale += plan.d_scale[i];
+  return true;
+}
+
+}  // namespace fusionsum

@@ -1,0 +1,256 @@
+// A task of a plan (plan.h): its share of the packing of a chunk of keys, then its stripe of queries against a segment of
+// them, strip by strip.
+#include "side.inl"
+#include "tile.inl"
+#include "pairs.inl"
+#include "softmax.inl"
+#include "sigmoid.inl"
+#include "top_k.inl"
+#include "rank.inl"
+
+namespace fusionsum {
+namespace FUSIONSUM_ISA {
+namespace {
+
+template <class T>
+class Scorer {
+  using S = Shape<T>;
+
+ public:
+  Scorer(const ScorePlan& plan, int64_t task, char* scratch)
+      : p(plan), s(*plan.scores), terms(s.terms), task(task), scratch(scratch) {}
+
+  void slice(int64_t slice) {
+    const int64_t of_chunk = p.key_chunks * (1 + p.steps) + 1;
+    first_query = slice / of_chunk * p.query_chunk;
+    query_count = smaller(p.query_chunk, s.queries.rows - first_query);
+    queries = rows_of<T>(s.queries, p.queries_in_place, p.query_rows, first_query, terms);
+    const int64_t within = slice % of_chunk, step = within % (1 + p.steps) - 1;
+    if (within == of_chunk - 1) return finish();
+    first_key = within / (1 + p.steps) * p.key_chunk;
+    key_count = smaller(p.key_chunk, s.keys.rows - first_key);
+    keys = rows_of<T>(s.keys, p.keys_in_place, p.key_rows, first_key, terms);
+    if (step < 0) {
+      pack();
+      if (first_key == 0) begin();
+      return;
+    }
+    const int64_t stripe = p.latin ? task : task / p.segments;
+    const int64_t segment = p.latin ? (task + step) % p.stripes : task % p.segments;
+    consume(stripe * p.stripe, smaller(query_count, (stripe + 1) * p.stripe), segment,
+            smaller(key_count, (segment + 1) * p.segment));
+  }
+
+ private:
+  T* memory(char* place) const { return piece<T>(place, 0); }
+  T* place(int64_t at) const { return piece<T>(scratch, at); }
+
+  // This task's share of `count` things.
+  template <class F>
+  void share(int64_t count, F f) const {
+    for (int64_t i = task * count / p.tasks; i < (task + 1) * count / p.tasks; ++i) f(i);
+  }
+
+  void begin() {
+    if (!p.queries_in_place)
+      share(query_count, [&](int64_t r) {
+        form_row(s.queries, s.absent, terms, first_query + r, memory(p.query_rows) + r * terms, place(p.row));
+      });
+    if (s.epilogue == Epilogue::top_k)
+      share(p.segments * p.query_chunk, [&](int64_t slot) {
+        p.held[slot] = 0;
+        p.full[slot] = 0;
+      });
+  }
+
+  void pack() {
+    share((key_count + S::cols - 1) / S::cols, [&](int64_t panel) {
+      const int64_t at = panel * S::cols, count = smaller(S::cols, key_count - at);
+      for (int64_t j = 0; !p.keys_in_place && j < count; ++j)
+        form_row(s.keys, s.absent, terms, first_key + at + j, memory(p.key_rows) + (at + j) * terms, place(p.row));
+      if (p.panels) pack_panel(Rows<T>{keys.row(at), keys.step}, count, terms, S::cols, memory(p.panels) + at * terms);
+      for (int64_t j = at; j < at + S::cols; ++j) describe_key(j, j < key_count);
+    });
+  }
+
+  // What strips read of a key beside its terms; of the places beyond the keys, whose scores are -inf.
+  void describe_key(int64_t j, bool is_key) const {
+    const int64_t c = first_key + j;
+    double bias = is_key ? s.bias : -__builtin_inf();
+    const Factor& own = s.key_bias;
+    if (is_key && own.data)
+      with_dtype(own.dtype, own.data, [&](auto data) { bias += static_cast<double>(widen(data[c * own.row])); });
+    memory(p.bias)[j] = static_cast<T>(bias);
+    if (s.key_labels) memory(p.label)[j] = is_key ? static_cast<T>(s.key_labels[c]) : T(-1);
+    if (s.key_ids) memory(p.id)[j] = is_key ? static_cast<T>(s.key_ids[c]) : T(-1);
+    for (int i = 0; s.key_coefs && i < kSoftmaxCoefs; ++i)
+      memory(p.coefs)[i * p.key_chunk + j] = is_key ? static_cast<T>(s.key_coefs[i * s.keys.rows + c]) : T(0);
+  }
+
+  Keys<T> describe(int64_t at, int64_t count) const {
+    Keys<T> k{};
+    k.first = first_key + at;
+    k.count = count;
+    k.padded = (count + S::cols - 1) / S::cols * S::cols;
+    k.bias = memory(p.bias) + at;
+    k.label = memory(p.label) + at;
+    k.id = memory(p.id) + at;
+    for (int i = 0; s.key_coefs && i < kSoftmaxCoefs; ++i) k.coef[i] = memory(p.coefs) + i * p.key_chunk + at;
+    k.reference = place(p.key_reference);
+    k.sum = place(p.key_sum);
+    return k;
+  }
+
+  // A tile's rows of queries from `from` on, of which `count` are there: where they lie or, where the tile would read
+  // beyond them or their entries of a term would fall into one set of the first-level cache (4 KB apart), copied.
+  const T* tile_of_queries(int64_t from, int64_t count, int64_t& step) const {
+    step = queries.step;
+    if (count == S::rows && step * static_cast<int64_t>(sizeof(T)) % 4096) return queries.row(from);
+    step = terms + 16;
+    T* const to = place(p.tile);
+    for (int64_t r = 0; r < S::rows; ++r) {
+      if (r < count) {
+        load_row(to + r * step, queries.row(from + r), 1, terms);
+      } else {
+        fill(to + r * step, T(0), terms);
+      }
+    }
+    return to;
+  }
+
+  void consume(int64_t from, int64_t to, int64_t segment, int64_t last_key) {
+    for (int64_t at = segment * p.segment; from < to && at < last_key; at += p.block) {
+      const Keys<T> block = describe(at, smaller(p.block, last_key - at));
+      const bool key_stats = s.epilogue == Epilogue::softmax && !s.differentiates && s.symmetric;
+      for (int64_t rows = from; rows < to; rows += p.block) {
+        const int64_t end = smaller(to, rows + p.block);
+        if (key_stats) begin_keys(s, block);
+        for (int64_t row = rows; row < end; row += S::rows)
+          strip(row, smaller(S::rows, end - row), at, block,
+                place(p.strip) + (s.differentiates ? (row - rows) * step() : 0), segment);
+        if (s.differentiates) differentiate(rows, end - rows, at, block);
+        if (key_stats) end_keys(s, block);
+      }
+    }
+  }
+  int64_t step() const { return p.block + 16; }  // of a strip's rows: not a power of two apart
+
+  // The scores of a tile's rows with a block of keys, and what the epilogue makes of them.
+  void strip(int64_t from, int64_t count, int64_t at, const Keys<T>& block, T* to, int64_t segment) {
+    if (s.epilogue == Epilogue::store && s.differentiates) {
+      for (int64_t r = 0; r < count; ++r)
+        with_dtype(s.matrix_dtype, s.matrix, [&](auto data) {
+          load_row(to + r * step(), data + (first_query + from + r) * s.matrix_row + block.first * s.matrix_col,
+                   s.matrix_col, block.count);
+        });
+      return;
+    }
+    if (p.by_dots) {
+      score_by_dots(terms, Rows<T>{queries.row(from), queries.step}, count, Rows<T>{keys.row(at), keys.step},
+                    block.count, static_cast<T>(s.scale), block.bias, to, step());
+    } else {
+      int64_t a_row;
+      const T* const a = tile_of_queries(from, count, a_row);
+      score_strip(terms, a, a_row, memory(p.panels) + at * terms, block.padded, static_cast<T>(s.scale), block.bias, to,
+                  step());
+    }
+    T targets[S::rows];
+    if (s.epilogue == Epilogue::rank) score_targets(from, count, targets);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t b = first_query + from + r;
+      T* const row = to + r * step();
+      fill(row + block.count, -kInfinity<T>, block.padded - block.count);  // 0 * inf gave NaN there
+      switch (s.epilogue) {
+        case Epilogue::store:
+          with_dtype(s.matrix_dtype, s.matrix, [&](auto data) {
+            store_row(unconst(data) + b * s.matrix_row + block.first * s.matrix_col, s.matrix_col, row, block.count, false);
+          });
+          break;
+        case Epilogue::softmax:
+          s.differentiates ? softmax_gamma(s, b, block, row) : softmax_row(s, b, block, row);
+          break;
+        case Epilogue::sigmoid:
+          s.differentiates ? sigmoid_gamma(s, b, block, row) : sigmoid_row(s, b, block, row);
+          break;
+        case Epilogue::top_k:
+          top_k_row(p, b, (from + r) * p.segments + segment, block, row);
+          break;
+        case Epilogue::rank:
+          rank_row(s, b, targets[r], block, row, s.greater[b], s.equal[b]);
+          break;
+      }
+    }
+  }
+
+  // The scores of queries with their targets, by the same operations as all others, so that they equal themselves.
+  void score_targets(int64_t from, int64_t count, T* to) const {
+    T* const panel = place(p.panel);
+    T* const key = place(p.row) + terms;
+    T bias[S::cols], scores[S::rows * S::cols];
+    for (int64_t first = 0; first < count; first += S::cols) {
+      const int64_t some = smaller(S::cols, count - first);
+      fill(panel, T(0), terms * S::cols);
+      for (int64_t r = 0; r < some; ++r) {
+        const int64_t c = s.targets[first_query + from + first + r];
+        form_row(s.keys, s.absent, terms, c, key, place(p.row));
+        for (int64_t i = 0; i < terms; ++i) panel[i * S::cols + r] = key[i];
+        double own = s.bias;
+        if (s.key_bias.data)
+          with_dtype(s.key_bias.dtype, s.key_bias.data,
+                     [&](auto data) { own += static_cast<double>(widen(data[c * s.key_bias.row])); });
+        bias[r] = static_cast<T>(own);
+      }
+      for (int64_t r = some; r < S::cols; ++r) bias[r] = 0;
+      int64_t a_row;
+      const T* const a = tile_of_queries(from, count, a_row);
+      score_strip(terms, a, a_row, panel, S::cols, static_cast<T>(s.scale), bias, scores, S::cols);
+      for (int64_t r = 0; r < some; ++r) to[first + r] = scores[(first + r) * S::cols + r];
+    }
+  }
+
+  // Adds to both sides' gradients what Gamma, of a block of queries and a block of keys, gives.
+  void differentiate(int64_t from, int64_t rows, int64_t at, const Keys<T>& block) const {
+    const T* const gamma = place(p.strip);
+    T* const panel = place(p.panel);
+    if (s.d_queries)
+      add_product(rows, terms, block.count, gamma, step(), 1, Rows<T>{keys.row(at), keys.step}, panel,
+                  static_cast<T*>(s.d_queries) + (first_query + from) * terms, terms);
+    if (s.d_keys)
+      add_product(block.count, terms, rows, gamma, 1, step(), Rows<T>{queries.row(from), queries.step}, panel,
+                  static_cast<T*>(s.d_keys) + block.first * terms, terms);
+    for (int64_t r = 0; s.d_key_bias && r < rows; ++r)
+      for (int64_t j = 0; j < block.count; ++j) s.d_key_bias[block.first + j] += static_cast<double>(gamma[r * step() + j]);
+  }
+
+  // When a chunk of queries has met all keys.
+  void finish() {
+    if (s.epilogue == Epilogue::top_k) p.select(p, first_query, task * query_count / p.tasks, (task + 1) * query_count / p.tasks);
+    if (!s.d_scale) return;
+    double sum = 0;
+    for (int64_t r = task * p.stripe; r < smaller(query_count, (task + 1) * p.stripe); ++r) {
+      const T *const a = queries.row(r), *const d = static_cast<const T*>(s.d_queries) + (first_query + r) * terms;
+      for (int64_t i = 0; i < terms; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(d[i]);
+    }
+    p.d_scale[first_query / p.query_chunk * p.stripes + task] = sum;
+  }
+
+  const ScorePlan& p;
+  const Scores& s;
+  const int64_t terms, task;
+  char* const scratch;
+  int64_t first_query, query_count, first_key, key_count;
+  Rows<T> queries, keys;  // of the chunks
+};
+
+template <class T>
+void score(const ScorePlan& plan, int64_t task, int64_t slice, char* scratch) {
+  Scorer<T>(plan, task, scratch).slice(slice);
+}
+
+constexpr ScoreKernels kScoreKernels = {{Shape<float>::rows, Shape<double>::rows},
+                                        {Shape<float>::cols, Shape<double>::cols},
+                                        {score<float>, score<double>}};
+
+}  // namespace
+}  // namespace FUSIONSUM_ISA
+}  // namespace fusionsum
