@@ -141,8 +141,8 @@ FUSIONSUM_INLINE Value<V> gelu_value(V x) {
   return {select_negative(x, x * tail, fused(V{} - a, tail, x)), madd(x, e * T(0.39894228040143267794), phi)};
 }
 
-// log(1 + exp(x)) = max(x, 0) + log1p(e), e = exp(-|x|) <= 1, by log1p(e) = 2 atanh(t), t = e / (2 + e) <= 1/3: its series
-// in t^2 to below 0.1 ulp.
+// log(1 + exp(x)) = max(x, 0) + log1p(e), e = exp(-|x|) <= 1, by log1p(e) = 2 atanh(t), t = e / (2 + e) <= 1/3: its
+// series in t^2 to below 0.1 ulp.
 template <class V>
 FUSIONSUM_INLINE V softplus(V x) {
   using T = Scalar<V>;

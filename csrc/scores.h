@@ -48,15 +48,15 @@ struct Statistics {
 struct Scores {
   Side queries, keys;
   int64_t terms;
-  bool wide;            // float64, else float32: of sides, scores, gradients
-  double absent;        // what an absent factor counts as: 1 or 0
+  bool wide;      // float64, else float32: of sides, scores, gradients
+  double absent;  // what an absent factor counts as: 1 or 0
   double scale, bias;
-  Factor key_bias;      // a value per row; without data: none
+  Factor key_bias;  // a value per row; without data: none
 
   // Pairs. Codes are equal where labels are; null labels: key b is the positive of query b.
   const int32_t *query_labels, *key_labels;
-  const int32_t *query_ids, *key_ids;   // pairs of equal code are excluded, unless positive
-  const uint8_t* exclude;               // a byte per pair, not 0 where it is excluded, even if positive
+  const int32_t *query_ids, *key_ids;  // pairs of equal code are excluded, unless positive
+  const uint8_t* exclude;              // a byte per pair, not 0 where it is excluded, even if positive
   int64_t exclude_row, exclude_col;
   const int64_t *excluded_from, *excluded;  // per query, which of `excluded` are its own: keys, in ascending order
 

@@ -64,7 +64,8 @@ class Call {
   bool read_excluded() {
     if (!read_exclude()) return false;
     int64_t any = -1;
-    if (!read_vector(next(), s.queries.rows + 1, s.excluded_from) || !read_vector(next(), any, s.excluded)) return false;
+    if (!read_vector(next(), s.queries.rows + 1, s.excluded_from) || !read_vector(next(), any, s.excluded))
+      return false;
     return !s.excluded_from || s.excluded_from[s.queries.rows] <= any;
   }
 
@@ -153,7 +154,8 @@ class Call {
   bool read_side(py::handle factors, py::handle activations, py::handle present, Side& to) {
     if (!PyTuple_Check(factors.ptr())) return false;
     const size_t size = py::len(factors);
-    if (size < 1 || size > kMaxFactors || !is_sequence_of(activations, size) || !is_sequence_of(present, size)) return false;
+    if (size < 1 || size > kMaxFactors || !is_sequence_of(activations, size) || !is_sequence_of(present, size))
+      return false;
     for (size_t m = 0; m < size; ++m) {
       Array a, mask;
       if (!read_floats(item(factors, m), home, a) || a.ndim != 2) return false;
@@ -166,7 +168,8 @@ class Call {
       if (!read_activation(item(activations, m), f.activation)) return false;
       const py::handle given = item(present, m);
       if (!given.is_none()) {
-        if (!read(given, home.framework, mask) || !mask.boolean || mask.ndim != 1 || mask.shape[0] != to.rows) return false;
+        if (!read(given, home.framework, mask) || !mask.boolean || mask.ndim != 1 || mask.shape[0] != to.rows)
+          return false;
         f.mask = static_cast<const uint8_t*>(mask.data);
         f.mask_row = mask.stride[0];
       }
@@ -259,7 +262,8 @@ py::object softmax_stats(const py::args& args) {
       !call.read_flag(s.totals) || !call.at_end())
     return declined();
   s.epilogue = Epilogue::softmax;
-  std::vector<Statistics> queries(static_cast<size_t>(s.queries.rows)), keys(static_cast<size_t>(s.symmetric ? s.keys.rows : 0));
+  std::vector<Statistics> queries(static_cast<size_t>(s.queries.rows)),
+      keys(static_cast<size_t>(s.symmetric ? s.keys.rows : 0));
   s.query_stats = queries.data();
   s.key_stats = s.symmetric ? keys.data() : nullptr;
   call.execute();
@@ -272,8 +276,8 @@ py::object softmax_grad(const py::args& args) {
   bool needs[4];
   if (!call.read_sides() || !call.read_pairs() || !call.read_flag(s.any) ||
       !call.read_vector(call.next(), kSoftmaxCoefs * s.queries.rows, s.query_coefs) ||
-      !call.read_vector(call.next(), kSoftmaxCoefs * s.keys.rows, s.key_coefs) || !call.read_needs(needs) || !call.at_end() ||
-      !s.query_coefs)
+      !call.read_vector(call.next(), kSoftmaxCoefs * s.keys.rows, s.key_coefs) || !call.read_needs(needs) ||
+      !call.at_end() || !s.query_coefs)
     return declined();
   s.epilogue = Epilogue::softmax;
   s.differentiates = true;
@@ -314,8 +318,9 @@ py::object sigmoid_grad(const py::args& args) {
   Call call(args);
   Scores& s = call.s;
   bool needs[4];
-  if (!call.read_sides() || !call.read_pairs() || !call.read_vector(call.next(), int64_t{s.queries.rows}, s.query_coefs) ||
-      !call.read_needs(needs) || !call.at_end() || !s.query_coefs)
+  if (!call.read_sides() || !call.read_pairs() ||
+      !call.read_vector(call.next(), int64_t{s.queries.rows}, s.query_coefs) || !call.read_needs(needs) ||
+      !call.at_end() || !s.query_coefs)
     return declined();
   s.epilogue = Epilogue::sigmoid;
   s.differentiates = true;

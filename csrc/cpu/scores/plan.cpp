@@ -11,11 +11,11 @@
 namespace fusionsum {
 namespace {
 
-constexpr int64_t kMaxStripes = 64, kFewestStripes = 16;   // as many cores are kept busy
-constexpr int64_t kKeyBytes = int64_t{8} << 20;            // of a chunk of keys, packed and formed
-constexpr int64_t kQueryBytes = int64_t{32} << 20;         // of a chunk of queries, formed, or of its candidates
+constexpr int64_t kMaxStripes = 64, kFewestStripes = 16;  // as many cores are kept busy
+constexpr int64_t kKeyBytes = int64_t{8} << 20;           // of a chunk of keys, packed and formed
+constexpr int64_t kQueryBytes = int64_t{32} << 20;        // of a chunk of queries, formed, or of its candidates
 constexpr int64_t kQueryChunk = 1 << 16;
-constexpr int64_t kByDots = 4;  // queries: so few are multiplied faster by keys as they lie than by packed ones
+constexpr int64_t kByDots = 8;  // queries: so few are multiplied faster by keys as they lie than by packed ones
 
 int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 
@@ -51,9 +51,9 @@ void compact(const ScorePlan& p, int64_t slot) {
   Hit<T>* const all = candidates<T>(p, slot);
   std::nth_element(all, all + k - 1, all + p.held[slot], better<T>);
   p.held[slot] = k;
-  const T least = all[k - 1].score;  // while it is NaN, every score is kept: any number is better
-  reinterpret_cast<T*>(p.threshold)[slot] = least;
-  p.full[slot] = least == least;
+  T least = all[k - 1].score;  // while it is NaN, every score is kept: any number is better
+  __atomic_store(reinterpret_cast<T*>(p.threshold) + slot, &least, __ATOMIC_RELAXED);
+  __atomic_store_n(&p.full[slot], uint8_t{least == least}, __ATOMIC_RELEASE);
 }
 
 template <class T>
@@ -98,7 +98,8 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   const DType working = s.wide ? DType::f64 : DType::f32;
   p.scores = &s;
   p.latin = s.differentiates || s.epilogue == Epilogue::softmax;
-  p.by_dots = queries <= kByDots && !s.differentiates && (s.epilogue == Epilogue::store || s.epilogue == Epilogue::top_k);
+  p.by_dots =
+      queries <= kByDots && !s.differentiates && (s.epilogue == Epilogue::store || s.epilogue == Epilogue::top_k);
   p.block = block_of(tile.rows, tile.cols, item);
   p.queries_in_place = in_place(s.queries, working);
   p.keys_in_place = in_place(s.keys, working);
@@ -107,10 +108,13 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   p.query_chunk = std::min(queries, kQueryChunk);
   if (!p.queries_in_place) p.query_chunk = std::min(p.query_chunk, std::max<int64_t>(p.block, kQueryBytes / row));
   p.room = s.k + std::max<int64_t>(s.k, 64);
-  const int64_t fewest = 2 * tile.rows;
-  const auto stripe_of = [&](int64_t rows) {  // whole blocks where there are enough, for 16 to 64 stripes
+  // Segments keep threads busy too where a key's scores need not meet again: then stripes are as long as a block, for a
+  // stripe reads all panels of its segment.
+  const bool cut_keys = !p.latin && (s.epilogue == Epilogue::top_k || s.epilogue == Epilogue::store);
+  const auto stripe_of = [&](int64_t rows) {
     if (rows >= kFewestStripes * p.block) return divide_up(rows, kMaxStripes * p.block) * p.block;
-    return std::min(p.block, std::max(fewest, round_up(divide_up(rows, kFewestStripes), tile.rows)));
+    const int64_t stripes = cut_keys ? divide_up(rows, p.block) : kFewestStripes;
+    return std::min(p.block, std::max(2 * tile.rows, round_up(divide_up(rows, stripes), tile.rows)));
   };
   p.stripe = stripe_of(p.query_chunk);
   p.stripes = divide_up(p.query_chunk, p.stripe);
@@ -118,9 +122,7 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   const bool keys_twice = !p.keys_in_place && !p.by_dots;
   p.key_chunk = std::max(p.block, kKeyBytes / (row * (keys_twice ? 2 : 1)) / p.block * p.block);
   p.key_chunk = std::min(p.key_chunk, round_up(keys, tile.cols));
-  p.segments = p.latin ? p.stripes : 1;
-  if (!p.latin && (s.epilogue == Epilogue::top_k || s.epilogue == Epilogue::store))
-    p.segments = std::max<int64_t>(1, kFewestStripes / p.stripes);
+  p.segments = p.latin ? p.stripes : cut_keys ? divide_up(kFewestStripes, p.stripes) : 1;
   p.segment = round_up(divide_up(p.key_chunk, p.segments), tile.cols);
   p.segments = divide_up(p.key_chunk, p.segment);
   if (s.epilogue == Epilogue::top_k) {

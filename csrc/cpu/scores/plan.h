@@ -24,9 +24,9 @@ struct Hit {
 
 struct ScorePlan {
   const Scores* scores;
-  bool latin;           // else each task has one stripe and one segment of every chunk
-  bool by_dots;         // few queries: each key is read once, as it lies
-  int64_t block;        // keys of a strip; queries that are multiplied together
+  bool latin;     // else each task has one stripe and one segment of every chunk
+  bool by_dots;   // few queries: each key is read once, as it lies
+  int64_t block;  // keys of a strip; queries that are multiplied together
   int64_t query_chunk, key_chunk, query_chunks, key_chunks;
   int64_t stripe, stripes;    // of a chunk of queries
   int64_t segment, segments;  // of a chunk of keys
@@ -42,7 +42,7 @@ struct ScorePlan {
   char *candidates, *threshold;
   int64_t* held;
   uint8_t* full;
-  void (*compact)(const ScorePlan&, int64_t slot);                                     // drops all but the best k
+  void (*compact)(const ScorePlan&, int64_t slot);                                    // drops all but the best k
   void (*select)(const ScorePlan&, int64_t first_query, int64_t begin, int64_t end);  // the best k of all segments
   // Places in a thread's scratch memory, in bytes.
   int64_t strip, row, tile, panel, key_reference, key_sum, scratch_bytes;

@@ -37,17 +37,43 @@ Rows<T> rows_of(const Side& side, bool in_place, const char* formed, int64_t fir
   return {static_cast<const T*>(static_cast<const void*>(formed)), terms};
 }
 
-// Packs `count` rows as columns: to[i * width + r] = row r's term i, zero beyond them. In pieces of terms, so that what
-// is written is still in the first-level cache when the next row comes.
+// Transposes as many vectors as a vector has entries. A zip of the first half of the vectors with the second turns the
+// bits of (vector, entry) by one place.
+template <class T>
+FUSIONSUM_INLINE void transpose(typename Simd<T>::V* v) {
+  using L = Simd<T>;
+  typename L::V zipped[L::width];
+  FUSIONSUM_UNROLL(4)
+  for (int turns = 1; turns < L::width; turns *= 2) {
+    FUSIONSUM_UNROLL(16)
+    for (int i = 0; i < L::width / 2; ++i) L::zip(v[i], v[i + L::width / 2], zipped[2 * i], zipped[2 * i + 1]);
+    FUSIONSUM_UNROLL(16)
+    for (int i = 0; i < L::width; ++i) v[i] = zipped[i];
+  }
+}
+
+// Packs `count` rows as columns: to[i * width + r] = row r's term i, zero beyond them. `width` is a number of vectors.
 template <class T>
 void pack_panel(const Rows<T>& rows, int64_t count, int64_t terms, int64_t width, T* to) {
-  constexpr int64_t kPiece = 64;
-  for (int64_t begin = 0; begin < terms; begin += kPiece) {
-    const int64_t end = smaller(begin + kPiece, terms);
-    for (int64_t r = 0; r < width; ++r) {
-      const T* const from = r < count ? rows.row(r) : nullptr;
-      for (int64_t i = begin; i < end; ++i) to[i * width + r] = from ? from[i] : T(0);
-    }
+  using L = Simd<T>;
+  for (int64_t first = 0; first < width; first += L::width) {
+    along<T>(0, terms, [&](auto access, int64_t i) {
+      typename L::V v[L::width];
+      FUSIONSUM_UNROLL(16)
+      for (int r = 0; r < L::width; ++r)
+        v[r] = first + r < count ? access.load(rows.row(first + r) + i) : typename L::V{};
+      transpose<T>(v);
+      T* const out = to + i * width + first;
+      if (access.count == L::width) {
+        FUSIONSUM_UNROLL(16)
+        for (int t = 0; t < L::width; ++t) L::store(out + t * width, v[t]);
+      } else {
+        T part[L::width * L::width];
+        FUSIONSUM_UNROLL(16)
+        for (int t = 0; t < L::width; ++t) L::store(part + t * L::width, v[t]);
+        for (int t = 0; t < access.count; ++t) L::store(out + t * width, L::load(part + t * L::width));
+      }
+    });
   }
 }
 

@@ -1,5 +1,5 @@
-// The sigmoid epilogue: the losses of rows of scores, softplus(-z S) with z = 1 for positives and -1 for all others (Zhai
-// et al. 2023, "Sigmoid Loss for Language Image Pre-Training"); and Gamma, the derivative by each score.
+// The sigmoid epilogue: the losses of rows of scores, softplus(-z S) with z = 1 for positives and -1 for all others
+// (Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training"); and Gamma, the derivative by each score.
 #include "plan.h"
 
 namespace fusionsum {

@@ -1,8 +1,8 @@
 // The softmax epilogue: statistics of rows and columns of scores, from which log-sum-exps and contrastive losses are
 // made; and Gamma, the derivative by each score.
 //
-// Sums of exponentials are relative to a reference, a score seen before, which is raised when a score exceeds it by more
-// than kMargin: any score is safe, and few are the reason to rescale. Sums run in T over a strip, then in float64.
+// Sums of exponentials are relative to a reference, a score seen before, which is raised when a score exceeds it by
+// more than kMargin: any score is safe, and few are the reason to rescale. Sums run in T over a strip, then in float64.
 #include "plan.h"
 
 namespace fusionsum {
@@ -123,7 +123,8 @@ void softmax_gamma(const Scores& s, int64_t b, const Keys<T>& keys, T* row) {
   if (s.any)
     for (int64_t j = 0; j < keys.count; ++j) kept[j] = row[j];
 
-  const V lse = L::broadcast(coef(kLse)), softmax = L::broadcast(coef(kSoftmax)), smoothing = L::broadcast(coef(kSmoothing));
+  const V lse = L::broadcast(coef(kLse)), softmax = L::broadcast(coef(kSoftmax)),
+          smoothing = L::broadcast(coef(kSmoothing));
   const V lowest = L::broadcast(kLowest<T>);
   for (int64_t j = 0; j < keys.padded; j += L::width) {
     const V score = L::load(row + j);

@@ -75,10 +75,17 @@ void score_by_dots(int64_t terms, const Rows<T>& queries, int64_t count, const R
         s2 = madd(L::load(query + i + 2 * L::width), L::load(key + i + 2 * L::width), s2);
         s3 = madd(L::load(query + i + 3 * L::width), L::load(key + i + 3 * L::width), s3);
       }
-      along<T>(i, terms, [&](auto access, int64_t at) { s0 = madd(access.load(query + at), access.load(key + at), s0); });
+      along<T>(i, terms,
+               [&](auto access, int64_t at) { s0 = madd(access.load(query + at), access.load(key + at), s0); });
       to[r * step + c] = L::sum((s0 + s1) + (s2 + s3)) * scale + bias[c];
     }
   }
+}
+
+// Asks memory for as many columns as a tile has.
+template <class T>
+FUSIONSUM_INLINE void ask_for(const T* p) {
+  for (int v = 0; v < Shape<T>::vectors; ++v) __builtin_prefetch(p + v * Simd<T>::width);
 }
 
 // to[r * step + c] += sum over i < terms of a[r * a_row + i * a_term] * b[i][c], for `rows` rows and `cols` columns. b
@@ -95,10 +102,12 @@ void add_product(int64_t rows, int64_t cols, int64_t terms, const T* a, int64_t 
       along<T>(0, width, [&](auto access, int64_t j) { L::store(panel + i * S::cols + j, access.load(from + j)); });
     }
     for (int64_t r = 0; r < rows; r += S::rows) {
-      TileOf<T> tile;
-      multiply<T>(terms, a + r * a_row, a_row, a_term, panel, tile);
       const int64_t count = smaller(S::rows, rows - r);
       T* const out = to + r * step + c;
+      for (int64_t q = 0; q < count; ++q) ask_for<T>(out + q * step);
+      for (int64_t i = r; i < smaller(r + S::rows, terms); ++i) ask_for<T>(b.row(i) + c + S::cols);  // the next panel
+      TileOf<T> tile;
+      multiply<T>(terms, a + r * a_row, a_row, a_term, panel, tile);
       if (count == S::rows && width == S::cols) {
         FUSIONSUM_UNROLL(16)
         for (int q = 0; q < S::rows; ++q)

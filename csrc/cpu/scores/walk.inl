@@ -1,5 +1,5 @@
-// A task of a plan (plan.h): its share of the packing of a chunk of keys, then its stripe of queries against a segment of
-// them, strip by strip.
+// A task of a plan (plan.h): its share of the packing of a chunk of keys, then its stripe of queries against a segment
+// of them, strip by strip.
 #include "side.inl"
 #include "tile.inl"
 #include "pairs.inl"
@@ -145,14 +145,22 @@ class Scorer {
         });
       return;
     }
+    int64_t direct = 0;  // columns
     if (p.by_dots) {
       score_by_dots(terms, Rows<T>{queries.row(from), queries.step}, count, Rows<T>{keys.row(at), keys.step},
                     block.count, static_cast<T>(s.scale), block.bias, to, step());
     } else {
       int64_t a_row;
       const T* const a = tile_of_queries(from, count, a_row);
-      score_strip(terms, a, a_row, memory(p.panels) + at * terms, block.padded, static_cast<T>(s.scale), block.bias, to,
-                  step());
+      // Whole tiles of scores that are stored as they are go where they belong.
+      const bool as_they_are = s.epilogue == Epilogue::store && s.matrix_dtype == kDType<T> && s.matrix_col == 1;
+      direct = as_they_are && count == S::rows ? block.count / S::cols * S::cols : 0;
+      if (direct)
+        score_strip(terms, a, a_row, memory(p.panels) + at * terms, direct, static_cast<T>(s.scale), block.bias,
+                    static_cast<T*>(s.matrix) + (first_query + from) * s.matrix_row + block.first, s.matrix_row);
+      if (direct == block.count) return;
+      score_strip(terms, a, a_row, memory(p.panels) + (at + direct) * terms, block.padded - direct,
+                  static_cast<T>(s.scale), block.bias + direct, to + direct, step());
     }
     T targets[S::rows];
     if (s.epilogue == Epilogue::rank) score_targets(from, count, targets);
@@ -163,7 +171,8 @@ class Scorer {
       switch (s.epilogue) {
         case Epilogue::store:
           with_dtype(s.matrix_dtype, s.matrix, [&](auto data) {
-            store_row(unconst(data) + b * s.matrix_row + block.first * s.matrix_col, s.matrix_col, row, block.count, false);
+            store_row(unconst(data) + b * s.matrix_row + (block.first + direct) * s.matrix_col, s.matrix_col,
+                      row + direct, block.count - direct, false);
           });
           break;
         case Epilogue::softmax:
@@ -173,7 +182,7 @@ class Scorer {
           s.differentiates ? sigmoid_gamma(s, b, block, row) : sigmoid_row(s, b, block, row);
           break;
         case Epilogue::top_k:
-          top_k_row(p, b, (from + r) * p.segments + segment, block, row);
+          top_k_row(p, b, from + r, segment, block, row);
           break;
         case Epilogue::rank:
           rank_row(s, b, targets[r], block, row, s.greater[b], s.equal[b]);
@@ -219,12 +228,14 @@ class Scorer {
       add_product(block.count, terms, rows, gamma, 1, step(), Rows<T>{queries.row(from), queries.step}, panel,
                   static_cast<T*>(s.d_keys) + block.first * terms, terms);
     for (int64_t r = 0; s.d_key_bias && r < rows; ++r)
-      for (int64_t j = 0; j < block.count; ++j) s.d_key_bias[block.first + j] += static_cast<double>(gamma[r * step() + j]);
+      for (int64_t j = 0; j < block.count; ++j)
+        s.d_key_bias[block.first + j] += static_cast<double>(gamma[r * step() + j]);
   }
 
   // When a chunk of queries has met all keys.
   void finish() {
-    if (s.epilogue == Epilogue::top_k) p.select(p, first_query, task * query_count / p.tasks, (task + 1) * query_count / p.tasks);
+    if (s.epilogue == Epilogue::top_k)
+      p.select(p, first_query, task * query_count / p.tasks, (task + 1) * query_count / p.tasks);
     if (!s.d_scale) return;
     double sum = 0;
     for (int64_t r = task * p.stripe; r < smaller(query_count, (task + 1) * p.stripe); ++r) {

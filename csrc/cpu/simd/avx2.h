@@ -30,6 +30,12 @@ struct Simd<float> {
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
   }
+  // The entries of a and b in turn: the first halves of both, then the second.
+  static void zip(V a, V b, V& low, V& high) {
+    const __m256 l = _mm256_unpacklo_ps(a, b), h = _mm256_unpackhi_ps(a, b);
+    low = _mm256_permute2f128_ps(l, h, 0x20);
+    high = _mm256_permute2f128_ps(l, h, 0x31);
+  }
   static __m256i first(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
@@ -49,12 +55,15 @@ struct Simd<double> {
   using V = F64;
   static constexpr int width = 4, tile_rows = 6, tile_vectors = 2;
   static V broadcast(double x) { return _mm256_set1_pd(x); }
-  static unsigned above(V a, V b) {
-    return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ)));
-  }
+  static unsigned above(V a, V b) { return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ))); }
   static double max(V v) {
     const __m128d m = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_max_sd(m, _mm_unpackhi_pd(m, m)));
+  }
+  static void zip(V a, V b, V& low, V& high) {
+    const __m256d l = _mm256_unpacklo_pd(a, b), h = _mm256_unpackhi_pd(a, b);
+    low = _mm256_permute2f128_pd(l, h, 0x20);
+    high = _mm256_permute2f128_pd(l, h, 0x31);
   }
   static __m256i first(int count) {
     return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));

@@ -29,6 +29,12 @@ struct Simd<float> {
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
   }
+  // The entries of a and b in turn: the first halves of both, then the second.
+  static void zip(V a, V b, V& low, V& high) {
+    const __m512i first_half = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    low = _mm512_permutex2var_ps(a, first_half, b);
+    high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first_half, _mm512_set1_epi32(8)), b);
+  }
   static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static V load_part(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
@@ -52,6 +58,11 @@ struct Simd<double> {
     const __m256d h = _mm256_max_pd(_mm512_castpd512_pd256(v), _mm512_maskz_extractf64x4_pd(0xf, v, 1));
     const __m128d m = _mm_max_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
     return _mm_cvtsd_f64(_mm_max_sd(m, _mm_unpackhi_pd(m, m)));
+  }
+  static void zip(V a, V b, V& low, V& high) {
+    const __m512i first_half = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    low = _mm512_permutex2var_pd(a, first_half, b);
+    high = _mm512_permutex2var_pd(a, _mm512_add_epi64(first_half, _mm512_set1_epi64(4)), b);
   }
   static __mmask8 first(int count) { return static_cast<__mmask8>((1u << count) - 1); }
   static V load(const double* p) { return _mm512_loadu_pd(p); }

@@ -17,6 +17,10 @@ struct Simd {
   static V broadcast(T x) { return x; }
   static unsigned above(V a, V b) { return a > b; }
   static T max(V v) { return v; }
+  static void zip(V a, V b, V& low, V& high) {
+    low = a;
+    high = b;
+  }
   static V load(const T* p) { return *p; }
   static V load_part(const T* p, int) { return *p; }
   static void store(T* p, V v) { *p = v; }
