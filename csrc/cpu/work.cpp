@@ -13,8 +13,8 @@
 namespace fusionsum {
 namespace {
 
-// The tasks as `threads` ranges: each has scratch memory of its own. Ranges, not single tasks: a thread finds in its cache
-// what it read in an earlier call.
+// The tasks as `threads` ranges: each has scratch memory of its own. Ranges, not single tasks: a thread finds in its
+// cache what it read in an earlier call.
 struct Ranges {
   const Work& work;
   const int64_t threads;
