@@ -45,7 +45,7 @@ def excluded(rng, kind, rows, columns):
         return lists, mask
     if kind == "arrays":
         offsets = np.cumsum([0, *map(len, lists)]).astype(np.int32)
-        return (offsets, np.array(sum(lists, []), np.uint16)), mask
+        return (offsets, np.array([c for ids in lists for c in ids], np.uint16)), mask
     return mask, mask
 
 
