@@ -196,19 +196,29 @@ bool execute(const Scores& s, const ScoreKernels& kernels, Workspace& workspace,
   struct Context {
     const ScorePlan* plan;
     const ScoreKernels* kernels;
-  } context{&plan, &kernels};
+    int64_t slice;
+  } context{&plan, &kernels, 0};
   const Work work{plan.tasks,
-                  plan.query_chunks * (plan.key_chunks * (1 + plan.steps) + 1),
+                  1,
                   1 + plan.stripe * plan.segment * (s.terms + 16) / 16,  // a multiply-add is a sixteenth of an entry
                   threads,
                   memory + bytes,
                   plan.scratch_bytes,
-                  [](const void* context, int64_t task, int64_t slice, char* scratch) {
+                  [](const void* context, int64_t task, int64_t, char* scratch) {
                     const Context& c = *static_cast<const Context*>(context);
-                    c.kernels->walk[c.plan->scores->wide](*c.plan, task, slice, scratch);
+                    c.kernels->walk[c.plan->scores->wide](*c.plan, task, c.slice, scratch);
                   },
                   &context};
-  if (!carry_out(work, interrupted)) return false;
+  const int64_t slices = plan.query_chunks * (plan.key_chunks * (1 + plan.steps) + 1);
+  int64_t done = 0;                                  // since `interrupted` was asked
+  for (; context.slice < slices; ++context.slice) {  // all tasks meet after each
+    if (done >= kPauseCost) {
+      done = 0;
+      if (interrupted()) return false;
+    }
+    if (!carry_out(work, interrupted)) return false;
+    done += work.slice_cost * divide_up(work.tasks, threads);
+  }
   for (int64_t i = 0; s.d_scale && i < plan.query_chunks * plan.stripes; ++i) *s.d_scale += plan.d_scale[i];
   return true;
 }
