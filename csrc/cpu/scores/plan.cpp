@@ -15,7 +15,8 @@ constexpr int64_t kMaxStripes = 64, kFewestStripes = 16;  // as many cores are k
 constexpr int64_t kKeyBytes = int64_t{8} << 20;           // of a chunk of keys, packed and formed
 constexpr int64_t kQueryBytes = int64_t{32} << 20;        // of a chunk of queries, formed, or of its candidates
 constexpr int64_t kQueryChunk = 1 << 16;
-constexpr int64_t kByDots = 8;  // queries: so few are multiplied faster by keys as they lie than by packed ones
+constexpr int64_t kFewestKeys = 64;  // of a segment: with fewer, gradients are read and written more than multiplied
+constexpr int64_t kByDots = 8;       // queries: so few are multiplied faster by keys as they lie than by packed ones
 
 int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 
@@ -97,7 +98,8 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   const int64_t item = s.wide ? 8 : 4, queries = s.queries.rows, keys = s.keys.rows;
   const DType working = s.wide ? DType::f64 : DType::f32;
   p.scores = &s;
-  p.latin = s.differentiates || s.epilogue == Epilogue::softmax;
+  const bool given = s.epilogue == Epilogue::store && s.differentiates;  // Gamma
+  p.latin = (s.differentiates && !given) || s.epilogue == Epilogue::softmax;
   p.by_dots =
       queries <= kByDots && !s.differentiates && (s.epilogue == Epilogue::store || s.epilogue == Epilogue::top_k);
   p.block = block_of(tile.rows, tile.cols, item);
@@ -110,13 +112,16 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   p.room = s.k + std::max<int64_t>(s.k, 64);
   // Segments keep threads busy too where a key's scores need not meet again: then stripes are as long as a block, for a
   // stripe reads all panels of its segment.
-  const bool cut_keys = !p.latin && (s.epilogue == Epilogue::top_k || s.epilogue == Epilogue::store);
+  const bool cut_keys = !p.latin && !given && (s.epilogue == Epilogue::top_k || s.epilogue == Epilogue::store);
   const auto stripe_of = [&](int64_t rows) {
     if (rows >= kFewestStripes * p.block) return divide_up(rows, kMaxStripes * p.block) * p.block;
     const int64_t stripes = cut_keys ? divide_up(rows, p.block) : kFewestStripes;
     return std::min(p.block, std::max(2 * tile.rows, round_up(divide_up(rows, stripes), tile.rows)));
   };
   p.stripe = stripe_of(p.query_chunk);
+  // Each step of a Latin square has a segment for every stripe: no more stripes than give segments of kFewestKeys.
+  if (p.latin)
+    p.stripe = std::max(p.stripe, round_up(divide_up(p.query_chunk, divide_up(keys, kFewestKeys)), tile.rows));
   p.stripes = divide_up(p.query_chunk, p.stripe);
 
   const bool keys_twice = !p.keys_in_place && !p.by_dots;
@@ -125,6 +130,12 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   p.segments = p.latin ? p.stripes : cut_keys ? divide_up(kFewestStripes, p.stripes) : 1;
   p.segment = round_up(divide_up(p.key_chunk, p.segments), tile.cols);
   p.segments = divide_up(p.key_chunk, p.segment);
+  if (given) {
+    p.segment = round_up(divide_up(p.key_chunk, divide_up(p.key_chunk, p.block)), tile.cols);  // of about one size
+    p.segments = divide_up(p.key_chunk, p.segment);
+    p.range = std::max(4 * tile.cols, round_up(divide_up(s.terms, divide_up(kFewestStripes, p.segments)), tile.cols));
+    p.ranges = std::max<int64_t>(1, divide_up(s.terms, p.range));
+  }
   if (s.epilogue == Epilogue::top_k) {
     const int64_t slot = p.room * (s.wide ? sizeof(Hit<double>) : sizeof(Hit<float>));
     const int64_t most = std::max<int64_t>(1, kQueryBytes / (slot * p.segments));
@@ -136,8 +147,8 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   }
   p.query_chunks = divide_up(queries, p.query_chunk);
   p.key_chunks = divide_up(keys, p.key_chunk);
-  p.steps = p.latin ? p.stripes : 1;
-  p.tasks = p.latin ? p.stripes : p.stripes * p.segments;
+  p.steps = p.latin ? p.stripes : given ? 2 : 1;
+  p.tasks = p.latin ? p.stripes : given ? std::max(p.stripes, p.segments * p.ranges) : p.stripes * p.segments;
 }
 
 // Places of all that tasks share, then of a thread's scratch memory. Called once for the sizes, once more with memory.
