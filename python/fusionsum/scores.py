@@ -362,7 +362,7 @@ def _check_pairs(exclude: Any, rows: int, columns: int, valid: str, first: tuple
 def _check_scalar(name: str, x: Any, first_name: str, first: Any) -> None:
     """Raise an error unless x is a finite number or an array of no dims; the value of a tensor is taken as it is."""
     if isinstance(x, numbers.Real) and not isinstance(x, bool):
-        if not math.isfinite(x):
+        if x != x or x in (math.inf, -math.inf):  # math.isfinite takes no symbolic number, which a compiler makes of x
             raise ValueError(f"{name}: expected a finite number, got {x}")
         return
     if not is_tensor(x) and not isinstance(x, (np.ndarray, np.generic)):
