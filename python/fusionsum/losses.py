@@ -236,6 +236,7 @@ def sigmoid_loss(
     return _rounded(combine_sigmoid(evaluate("sigmoid_stats", *scores.read()), reduction), scores)
 
 
+@np.errstate(all="ignore")
 def _rounded(x: Any, scores: Scores) -> Any:
     """Round a result to the dtype to which factors and weights promote; a scalar for no dims."""
     return np.asarray(x).astype(reference.result_dtype(*scores.operands))[()]
