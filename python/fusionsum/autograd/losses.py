@@ -26,7 +26,7 @@ from .. import reference, tensors
 from ..combination import Options, arrange, coefficients, coefficients_sigmoid, combine, combine_sigmoid
 from ..scores import Scores
 from . import routing, schema
-from .registration import apply
+from .registration import apply, layered
 from .sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, plain, record, sides, wide, with_arrays
 
 _LOGIT_SCALE, _LOGIT_BIAS = (Scores._fields.index(name) for name in ("logit_scale", "logit_bias"))
@@ -40,7 +40,7 @@ def contrastive_loss(scores: Scores, options: Options) -> Any:
 def sigmoid_loss(scores: Scores, reduction: str) -> Tensor:
     """Evaluate `losses.sigmoid_loss` for tensors; takes checked arguments."""
     keep = [False] * 4
-    if reduction != "none" and torch.is_grad_enabled():
+    if reduction != "none" and torch.is_grad_enabled() and not layered():  # functorch asks for what has a derivative
         recorded = [isinstance(x, Tensor) and x.requires_grad for x in arrays(scores)]
         keep = _needed(with_arrays(scores, recorded), _LOGIT_BIAS)
     return _evaluated(_Sigmoid, (reduction, keep), scores)[0]
