@@ -121,7 +121,7 @@ def coefficients_sigmoid(xp: Any, upstream: Any, rows: int, reduction: str) -> A
     """Make the coefficients that `sigmoid_grad` takes, (B,), from the gradient of the output of `combine_sigmoid`."""
     if reduction == "none":
         return upstream
-    return xp.broadcast_to(upstream / (max(rows, 1) if reduction == "mean" else 1), (rows,))
+    return xp.tile(upstream / (max(rows, 1) if reduction == "mean" else 1), (rows,))
 
 
 def combine_ranks(greater: Any, equal: Any, ties: str) -> Any:
