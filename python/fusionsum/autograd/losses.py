@@ -70,6 +70,7 @@ class _Contrastive(Options):
         """Return how many tensors are kept."""
         return 1 + self.symmetric
 
+    @np.errstate(all="ignore")  # infinities and NaN give no warnings, as in torch
     def evaluate(self, scores: Scores) -> tuple[Any, list[Tensor]]:
         """Evaluate the outputs, float64 arrays, and what is kept, for scores that are read."""
         of_queries, of_keys = tensors.softmax_stats(scores, self.any, self.symmetric, self.totals)
@@ -106,6 +107,7 @@ class _Sigmoid(_SigmoidOptions):
         """Return how many tensors are kept."""
         return sum(self.keep)
 
+    @np.errstate(all="ignore")  # infinities and NaN give no warnings, as in torch
     def evaluate(self, scores: Scores) -> tuple[Any, list[Tensor]]:
         """Evaluate the output, a float64 array, and what is kept, for scores that are read."""
         if not any(self.keep):
@@ -225,7 +227,8 @@ class _Recorded(torch.autograd.Function):
         found = [x for x in (*grads, *saved) if x is not None]
         if routing.is_plain(found) and not routing.records(found):
             read = with_arrays(ctx.read, [x if v is None else v for x, v in zip(given, values, strict=True)])
-            gradients = _gradients(ctx.loss, np, grads, needs, scores, kept, _by_kernels(read))
+            with np.errstate(all="ignore"):
+                gradients = _gradients(ctx.loss, np, grads, needs, scores, kept, _by_kernels(read))
         else:
             of_scores = schema.side_arguments(_as_tensors(scores))
             gradients = _gradients(ctx.loss, torch, grads, needs, scores, kept, _by_operations(of_scores))
