@@ -198,7 +198,9 @@ def _as_tensors(scores: Scores) -> Scores:
     def tensor(x: Any) -> Any:
         if isinstance(x, np.ndarray):
             return torch.from_numpy(x)
-        return torch.scalar_tensor(x, dtype=torch.float64, device="cpu") if isinstance(x, (int, float)) else x
+        return (
+            torch.scalar_tensor(x, dtype=torch.float64, device="cpu") if isinstance(x, (int, float, np.number)) else x
+        )
 
     names = "logit_scale", "logit_bias", "query_labels", "key_labels", "query_ids", "key_ids"
     return scores._replace(**{name: tensor(getattr(scores, name)) for name in names})
