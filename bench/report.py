@@ -14,9 +14,8 @@ from matplotlib import pyplot as plt
 from .rows import BOTH, FORWARD
 
 OURS, PALE, THEIRS, GREY = "#1b6ca8", "#8bbbdd", "#d1495b", "#666666"
-LEAST_MEMORY = 2**20  # bytes; our extra memory is threads x n x a small constant, less than the resident set resolves
 HEADER = (
-    "| # | work | phase | time | vs naive | vs einsum | vs torch.compile | of the limit | other | GB/s "
+    "| # | work | phase | time | vs naive | vs einsum | vs torch.compile | of the limit | other | rate "
     "| extra memory, MiB: ours / naive | error: ours / naive |"
 )
 
@@ -36,6 +35,8 @@ def markdown(result: dict[str, Any]) -> str:
     machine, limits, settings = result["machine"], result["limits"], result["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     rates = f"read {limits['read_gb_per_s']:.1f} GB/s, {limits['gflop_per_s']:.0f} GFLOP/s (`torch.mm`)"
+    if "fma_gflop_per_s" in limits:
+        rates += f", {limits['fma_gflop_per_s']:.0f} (multiply-adds in registers)"
     if "exp_per_s" in limits:
         rates += f", {limits['exp_per_s'] / 1e9:.2f} G exp/s (`torch.exp`)"
     caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
@@ -44,19 +45,20 @@ def markdown(result: dict[str, Any]) -> str:
         "# fusionsum: benchmark",
         "",
         *([_gpu(machine["gpu"]), ""] if "gpu" in machine else []),
-        f"{machine['cpu']}, {machine['cores']} cores ({caches}); native module {machine['backend']}; torch uses "
-        f"{machine['torch_isa']}. {versions}. Load {machine['load_before'][0]:.2f} before, "
-        f"{machine['load_after'][0]:.2f} after.",
+        f"{machine['cpu']} ({', '.join(machine['traits'])}), {machine['cores']} cores ({caches}); native module "
+        f"{machine['backend']}; torch uses {machine['torch_isa']}. {versions}. Load {machine['load_before'][0]:.2f} "
+        f"before, {machine['load_after'][0]:.2f} after.",
         "",
         f"{settings['threads']} threads (P4: one). Limits measured in the same process: {rates}; copy, counting bytes read "
         "and bytes written, is the table's first row.",
         "",
         f"Ratios are the contender's time by ours: the median of {settings['pairs']} interleaved pairs (quartiles), "
-        f"then the floor. *Of the limit*: the time in which {settings['limit']}, by ours. GB/s count compulsory traffic "
-        f"only. Malloc keeps its memory in this process ({', '.join(settings['environment'])} set high), since page "
-        "faults would flatter us. Extra memory is beyond inputs, output and gradients, by the peak of "
-        f"{settings['memory']}. Errors are against float64, of the greatest value. ✓ and ✗ mark floors; that of memory is "
-        "1 MiB here.",
+        f"then the floor. *Of the limit*: the time in which {settings['limit']}, by ours; where the rate is in GFLOP/s, "
+        "the time of as many multiply-adds in registers. GB/s count compulsory traffic only, GFLOP/s the matrix products "
+        f"that must be formed where no score is kept. Malloc keeps its memory in this process "
+        f"({', '.join(settings['environment'])} set high), since page faults would flatter us. Extra memory is beyond "
+        f"inputs, output and gradients, by the peak of {settings['memory']}. Errors are against float64, of the greatest "
+        "value. ✓ and ✗ mark floors.",
         "",
         HEADER,
         "|" + "---|" * (HEADER.count("|") - 1),
@@ -81,7 +83,7 @@ def _gpu(gpu: dict[str, Any]) -> str:
 def _copy_line(limits: dict[str, float]) -> str:
     rate, size = limits["copy_gb_per_s"], limits["bytes"]
     work, time = f"{size / 2**20:.0f} MiB, copied once", _seconds(2 * size / rate / 1e9)
-    return "| " + " | ".join(["copy", work, "–", time, *"–––––", f"{rate:.1f}", "–", "–"]) + " |"
+    return "| " + " | ".join(["copy", work, "–", time, *"–––––", f"{rate:.1f} GB/s", "–", "–"]) + " |"
 
 
 def _line(row: dict[str, Any], phase: str) -> str:
@@ -89,8 +91,10 @@ def _line(row: dict[str, Any], phase: str) -> str:
     others = sorted(found["contenders"].keys() - {"naive", "einsum", "torch.compile", "limit"})
     extra = [_mebibytes(found["extra_bytes"].get(name)) for name in ("ours", "naive")]
     if found["extra_bytes"]["ours"] is not None and row["memory_floor"]:
-        extra[0] += " ✓" if found["extra_bytes"]["ours"] <= LEAST_MEMORY else " ✗"
+        passed = found["extra_bytes"]["ours"] <= row["memory_floor"]
+        extra[0] += f" ≤ {row['memory_floor'] >> 20} {'✓' if passed else '✗'}"
     error = [_error(found["error"].get(name)) for name in ("ours", "naive")]
+    amount = found["bytes"] if row["rate"] == "GB/s" else found["flop"]
     cells = [
         row["name"],
         row["work"],
@@ -98,7 +102,7 @@ def _line(row: dict[str, Any], phase: str) -> str:
         _seconds(found["seconds"]),
         *(_ratio(row, phase, name) for name in ("naive", "einsum", "torch.compile", "limit")),
         "; ".join(f"{name}: {_ratio(row, phase, name)}" for name in others) or "–",
-        f"{found['bytes'] / found['seconds'] / 1e9:.1f}",
+        f"{amount / found['seconds'] / 1e9:.1f} {row['rate']}",
         " / ".join(extra),
         " / ".join(error),
     ]
@@ -138,9 +142,10 @@ def _error(value: float | None) -> str:
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw the roofline, each row under the bandwidth of its own working set, and beside it the ratios with the floors.
 
-    Layers are not in the roofline: their operations and bytes are counted of the published code, not of ours.
+    Layers are not in the roofline, for their operations and bytes are counted of the published code, not of ours; nor
+    are scores, whose limit is one number.
     """
-    sums = [row for row in result["rows"] if row["memory_floor"]]
+    sums = [row for row in result["rows"] if row["roofline"]]
     if sums:
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), width_ratios=(3, 2), layout="constrained")
         _draw_roofline(left, result["limits"], sums)
