@@ -273,7 +273,7 @@ def _in_16_bits(row: ScoreRow) -> list[ScoreRow]:
 
 def _large_row(b: int, times: int) -> ScoreRow:
     """Return a batch whose matrix does not fit the memory, and as its contender the small batches of as many pairs."""
-    small = _clip_row(b // times, 256)
+    small, reason = _clip_row(b // times, 256), f"its matrices take {3 * 4 * b * b / 1e9:.2g} GB"
     return replace(
         _clip_row(b, 256),
         name="C9",
@@ -281,8 +281,8 @@ def _large_row(b: int, times: int) -> ScoreRow:
         floors=(Floor(BOTH, f"{times**2} × B={b // times}", 1.1, at_most=True),),
         codes={"ours": _our_clip},
         products={BOTH: 4},
-        uncompiled=f"its matrices take {3 * 4 * b * b / 1e9:.0f} GB",
-        omitted=(("naive", f"its matrices take {3 * 4 * b * b / 1e9:.0f} GB"),),
+        uncompiled=reason,
+        omitted=(("naive", reason),),
         memory=64 * _MIB,
         parts=small,
         most_pairs=3,
