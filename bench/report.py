@@ -143,15 +143,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Draw the roofline, each row under the bandwidth of its own working set, and beside it the ratios with the floors.
 
     Layers are not in the roofline, for their operations and bytes are counted of the published code, not of ours; nor
-    are scores, whose limit is one number.
+    are scores, whose limit is one number, drawn beside their rates.
     """
-    sums = [row for row in result["rows"] if row["roofline"]]
-    if sums:
-        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), width_ratios=(3, 2), layout="constrained")
-        _draw_roofline(left, result["limits"], sums)
-    else:
-        figure, right = plt.subplots(figsize=(7, 6), layout="constrained")
-    _draw_ratios(right, result["rows"][::-1])
+    rows = result["rows"]
+    sums, scores = [row for row in rows if row["roofline"]], [row for row in rows if row["rate"] == "GFLOP/s"]
+    panels = [(panel, some) for panel, some in ((_draw_roofline, sums), (_draw_rates, scores)) if some]
+    size = (6.5 * (len(panels) + 1), max(6, 0.25 * len(rows)))
+    figure, axes = plt.subplots(1, len(panels) + 1, figsize=size, layout="constrained", squeeze=False)
+    for at, (panel, some) in enumerate(panels):
+        panel(axes[0, at], result["limits"], some)
+    _draw_ratios(axes[0, -1], rows[::-1])
     machine, threads = result["machine"], result["settings"]["threads"]
     name = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {threads} threads"
     figure.suptitle(f"fusion_sum on {name}")
@@ -227,11 +228,33 @@ def _apart(values: list[float]) -> list[float]:
     return spread
 
 
+def _draw_rates(axes: Any, limits: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Draw the last phase's rate of ours and naive, and of the multiply-adds in registers that were timed beside it."""
+    for i, row in enumerate(rows[::-1]):
+        found = list(row["phases"].values())[-1]
+        timed = {name: contender["seconds"] for name, contender in found["contenders"].items()}
+        rates = {name: found["flop"] / s / 1e9 for name, s in (timed | {"ours": found["seconds"]}).items()}
+        if "naive" in rates:
+            axes.plot([rates["naive"], rates["ours"]], [i, i], color=GREY, lw=0.6)
+            axes.plot(rates["naive"], i, "o", color=THEIRS, mfc="white", label="naive")
+        if "limit" in rates:
+            axes.plot(rates["limit"], i, "|", color="black", ms=10, label="multiply-adds in registers")
+        axes.plot(rates["ours"], i, "o", color=OURS, label="fusionsum")
+    if "fma_gflop_per_s" in limits:
+        axes.axvline(limits["fma_gflop_per_s"], color=GREY, lw=0.6)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows[::-1]])
+    axes.set(xlim=(0, None), xlabel="GFLOP/s")
+    axes.set_title("Last phase, as many operations as must be done without storing scores", fontsize=10)
+    legend = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    axes.legend(legend.values(), legend.keys(), fontsize=8, loc="lower right")
+
+
 def _draw_ratios(axes: Any, rows: list[dict[str, Any]]) -> None:
     for offset, phase, against, colour in (
         (0.25, FORWARD, "naive", OURS),
         (0.0, BOTH, "naive", PALE),
         (-0.25, BOTH, "torch.compile", GREY),
+        (-0.25, FORWARD, "FAISS", THEIRS),
     ):
         label: str | None = f"{phase}, vs {against}"
         for i, row in enumerate(rows):
@@ -248,4 +271,4 @@ def _draw_ratios(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.axvline(1, color="black", lw=0.6)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_xlabel("times as fast (black: the floor)")
-    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, handlelength=1)
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, handlelength=1)
