@@ -45,11 +45,13 @@ def combine(xp: Any, query_stats: Any, key_stats: Any, options: Options) -> tupl
     sides = [query_stats, key_stats] if options.symmetric else [query_stats]
     losses = []
     for lse, positive, positives, total, valid in sides:
-        loss = lse - positive
+        # Rows that are not counted are zeroed before they are subtracted: -inf less -inf is NaN, and so its derivative.
+        held, positive, total = (xp.where(positives > 0, x, xp.zeros_like(x)) for x in (lse, positive, total))
+        loss = held - positive
         if options.label_smoothing > 0:
-            smooth = lse - total / xp.clip(valid, 1, None)
+            smooth = held - total / xp.clip(valid, 1, None)
             loss = (1 - options.label_smoothing) * loss + options.label_smoothing * smooth
-        losses.append(xp.where(positives > 0, loss, xp.zeros_like(loss)))
+        losses.append(loss)
     if options.reduction != "none":
         divisors = _divisors(xp, sides, options)
         losses = [sum(loss.sum() / divisor for loss, divisor in zip(losses, divisors, strict=True))]

@@ -18,7 +18,6 @@ from .combination import REDUCTIONS, Options, arrange, combine, combine_sigmoid
 from .scores import Scores, check, check_flag, check_smoothing, evaluate
 
 
-@np.errstate(all="ignore")  # infinities and NaN in the sides give no warnings
 def contrastive_loss(
     queries: Any,
     keys: Any,
@@ -155,7 +154,6 @@ def contrastive_loss(
     return arrange([_rounded(x, scores) for x in combine(np, of_queries, of_keys, options)], options)
 
 
-@np.errstate(all="ignore")
 def sigmoid_loss(
     queries: Any,
     keys: Any,

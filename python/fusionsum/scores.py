@@ -66,13 +66,15 @@ class Scores(NamedTuple):
 
     def read(self) -> Scores:
         """Read the values: floats for scalars, int32 codes for labels and ids, plain arrays for memory maps."""
+        labels, key_labels = _codes("labels", self.query_labels, self.key_labels)
+        ids, key_ids = _codes("exclude", self.query_ids, self.key_ids)
         return _plain(self)._replace(
-            logit_scale=float(self.logit_scale),
-            logit_bias=float(self.logit_bias),
-            **dict(
-                zip(("query_labels", "key_labels"), _codes("labels", self.query_labels, self.key_labels), strict=True)
-            ),
-            **dict(zip(("query_ids", "key_ids"), _codes("exclude", self.query_ids, self.key_ids), strict=True)),
+            logit_scale=_number(self.logit_scale),
+            logit_bias=_number(self.logit_bias),
+            query_labels=labels,
+            key_labels=key_labels,
+            query_ids=ids,
+            key_ids=key_ids,
         )
 
 
@@ -362,7 +364,7 @@ def _check_pairs(exclude: Any, rows: int, columns: int, valid: str, first: tuple
 def _check_scalar(name: str, x: Any, first_name: str, first: Any) -> None:
     """Raise an error unless x is a finite number or an array of no dims; the value of a tensor is taken as it is."""
     if isinstance(x, numbers.Real) and not isinstance(x, bool):
-        if not math.isfinite(x):
+        if x != x or x in (math.inf, -math.inf):  # math.isfinite takes no symbolic number, which a compiler makes of x
             raise ValueError(f"{name}: expected a finite number, got {x}")
         return
     if not is_tensor(x) and not isinstance(x, (np.ndarray, np.generic)):
@@ -396,6 +398,10 @@ def _plain(call: Any) -> Any:
     return call._replace(**{name: view(x) for name, x in call._asdict().items()})
 
 
+def _number(x: Any) -> float:
+    return float(x if isinstance(x, numbers.Real) else x.item())
+
+
 def _integers(x: Any) -> np.ndarray:
     return np.asarray(x.cpu() if is_tensor(x) else x)
 
@@ -422,7 +428,11 @@ def _listed(exclude: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Concatenate the ids of each query; return the offsets and them."""
     lists = []
     for b, ids in enumerate(exclude):
-        listed = _integers(ids) if is_tensor(ids) or len(ids) else np.zeros(0, np.int64)
+        if not isinstance(ids, (list, tuple, range, np.ndarray)) and not is_tensor(ids):
+            raise TypeError(f"exclude[{b}]: expected a sequence of integers, the ids of keys, got {type(ids).__name__}")
+        listed = _integers(ids)
+        if listed.ndim != 1:
+            raise ValueError(f"exclude[{b}]: expected one dim, got shape {listed.shape}")
         if listed.dtype.kind not in "iu" and listed.size:
             raise TypeError(f"exclude[{b}]: expected integers, the ids of keys, got {listed.dtype}")
         lists.append(listed.astype(np.int64))

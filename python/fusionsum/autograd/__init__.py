@@ -3,6 +3,7 @@
 Importing this package registers the operations with torch. What lives where:
 
 * ``routing.py``: which way a call of tensors takes;
+* ``losses.py``, ``search.py``: what is built on scores, with the operations of it; ``sides.py``: what they share;
 * ``derivatives.py``: the sum's derivatives, whatever watches the call;
 * ``vmap.py``: a batch axis in front of every operand;
 * ``operations.py``: what torch is told of each operation, one record each;
@@ -16,6 +17,7 @@ torch's, each an error: ``torch.compile`` has no double backward and no ``torch.
 ``torch.jit.trace`` no lists of optional tensors.
 """
 
+from . import losses, search  # noqa: F401  (their operations are registered when they are imported)
 from .routing import fusion_sum, fusion_sum_grad
 
 __all__ = ["fusion_sum", "fusion_sum_grad"]

@@ -37,6 +37,16 @@ def _watched() -> bool:
     return _functorch_active() or forward_ad._current_level >= 0 or _dispatch_modes() or _jit_traces()
 
 
+def is_plain(given: Sequence[Any]) -> bool:
+    """Tell whether kernels may take these tensors as they are, and nothing watches but, maybe, autograd's recording."""
+    return not is_dynamo_compiling() and not _watched() and contraction.is_plain(*given)
+
+
+def records(given: Sequence[Any]) -> bool:
+    """Tell whether autograd records what is made of these tensors."""
+    return torch.is_grad_enabled() and _any_requires_grad(*given)
+
+
 def fusion_sum(
     fusion_weights: Any, factors: tuple[Any, ...], activations: Any, present: Any, absent: Any, dim: Any
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""The sum under vmap: a batch axis in front of every operand.
+"""Operations under vmap: the sum with a batch axis in front of every operand, and any other one item at a time.
 
 What lives elsewhere: telling torch of these rules (``operations.py``).
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from .. import reference, tensors
 from ..call import Call
 from . import derivatives
+from .registration import apply
 
 
 def _batch_first(size: int, given: Sequence[Any], axes: Sequence[Any]) -> list[Any]:
@@ -52,3 +55,16 @@ def fusion_sum_grad(
     grads = derivatives.fusion_sum_grad(_batch_first(size, [grad_output], [grad_axis])[0], batched, needs)
     found = [d.reshape(x.shape) for d, x in zip(grads, unpadded.operands, strict=True) if d is not None]
     return found, [0] * len(found)
+
+
+def one_by_one(name: str, size: int, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
+    """Apply an operation to each item of a batch: a call for those that fill the processor by themselves."""
+    leaves, spec = _pytree.tree_flatten(inputs)
+    axes = _pytree.tree_leaves(in_dims)
+    found = []
+    for i in range(size):
+        items = [x if axis is None else x.select(axis, i) for x, axis in zip(leaves, axes, strict=True)]
+        found.append(apply(name, *_pytree.tree_unflatten(items, spec)))
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return [torch.stack(outputs) for outputs in zip(*found, strict=True)], [0] * len(found[0])
