@@ -110,7 +110,8 @@ class _Sigmoid(_SigmoidOptions):
         """Evaluate those of the gradients that are `needed`; `upstream` has the one of the output."""
         if all(has or not need for has, need in zip(self.keep, needed, strict=True)):
             wanted = [need for has, need in zip(self.keep, needed, strict=True) if has]
-            return [d * upstream[0] for d, need in zip(kept, wanted, strict=True) if need]
+            by = float(upstream[0]) if xp is np else upstream[0]  # a tensor times an array warns
+            return [d * by for d, need in zip(kept, wanted, strict=True) if need]
         return differentiate("sigmoid_grad", coefficients_sigmoid(xp, upstream[0], rows, self.reduction), needed)
 
 
