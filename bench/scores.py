@@ -338,4 +338,4 @@ def _table(divisor: int) -> tuple[ScoreRow, ...]:
 
 SCORES = _table(1)
 # For CI: the floors are of the full sizes.
-QUICK_SCORES = tuple(replace(row, floors=(), memory=0) for row in _table(32))
+QUICK_SCORES = tuple(replace(row, floors=(), memory=0) for row in _table(64))

@@ -230,6 +230,28 @@ def test_the_loss_by_slices_is_the_naive_one():
         torch.testing.assert_close(one, other.detach())
 
 
+def test_scores_are_measured(benchmark):
+    """Every row, in small: that it is timed means that all contenders agree with ours."""
+    from bench import scores
+
+    result, table = benchmark("--rows", "C1,C2,C3,C4,C5,C6,C7,C8,C9,C10")
+    found = {row["name"]: row for row in result["rows"]}
+    assert list(found) == [row.name for row in scores.QUICK_SCORES]
+    for row in scores.QUICK_SCORES:
+        phases = found[row.name]["phases"]
+        assert tuple(phases) == row.phases
+        names = {*row.codes, "torch.compile", "limit", *(name for name, _ in (*row.arrays, *row.omitted))} - {"ours"}
+        names |= {"our float32"} if row.dtype != torch.float32 else set()
+        names |= {"64 × B=64"} if row.parts else set()
+        timed = {name for phase in phases.values() for name in phase["contenders"]}
+        assert timed | found[row.name]["skipped"].keys() == names
+        assert all(phase["error"]["ours"] < row.tolerance for phase in phases.values())
+        assert table.count(f"\n| {row.name} |") == len(phases)
+    assert set(found["C9"]["phases"]["forward + backward"]["extra_bytes"]) == {"ours"}
+    assert all(trait in table for trait in result["machine"]["traits"])
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+
+
 def test_nothing_holds_openblas_back(monkeypatch):
     from bench import __main__
 
