@@ -125,7 +125,8 @@ class _Sigmoid:
         # Where a second derivative may follow, only the operation can raise the error that there is none.
         if not torch.is_grad_enabled() and all(has or not need for has, need in zip(self.keep, needed, strict=True)):
             wanted = [need for has, need in zip(self.keep, needed, strict=True) if has]
-            return [d * upstream[0] for d, need in zip(kept, wanted, strict=True) if need]
+            by = float(upstream[0]) if xp is np else upstream[0]  # a tensor times an array warns
+            return [d * by for d, need in zip(kept, wanted, strict=True) if need]
         return differentiate("sigmoid_grad", coefficients_sigmoid(xp, upstream[0], rows, self.reduction), needed)
 
 
