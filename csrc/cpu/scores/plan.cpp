@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <new>
 #include <numeric>
 
 #include "../../space.h"
@@ -15,10 +16,15 @@ constexpr int64_t kMaxStripes = 64, kFewestStripes = 16;  // as many cores are k
 constexpr int64_t kKeyBytes = int64_t{8} << 20;           // of a chunk of keys, packed and formed
 constexpr int64_t kQueryBytes = int64_t{32} << 20;        // of a chunk of queries, formed, or of its candidates
 constexpr int64_t kQueryChunk = 1 << 16;
+// Of a task's slice, between two looks for Ctrl-C, in multiply-adds, of which a score's epilogue takes kEpilogueCost as
+// long: a tenth of a second without vectors.
+constexpr int64_t kSliceCost = 1 << 27, kEpilogueCost = 16;
+constexpr int64_t kMaxTerms = int64_t{1} << 40;  // no memory holds a tile of longer rows
 constexpr int64_t kFewestKeys = 64;  // of a segment: with fewer, gradients are read and written more than multiplied
 constexpr int64_t kByDots = 8;       // queries: so few are multiplied faster by keys as they lie than by packed ones
 
 int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+int64_t round_down(int64_t n, int64_t to) { return n / to * to; }
 
 bool in_place(const Side& side, DType working) {
   const Factor& f = side.factor[0];
@@ -118,16 +124,21 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
     const int64_t stripes = cut_keys ? divide_up(rows, p.block) : kFewestStripes;
     return std::min(p.block, std::max(2 * tile.rows, round_up(divide_up(rows, stripes), tile.rows)));
   };
+  const int64_t score = s.terms + kEpilogueCost, most_rows = kSliceCost / (p.block * score);
+  const int64_t longest = std::max(2 * tile.rows, round_down(most_rows, most_rows < p.block ? tile.rows : p.block));
   p.stripe = stripe_of(p.query_chunk);
   // Each step of a Latin square has a segment for every stripe: no more stripes than give segments of kFewestKeys.
   if (p.latin)
     p.stripe = std::max(p.stripe, round_up(divide_up(p.query_chunk, divide_up(keys, kFewestKeys)), tile.rows));
+  p.stripe = std::min(p.stripe, longest);
+  p.query_chunk = std::min(p.query_chunk, (given ? kFewestStripes : kMaxStripes) * p.stripe);
   p.stripes = divide_up(p.query_chunk, p.stripe);
 
   const bool keys_twice = !p.keys_in_place && !p.by_dots;
-  p.key_chunk = std::max(p.block, kKeyBytes / (row * (keys_twice ? 2 : 1)) / p.block * p.block);
-  p.key_chunk = std::min(p.key_chunk, round_up(keys, tile.cols));
   p.segments = p.latin ? p.stripes : cut_keys ? divide_up(kFewestStripes, p.stripes) : 1;
+  const int64_t most_keys =
+      std::min(kKeyBytes / (row * (keys_twice ? 2 : 1)), kSliceCost / (p.stripe * score) * p.segments);
+  p.key_chunk = std::min(std::max(p.block, round_down(most_keys, p.block)), round_up(keys, tile.cols));
   p.segment = round_up(divide_up(p.key_chunk, p.segments), tile.cols);
   p.segments = divide_up(p.key_chunk, p.segment);
   if (given) {
@@ -195,6 +206,7 @@ bool execute(const Scores& s, const ScoreKernels& kernels, Workspace& workspace,
   if (s.key_stats) std::fill_n(s.key_stats, s.keys.rows, none);
   if (s.d_scale) *s.d_scale = 0;
   if (!s.queries.rows || !s.keys.rows || (s.epilogue == Epilogue::top_k && !s.k)) return true;
+  if (s.terms > kMaxTerms) throw std::bad_alloc();  // sizes in bytes would wrap around
 
   const Tile tile{kernels.tile_rows[s.wide], kernels.tile_cols[s.wide]};
   ScorePlan plan{};
@@ -211,7 +223,7 @@ bool execute(const Scores& s, const ScoreKernels& kernels, Workspace& workspace,
   } context{&plan, &kernels, 0};
   const Work work{plan.tasks,
                   1,
-                  1 + plan.stripe * plan.segment * (s.terms + 16) / 16,  // a multiply-add is a sixteenth of an entry
+                  1 + plan.stripe * plan.segment * (s.terms + kEpilogueCost) / 16,  // an entry's is 16 multiply-adds
                   threads,
                   memory + bytes,
                   plan.scratch_bytes,
