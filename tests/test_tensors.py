@@ -33,7 +33,7 @@ class Native:
 
     def __getattr__(self, name):
         if name not in ("softmax_stats", "softmax_grad", "sigmoid_stats", "sigmoid_grad", "top_k", "ranks"):
-            raise AttributeError(name)
+            return lambda *given: NotImplemented
 
         def function(*given):
             *arguments, trusted = given
