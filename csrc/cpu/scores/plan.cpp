@@ -131,7 +131,7 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   if (p.latin)
     p.stripe = std::max(p.stripe, round_up(divide_up(p.query_chunk, divide_up(keys, kFewestKeys)), tile.rows));
   p.stripe = std::min(p.stripe, longest);
-  p.query_chunk = std::min(p.query_chunk, (given ? kFewestStripes : kMaxStripes) * p.stripe);
+  p.query_chunk = std::min(p.query_chunk, (given ? 2 * kFewestStripes : kMaxStripes) * p.stripe);
   p.stripes = divide_up(p.query_chunk, p.stripe);
 
   const bool keys_twice = !p.keys_in_place && !p.by_dots;
