@@ -493,7 +493,7 @@ def test_tensors_are_read():
     ).read()
     assert read.logit_scale == 2.5
     assert (read.query_labels[:, None] == read.key_labels).tolist() == (labels[0][:, None] == labels[1]).tolist()
-    lists = [torch.tensor([2, 0]), torch.tensor([], dtype=torch.int32), [1]]
+    lists = [torch.tensor([2, 0, 2]), torch.tensor([], dtype=torch.int32), [1]]
     found = scores.check_search(torch.ones(B, N), torch.ones(C, N), exclude=lists).read()
     assert found.excluded_offsets.tolist() == [0, 2, 2, 3]
     assert found.excluded_ids.tolist() == [0, 2, 1]

@@ -151,7 +151,8 @@ def contrastive_loss(
     if is_tensor(scores.queries[0]):
         return adopt_autograd().losses.contrastive_loss(scores, options)
     of_queries, of_keys = evaluate("softmax_stats", *scores.read(), options.any, options.symmetric, options.totals)
-    return arrange([_rounded(x, scores) for x in combine(np, of_queries, of_keys, options)], options)
+    with np.errstate(all="ignore"):  # infinities and NaN give no warnings, as in the kernels and torch
+        return arrange([_rounded(x, scores) for x in combine(np, of_queries, of_keys, options)], options)
 
 
 def sigmoid_loss(
@@ -233,9 +234,12 @@ def sigmoid_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     if is_tensor(scores.queries[0]):
         return adopt_autograd().losses.sigmoid_loss(scores, reduction)
-    return _rounded(combine_sigmoid(evaluate("sigmoid_stats", *scores.read()), reduction), scores)
+    of_queries = evaluate("sigmoid_stats", *scores.read())
+    with np.errstate(all="ignore"):
+        return _rounded(combine_sigmoid(of_queries, reduction), scores)
 
 
+@np.errstate(all="ignore")
 def _rounded(x: Any, scores: Scores) -> Any:
     """Round a result to the dtype to which factors and weights promote; a scalar for no dims."""
     return np.asarray(x).astype(reference.result_dtype(*scores.operands))[()]

@@ -400,17 +400,18 @@ def top_k(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
     """
     *search, k = arguments
     rows = len(search[0][0])
-    found: list[Any] = []  # kind (0: a number, 1: NaN, 2: no key), value, number of the key
+    found: list[Any] = []  # the best so far: values, and numbers of keys
     for start, s, valid in _blocks(*search):
-        kinds = np.where(valid, np.isnan(s).astype(np.int8), np.int8(2))
         numbers = np.broadcast_to(np.arange(start, start + s.shape[1]), s.shape)
-        found.append((kinds, np.where(valid, s, -np.inf), np.where(valid, numbers, -1)))
-        kinds, values, numbers = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
-        order = np.lexsort((np.where(kinds == 0, -values, 0), kinds), axis=1)[:, :k]  # stable
-        found = [tuple(np.take_along_axis(x, order, axis=1) for x in (kinds, values, numbers))]
+        found.append((np.where(valid, s, -np.inf), np.where(valid, numbers, -1)))
+        values, numbers = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+        order = np.lexsort((-values, numbers < 0), axis=1)[
+            :, :k
+        ]  # stable, NaN after all numbers, what is excluded last
+        found = [(np.take_along_axis(values, order, axis=1), np.take_along_axis(numbers, order, axis=1))]
     if not found:
         return np.zeros((rows, 0), _working_dtype(*search[:2], *search[7:9])), np.zeros((rows, 0), np.int64)
-    return found[0][1], found[0][2].astype(np.int64)
+    return found[0][0], found[0][1].astype(np.int64)
 
 
 @np.errstate(all="ignore")

@@ -26,8 +26,8 @@ from .. import reference, tensors
 from ..combination import Options, arrange, coefficients, coefficients_sigmoid, combine, combine_sigmoid
 from ..scores import Scores
 from . import routing, schema
-from .registration import apply
-from .sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, once, plain, record, sides, wide, with_arrays
+from .registration import apply, layered
+from .sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, plain, record, sides, wide, with_arrays
 
 _LOGIT_SCALE, _LOGIT_BIAS = (Scores._fields.index(name) for name in ("logit_scale", "logit_bias"))
 
@@ -40,7 +40,7 @@ def contrastive_loss(scores: Scores, options: Options) -> Any:
 def sigmoid_loss(scores: Scores, reduction: str) -> Tensor:
     """Evaluate `losses.sigmoid_loss` for tensors; takes checked arguments."""
     keep = [False] * 4
-    if reduction != "none" and torch.is_grad_enabled():
+    if reduction != "none" and torch.is_grad_enabled() and not layered():  # functorch asks for what has a derivative
         recorded = [isinstance(x, Tensor) and x.requires_grad for x in arrays(scores)]
         keep = _needed(with_arrays(scores, recorded), _LOGIT_BIAS)
     return _evaluated(_Sigmoid, (reduction, keep), scores)[0]
@@ -65,6 +65,10 @@ class _Contrastive(Options):
         """Return what is kept, without data."""
         first = scores.queries[0], scores.keys[0]
         return [x.new_empty((5, x.shape[0]), dtype=torch.float64) for x in first[: 1 + self.symmetric]]
+
+    def keeps(self) -> int:
+        """Return how many tensors are kept."""
+        return 1 + self.symmetric
 
     def evaluate(self, scores: Scores) -> tuple[Any, list[Tensor]]:
         """Evaluate the outputs, float64 arrays, and what is kept, for scores that are read."""
@@ -98,6 +102,10 @@ class _Sigmoid(_SigmoidOptions):
         """Return what is kept, without data."""
         return _empty(scores, self.keep, self.bias)
 
+    def keeps(self) -> int:
+        """Return how many tensors are kept."""
+        return sum(self.keep)
+
     def evaluate(self, scores: Scores) -> tuple[Any, list[Tensor]]:
         """Evaluate the output, a float64 array, and what is kept, for scores that are read."""
         if not any(self.keep):
@@ -108,7 +116,8 @@ class _Sigmoid(_SigmoidOptions):
 
     def gradients(self, xp: Any, upstream: Any, needed: list[bool], rows: int, kept: Any, differentiate: Any) -> Any:
         """Evaluate those of the gradients that are `needed`; `upstream` has the one of the output."""
-        if all(has or not need for has, need in zip(self.keep, needed, strict=True)):
+        # Where a second derivative may follow, only the operation can raise the error that there is none.
+        if not torch.is_grad_enabled() and all(has or not need for has, need in zip(self.keep, needed, strict=True)):
             wanted = [need for has, need in zip(self.keep, needed, strict=True) if has]
             return [d * upstream[0] for d, need in zip(kept, wanted, strict=True) if need]
         return differentiate("sigmoid_grad", coefficients_sigmoid(xp, upstream[0], rows, self.reduction), needed)
@@ -134,12 +143,9 @@ def _gradients(
     loss: Any, xp: Any, grads: Sequence[Any], needs: Sequence[Any], scores: Scores, kept: Any, differentiate: Any
 ) -> Scores:
     """Gradients of the fields of `scores`, None for all but some, from those of the outputs and of what was kept."""
-    count = len(grads) - len(kept)
-    if any(d is not None for d in grads[count:]):
-        once(loss.name)
-    upstream = [d if d is None else d.double() for d in grads[:count]]
+    upstream = [d if d is None else d.double() for d in grads[: len(grads) - len(kept)]]
     if xp is np:
-        upstream = [d if d is None else d.numpy() for d in upstream]
+        upstream = [d if d is None else d.numpy()[()] for d in upstream]
     needed = _needed(needs, loss.bias)
     found = iter(loss.gradients(xp, upstream, needed, scores.queries[0].shape[0], kept, differentiate))
     d_queries, d_keys, d_scale, d_bias = [next(found) if need else None for need in needed]
@@ -199,9 +205,12 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, loss: Any, scores: Scores, *given: Any) -> tuple[Tensor, ...]:
         read = scores.read()
         outputs, kept = loss.evaluate(read)
+        values = [None if isinstance(x, Tensor) else x for x in arrays(read)]
+        of_tensors = [None if isinstance(v, np.ndarray) else x for x, v in zip(given, values, strict=True)]
+        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in given), *kept)
-        ctx.loss, ctx.read = loss, with_arrays(read, [None if isinstance(x, Tensor) else x for x in arrays(read)])
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in of_tensors), *kept)
+        ctx.loss, ctx.read = loss, with_arrays(read, values)
         return *_rounded(outputs, scores), *kept
 
     @staticmethod
@@ -211,7 +220,7 @@ class _Recorded(torch.autograd.Function):
         saved, values = ctx.saved_tensors, arrays(ctx.read)
         given, kept = saved[: len(values)], saved[len(values) :]
         needs = with_arrays(ctx.read, ctx.needs_input_grad[2:])
-        # Of scalars, labels and ids there are both the tensors and what was read of them.
+        # Of scalars there are both the tensors and their values; of labels and ids, which were read once, the codes.
         scores = with_arrays(ctx.read, [v if x is None else x for x, v in zip(given, values, strict=True)])
         found = [x for x in (*grads, *saved) if x is not None]
         if routing.is_plain(found) and not routing.records(found):
@@ -252,11 +261,13 @@ def _record_loss(kind: Any) -> None:
         dtype, shapes = _result_dtype(scores), loss.shapes(queries.shape[0], keys.shape[0])
         return [*(queries.new_empty(shape, dtype=dtype) for shape in shapes), *loss.empty(scores)]
 
+    def keeps(*inputs: Any) -> int:
+        return kind(*_split(inputs)[1]).keeps()
+
     def backward(grads: Any, needs: Any, *rest: Any) -> tuple[Any, ...]:
-        *inputs, output = rest
+        *inputs, kept = rest
         of_scores, options = _split(inputs)
         scores, loss = schema.scores_of(of_scores), kind(*options)
-        kept = output[len(loss.shapes(0, 0)) :]
         found = _gradients(loss, torch, grads, needs, scores, kept, _by_operations(of_scores))
         nothing = [None] * (WEIGHTS - 2), [None] * len(options)
         return list(found.queries), list(found.keys), *nothing[0], *found[WEIGHTS:], *nothing[1]
@@ -268,7 +279,7 @@ def _record_loss(kind: Any) -> None:
         kernel=kernel,
         fake=fake,
         backward=backward,
-        keeps_output=True,
+        keeps=keeps,
     )
 
 

@@ -28,8 +28,8 @@ _registered: dict[str, Operation] = {}
 class Operation(NamedTuple):
     """All that torch is told of an operation. Its functions take the arguments of the schema, `inputs`, in their order.
 
-    An output is a tensor or a list of tensors, and so are its gradient and its tangent. In the gradient of a list, None
-    stands for a tensor that nothing depends on where `keeps_output` is set, else zeros do.
+    An output is a tensor or a list of tensors, and so are its gradient and its tangent. In the gradient of a list, zeros
+    stand for a tensor that nothing depends on; where `keeps` is given, None does.
     """
 
     name: str
@@ -40,7 +40,9 @@ class Operation(NamedTuple):
     jvp: Callable[..., Any]  # (tangents, *inputs): the output's tangent
     vmap: Callable[..., tuple[Any, Any]]  # (size, in_dims, *inputs): the output and its batch axes
     decomposition: Callable[..., Any] | None = None  # (*inputs): the output by torch's own operations, for ONNX
-    keeps_output: bool = False  # then `backward` takes the tensors of the output after the inputs
+    # (*inputs): how many of the last tensors of the output are there for `backward`, which takes them after the inputs;
+    # they have no gradient.
+    keeps: Callable[..., int] | None = None
 
 
 def apply(name: str, *inputs: Any) -> Any:
@@ -78,7 +80,7 @@ class _Layered(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.name, spec, *leaves = inputs
-        _keep(ctx, leaves, spec, output, ctx.save_for_backward, ctx.save_for_forward)
+        _keep(ctx, leaves, spec, ctx.save_for_backward, ctx.save_for_forward, output=output)
         ctx.is_list = not isinstance(output, Tensor)
 
     @staticmethod
@@ -98,19 +100,22 @@ class _Layered(torch.autograd.Function):
         return (output, out_dims) if isinstance(output, Tensor) else (tuple(output), tuple(out_dims))
 
 
-def _keep(ctx: Any, leaves: Sequence[Any], spec: Any, output: Any, *save: Callable[..., None]) -> None:
-    kept_output: list[Tensor] = []
-    if _registered[ctx.name].keeps_output:
+def _keep(ctx: Any, leaves: Sequence[Any], spec: Any, *save: Callable[..., None], output: Any) -> None:
+    kept: Sequence[Tensor] = ()
+    keeps = _registered[ctx.name].keeps
+    if keeps is not None:
+        count = keeps(*_pytree.tree_unflatten(leaves, spec))
+        kept = output[len(output) - count :]
+        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        kept_output = [output] if isinstance(output, Tensor) else list(output)
     for save_tensors in save:
-        save_tensors(*(x if isinstance(x, Tensor) else None for x in leaves), *kept_output)
+        save_tensors(*(x if isinstance(x, Tensor) else None for x in leaves), *kept)
     ctx.others = [None if isinstance(x, Tensor) else x for x in leaves]
     ctx.spec = spec
 
 
 def _kept(ctx: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    """Return the inputs, and the tensors of the output if the operation keeps them."""
+    """Return the inputs, and what is kept of the output."""
     saved = ctx.saved_tensors
     leaves = [other if x is None else x for x, other in zip(saved, ctx.others, strict=False)]
     return _pytree.tree_unflatten(leaves, ctx.spec), saved[len(leaves) :]
@@ -118,12 +123,12 @@ def _kept(ctx: Any) -> tuple[Any, tuple[Tensor, ...]]:
 
 def _gradients(ctx: Any, grad: Any, needs: Any) -> tuple[Any, tuple[Any, ...]]:
     """Return the inputs and their gradients."""
-    operation, (inputs, output) = _registered[ctx.name], _kept(ctx)
-    if not operation.keeps_output:
+    operation, (inputs, kept) = _registered[ctx.name], _kept(ctx)
+    if operation.keeps is None:
         return inputs, operation.backward(grad, needs, *inputs)
-    if all(d is None for d in (grad if isinstance(grad, (list, tuple)) else [grad])):
+    if all(d is None for d in grad):
         return inputs, (None,) * len(inputs)
-    return inputs, operation.backward(grad, needs, *inputs, output)
+    return inputs, operation.backward(grad, needs, *inputs, kept)
 
 
 def _flat(grads: Sequence[Any], inputs: Sequence[Any]) -> Iterator[Any]:
@@ -161,7 +166,7 @@ def register(operation: Operation) -> None:
 def _setup(name: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.name = name
     leaves, spec = _pytree.tree_flatten(inputs)
-    _keep(ctx, leaves, spec, output, ctx.save_for_backward)
+    _keep(ctx, leaves, spec, ctx.save_for_backward, output=output)
 
 
 def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
@@ -172,10 +177,16 @@ def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
     )
 
 
-def _under_older_vmap(rule: Callable[..., Any], *inputs: Any) -> Any:
-    """Map under torch's older vmap, which is_grads_batched and gradcheck still use and which has no public rules."""
+def older_vmap_level() -> int:
+    """Return how deep the call is in torch's older vmap; 0: not at all."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def _under_older_vmap(rule: Callable[..., Any], *inputs: Any) -> Any:
+    """Map under torch's older vmap, which is_grads_batched and gradcheck still use and which has no public rules."""
+    level = older_vmap_level()
     tensors = [x for x in _pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
     size = max(torch._remove_batch_dim(x, level, 1, 0).shape[0] for x in tensors)
     unwrapped = _pytree.tree_map_only(Tensor, lambda x: torch._remove_batch_dim(x, level, size, 0), inputs)

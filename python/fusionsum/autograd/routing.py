@@ -25,6 +25,7 @@ from ..backend import native
 from ..call import Call, check, spread
 from ..contraction import route
 from . import derivatives, operations  # noqa: F401  (the operations are registered when they are imported)
+from .registration import older_vmap_level
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -39,7 +40,7 @@ def _watched() -> bool:
 
 def is_plain(given: Sequence[Any]) -> bool:
     """Tell whether kernels may take these tensors as they are, and nothing watches but, maybe, autograd's recording."""
-    return not is_dynamo_compiling() and not _watched() and contraction.is_plain(*given)
+    return not is_dynamo_compiling() and not (_watched() or older_vmap_level()) and contraction.is_plain(*given)
 
 
 def records(given: Sequence[Any]) -> bool:

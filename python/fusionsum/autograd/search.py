@@ -67,7 +67,7 @@ def _top_k_fake(*given: Any) -> list[Tensor]:
 
 def _top_k_backward(grads: Any, needs: Sequence[Any], *rest: Any) -> tuple[Any, ...]:
     """Differentiate the values as fusion sums of each query and the keys found, gathered by their indices."""
-    *of_search, _, (_, indices) = rest
+    *of_search, _, (indices,) = rest
     search = schema.search_of(of_search)
     found: list[Any] = [None] * len(search)
     is_found = indices >= 0  # where no key was left, the value is -inf, and constant
@@ -109,7 +109,7 @@ record(
     kernel=_top_k_kernel,
     fake=_top_k_fake,
     backward=_top_k_backward,
-    keeps_output=True,
+    keeps=lambda *inputs: 1,  # the indices
 )
 
 
