@@ -95,25 +95,37 @@ def test_the_table_and_the_page(predictor, folder, tmp_path):
 
 
 def test_pictures_are_pictures_and_sounds_play(predictor, folder, tmp_path):
-    *_, html = written(predictor, folder, tmp_path)
-    pictures = re.findall(r'<img src="data:image/webp;base64,([^"]*)" alt="image of (row\d+)">', html)
-    sounds = re.findall(
-        r'<audio controls preload="none" src="data:audio/flac;base64,([^"]*)" aria-label="sound of (row\d+)">', html
-    )
-    for data, name in pictures:
+    found, *_, html = written(predictor, folder, tmp_path)
+    for data, name in re.findall(r'<img [^>]*src="data:image/webp;base64,([^"]*)" alt="image of (row\d+)">', html):
         shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"), dtype=float)
         given = np.asarray(Image.open(folder / f"{name.removeprefix('row')}.png"), dtype=float)
         assert shown.shape == given.shape
         assert np.abs(shown - given).mean() <= 25
-    for data, name in sounds:
+    sounds = r'<audio controls [^>]*src="data:audio/flac;base64,([^"]*)" aria-label="sound of (row\d+)">'
+    for data, name in re.findall(sounds, html):
         heard, rate = soundfile.read(io.BytesIO(base64.b64decode(data)))
         given, _ = soundfile.read(folder / f"{name.removeprefix('row')}.wav")
         assert rate == 8000
         np.testing.assert_allclose(heard, (given / np.abs(given).max())[:1600], atol=1e-3)
-    there = sum(row["sound"] != "" for row in made_up.rows(tmp_path))
-    expected = made_up.ROWS if predictor.config.task.target == ("text",) else 4 * made_up.ROWS
-    assert len(pictures) == expected
-    assert len(sounds) == there if predictor.config.task.target == ("text",) else len(sounds) > 0
+    rows = found.queries.rows
+    if predictor.config.task.target != ("text",):
+        rows = [found.gallery.rows[j] for j in found.found.ravel()]
+    for tag, column in (("img", "image"), ("audio", "sound")):
+        assert html.count(f"<{tag} ") == sum(row[column] != "" for row in rows)
+
+
+def test_what_is_found_again_is_in_the_page_once(predictor, folder, tmp_path):
+    found, *_, html = written(predictor, folder, tmp_path)
+    tags = re.findall(r'<(?:img|audio) [^>]*data-item="([^"]*)"( src="data:[^"]*")?', html)
+    assert len(tags) == sum(
+        found.gallery.rows[j][name] != "" for j in found.found.ravel() for name in ("image", "sound")
+    ) * (predictor.config.task.target != ("text",))
+    held = [place for place, source in tags if source]
+    assert sorted(held) == sorted({place for place, _ in tags})
+    for place, _ in tags:
+        assert [p for p, _ in tags].index(place) == next(
+            k for k, (p, source) in enumerate(tags) if p == place and source
+        )
 
 
 def test_queries_and_gallery_of_their_own_need_only_their_columns(predictor, folder, tmp_path):

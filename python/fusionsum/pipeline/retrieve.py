@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,24 +87,31 @@ def write_retrieved(folder: str | Path, retrieved: Retrieved) -> None:
 
     shown = min(SHOWN, len(queries))
     items = {j: _item(config, gallery, j, config.task.target) for j in np.unique(retrieved.found[:shown]).tolist()}
-    results = [
-        (
-            _item(config, queries, row, input_modalities(config)),
-            [
-                (items[j], f"{score:.3f}", j == retrieved.own[row])
-                for score, j in zip(retrieved.scores[row].tolist(), retrieved.found[row].tolist(), strict=True)
-            ],
-        )
+    asked = [_item(config, queries, row, input_modalities(config)) for row in range(shown)]
+    answers = [
+        [
+            {"number": j, "item": items[j], "score": f"{score:.3f}", "own": j == retrieved.own[row]}
+            for score, j in zip(retrieved.scores[row].tolist(), retrieved.found[row].tolist(), strict=True)
+        ]
         for row in range(shown)
     ]
     page = rendered(
         "retrieved.html",
         title=f"{config.title}: what is found",
         facts=_facts(retrieved),
-        results=results,
+        results=list(zip(asked, _first(answers), strict=True)),
         hidden=len(queries) - shown,
     )
     (folder / "retrieved.html").write_text(page, encoding="utf-8")
+
+
+def _first(answers: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Mark the first answer of each item: the page has its picture and sound there, and copies them to the others."""
+    seen: set[int] = set()
+    for answer in itertools.chain.from_iterable(answers):
+        answer["first"] = answer["number"] not in seen
+        seen.add(answer["number"])
+    return answers
 
 
 def _facts(retrieved: Retrieved) -> list[tuple[str, str]]:
