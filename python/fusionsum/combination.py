@@ -17,8 +17,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 REDUCTIONS = ("mean", "sum", "none")
 TIES = ("mean", "optimistic", "pessimistic")
 
@@ -38,7 +36,6 @@ class Options(NamedTuple):
         return self.label_smoothing > 0
 
 
-@np.errstate(all="ignore")  # infinities and NaN in the sides give no warnings
 def combine(xp: Any, query_stats: Any, key_stats: Any, options: Options) -> tuple[Any, ...]:
     """Combine the statistics, (5, B) and, if symmetric, (5, C), into losses and, if they are asked for, log-sum-exps.
 
@@ -61,7 +58,6 @@ def combine(xp: Any, query_stats: Any, key_stats: Any, options: Options) -> tupl
     return (*losses, *(stats[0] for stats in sides if options.return_lse))
 
 
-@np.errstate(all="ignore")
 def coefficients(xp: Any, query_stats: Any, key_stats: Any, options: Options, upstream: Any) -> tuple[Any, Any]:
     """Make the coefficients that `softmax_grad` takes, (5, B) and, if symmetric, (5, C), else None.
 
@@ -109,7 +105,6 @@ def arrange(outputs: Any, options: Options) -> Any:
     return (loss, *outputs[losses:]) if options.return_lse else loss
 
 
-@np.errstate(all="ignore")
 def combine_sigmoid(losses: Any, reduction: str) -> Any:
     """Reduce the losses of the queries, (B,), as `sigmoid_stats` gives them."""
     if reduction == "none":

@@ -239,7 +239,6 @@ def sigmoid_loss(
         return _rounded(combine_sigmoid(of_queries, reduction), scores)
 
 
-@np.errstate(all="ignore")
 def _rounded(x: Any, scores: Scores) -> Any:
     """Round a result to the dtype to which factors and weights promote; a scalar for no dims."""
     return np.asarray(x).astype(reference.result_dtype(*scores.operands))[()]

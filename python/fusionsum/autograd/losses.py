@@ -16,7 +16,7 @@ A loss is differentiated once: the gradients of ``softmax_grad`` and ``sigmoid_g
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ _LOGIT_SCALE, _LOGIT_BIAS = (Scores._fields.index(name) for name in ("logit_scal
 
 def contrastive_loss(scores: Scores, options: Options) -> Any:
     """Evaluate `losses.contrastive_loss` for tensors; takes checked arguments."""
-    return arrange(_evaluated(_Contrastive, tuple(options), scores), options)
+    return arrange(_evaluated(_Contrastive(*options), options, scores), options)
 
 
 def sigmoid_loss(scores: Scores, reduction: str) -> Tensor:
@@ -43,56 +43,61 @@ def sigmoid_loss(scores: Scores, reduction: str) -> Tensor:
     if reduction != "none" and torch.is_grad_enabled() and not layered():  # functorch asks for what has a derivative
         recorded = [isinstance(x, Tensor) and x.requires_grad for x in arrays(scores)]
         keep = _needed(with_arrays(scores, recorded), _LOGIT_BIAS)
-    return _evaluated(_Sigmoid, (reduction, keep), scores)[0]
+    return _evaluated(_Sigmoid(reduction, keep), (reduction, keep), scores)[0]
 
 
 # ---- the losses: outputs from one pass over the scores, gradients from a second one if need be -----------------------
 
 
-class _Contrastive(Options):
+class _Contrastive:
     """Keeps the statistics: (5, B) and, if symmetric, (5, C)."""
 
     name = "contrastive_loss"
     schema = "bool any_positive, bool symmetric, float label_smoothing, str reduction, bool return_lse"
     bias = KEY_BIAS  # the place of the bias that has a gradient
 
+    def __init__(self, *options: Any) -> None:
+        self.options = Options(*options)
+
     def shapes(self, rows: int, columns: int) -> list[tuple[int, ...]]:
         """Return the shapes of the outputs."""
-        vectors: list[tuple[int, ...]] = [(rows,), (columns,)] if self.symmetric else [(rows,)]
-        return [*(vectors if self.reduction == "none" else [()]), *(vectors if self.return_lse else [])]
+        vectors: list[tuple[int, ...]] = [(rows,), (columns,)] if self.options.symmetric else [(rows,)]
+        return [*(vectors if self.options.reduction == "none" else [()]), *(vectors if self.options.return_lse else [])]
 
     def empty(self, scores: Scores) -> list[Tensor]:
         """Return what is kept, without data."""
         first = scores.queries[0], scores.keys[0]
-        return [x.new_empty((5, x.shape[0]), dtype=torch.float64) for x in first[: 1 + self.symmetric]]
+        return [x.new_empty((5, x.shape[0]), dtype=torch.float64) for x in first[: 1 + self.options.symmetric]]
 
     def keeps(self) -> int:
         """Return how many tensors are kept."""
-        return 1 + self.symmetric
+        return 1 + self.options.symmetric
 
+    @np.errstate(all="ignore")  # infinities and NaN give no warnings, as in torch
     def evaluate(self, scores: Scores) -> tuple[Any, list[Tensor]]:
         """Evaluate the outputs, float64 arrays, and what is kept, for scores that are read."""
-        of_queries, of_keys = tensors.softmax_stats(scores, self.any, self.symmetric, self.totals)
+        of_queries, of_keys = tensors.softmax_stats(
+            scores, self.options.any, self.options.symmetric, self.options.totals
+        )
         kept = [torch.from_numpy(x) for x in (of_queries, of_keys) if x is not None]
-        return combine(np, of_queries, of_keys, self), kept
+        return combine(np, of_queries, of_keys, self.options), kept
 
     def gradients(self, xp: Any, upstream: Any, needed: list[bool], rows: int, kept: Any, differentiate: Any) -> Any:
         """Evaluate those of the gradients that are `needed`; `upstream` has one array, or None, per output."""
         of_queries, of_keys, *_ = [*(x.numpy() if xp is np else x for x in kept), None]
-        return differentiate("softmax_grad", *coefficients(xp, of_queries, of_keys, self, upstream), self.any, needed)
+        coefs = coefficients(xp, of_queries, of_keys, self.options, upstream)
+        return differentiate("softmax_grad", *coefs, self.options.any, needed)
 
 
-class _SigmoidOptions(NamedTuple):
-    reduction: str
-    keep: Sequence[bool]  # which gradients are found in the pass that finds the loss, a sum or mean
-
-
-class _Sigmoid(_SigmoidOptions):
-    """Keeps those gradients."""
+class _Sigmoid:
+    """Keeps the gradients that the caller says, of a sum or mean: one pass finds them with the loss."""
 
     name = "sigmoid_loss"
     schema = "str reduction, bool[] keep"
     bias = _LOGIT_BIAS
+
+    def __init__(self, reduction: str, keep: Sequence[bool]) -> None:
+        self.reduction, self.keep = reduction, keep
 
     def shapes(self, rows: int, columns: int) -> list[tuple[int, ...]]:
         """Return the shapes of the outputs."""
@@ -106,6 +111,7 @@ class _Sigmoid(_SigmoidOptions):
         """Return how many tensors are kept."""
         return sum(self.keep)
 
+    @np.errstate(all="ignore")  # infinities and NaN give no warnings, as in torch
     def evaluate(self, scores: Scores) -> tuple[Any, list[Tensor]]:
         """Evaluate the output, a float64 array, and what is kept, for scores that are read."""
         if not any(self.keep):
@@ -163,9 +169,9 @@ def _gradients(
 # ---- the ways --------------------------------------------------------------------------------------------------------
 
 
-def _evaluated(kind: Any, options: tuple[Any, ...], scores: Scores) -> Sequence[Tensor]:
-    """Return the outputs of a loss."""
-    loss, given = kind(*options), arrays(scores)
+def _evaluated(loss: Any, options: Sequence[Any], scores: Scores) -> Sequence[Tensor]:
+    """Return the outputs of a loss; `options` are those of its operation."""
+    given = arrays(scores)
     found = [x for x in given if isinstance(x, Tensor)]
     if not routing.is_plain(found):
         outputs = apply(loss.name, *schema.side_arguments(_as_tensors(scores)), *options)
@@ -192,7 +198,9 @@ def _as_tensors(scores: Scores) -> Scores:
     def tensor(x: Any) -> Any:
         if isinstance(x, np.ndarray):
             return torch.from_numpy(x)
-        return torch.scalar_tensor(x, dtype=torch.float64, device="cpu") if isinstance(x, (int, float)) else x
+        return (
+            torch.scalar_tensor(x, dtype=torch.float64, device="cpu") if isinstance(x, (int, float, np.number)) else x
+        )
 
     names = "logit_scale", "logit_bias", "query_labels", "key_labels", "query_ids", "key_ids"
     return scores._replace(**{name: tensor(getattr(scores, name)) for name in names})
@@ -225,7 +233,8 @@ class _Recorded(torch.autograd.Function):
         found = [x for x in (*grads, *saved) if x is not None]
         if routing.is_plain(found) and not routing.records(found):
             read = with_arrays(ctx.read, [x if v is None else v for x, v in zip(given, values, strict=True)])
-            gradients = _gradients(ctx.loss, np, grads, needs, scores, kept, _by_kernels(read))
+            with np.errstate(all="ignore"):
+                gradients = _gradients(ctx.loss, np, grads, needs, scores, kept, _by_kernels(read))
         else:
             of_scores = schema.side_arguments(_as_tensors(scores))
             gradients = _gradients(ctx.loss, torch, grads, needs, scores, kept, _by_operations(of_scores))

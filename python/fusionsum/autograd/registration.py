@@ -22,7 +22,7 @@ from torch.utils import _pytree
 _functorch_active = torch._C._are_functorch_transforms_active
 _library = torch.library.Library("fusionsum", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-_registered: dict[str, Operation] = {}
+registered: dict[str, Operation] = {}
 
 
 class Operation(NamedTuple):
@@ -91,18 +91,18 @@ class _Layered(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _registered[ctx.name].jvp(_pytree.tree_unflatten(tangents[2:], ctx.spec), *_kept(ctx)[0])
+        return registered[ctx.name].jvp(_pytree.tree_unflatten(tangents[2:], ctx.spec), *_kept(ctx)[0])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, name: str, spec: Any, *leaves: Any) -> Any:
         axes, inputs = (_pytree.tree_unflatten(flat, spec) for flat in (in_dims[2:], leaves))
-        output, out_dims = _registered[name].vmap(info.batch_size, axes, *inputs)
+        output, out_dims = registered[name].vmap(info.batch_size, axes, *inputs)
         return (output, out_dims) if isinstance(output, Tensor) else (tuple(output), tuple(out_dims))
 
 
 def _keep(ctx: Any, leaves: Sequence[Any], spec: Any, *save: Callable[..., None], output: Any) -> None:
     kept: Sequence[Tensor] = ()
-    keeps = _registered[ctx.name].keeps
+    keeps = registered[ctx.name].keeps
     if keeps is not None:
         count = keeps(*_pytree.tree_unflatten(leaves, spec))
         kept = output[len(output) - count :]
@@ -123,7 +123,7 @@ def _kept(ctx: Any) -> tuple[Any, tuple[Tensor, ...]]:
 
 def _gradients(ctx: Any, grad: Any, needs: Any) -> tuple[Any, tuple[Any, ...]]:
     """Return the inputs and their gradients."""
-    operation, (inputs, kept) = _registered[ctx.name], _kept(ctx)
+    operation, (inputs, kept) = registered[ctx.name], _kept(ctx)
     if operation.keeps is None:
         return inputs, operation.backward(grad, needs, *inputs)
     if all(d is None for d in grad):
@@ -142,7 +142,7 @@ def _flat(grads: Sequence[Any], inputs: Sequence[Any]) -> Iterator[Any]:
 def register(operation: Operation) -> None:
     """Register an operation as ``torch.ops.fusionsum.<name>``."""
     name, qualified = operation.name, f"fusionsum::{operation.name}"
-    _registered[name] = operation
+    registered[name] = operation
     _library.define(name + operation.schema, tags=_TAGS)
     _library.impl(name, operation.kernel, "CompositeExplicitAutograd")  # for every device: the kernel names its own
     _library.impl(name, functools.partial(_under_older_vmap, operation.vmap), "Batched")

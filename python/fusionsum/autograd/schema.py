@@ -1,4 +1,4 @@
-"""How a `Call`, and a `Scores`, become arguments of a registered operation, and back. The fields keep their order.
+"""How a `Call`, `Scores` or `Search` becomes arguments of a registered operation, and back. The fields keep their order.
 
 An operation takes lists for tuples, and "" for no activation: a schema has no list of optional strings.
 """

@@ -34,7 +34,7 @@ def ranks(search: Search, targets: Tensor, ties: str) -> Tensor:
         counts = tensors.ranks(search, targets)
     else:
         counts = apply("ranks", *_arguments(search), targets)
-    greater, equal = counts
+    greater, equal = counts.double() if ties == "mean" else counts  # torch divides integers in float32
     return combine_ranks(greater, equal, ties)
 
 
@@ -70,13 +70,14 @@ def _top_k_backward(grads: Any, needs: Sequence[Any], *rest: Any) -> tuple[Any, 
     *of_search, _, (indices,) = rest
     search = schema.search_of(of_search)
     found: list[Any] = [None] * len(search)
-    is_found = indices >= 0  # where no key was left, the value is -inf, and constant
+    is_found = indices >= 0  # where no key was left, the value is constant, -inf, and a key of zeros stands in
     grad, places = torch.where(is_found, grads[0], 0), indices.clamp(min=0)
-    rows, flat = places.shape, places.flatten()
+    rows, flat, has_key = places.shape, places.reshape(-1), is_found.reshape(-1, 1)
 
     queries, keys = sides(search)
     gathered = keys._replace(
-        factors=[x[flat].to(grad.dtype) for x in keys.factors],  # widened: a key may be found many times
+        # widened: a key may be found many times, and its gradients are summed before they are rounded
+        factors=[torch.where(has_key, x[flat], 0).to(grad.dtype) for x in keys.factors],
         present=[x if x is None else x[flat] for x in keys.present],
     )
     factors = queries.product(grad.dtype).unsqueeze(1), gathered.product(grad.dtype).unflatten(0, rows)
@@ -93,12 +94,12 @@ def _top_k_backward(grads: Any, needs: Sequence[Any], *rest: Any) -> tuple[Any, 
     if d_queries is not None:
         d_queries = d_queries.squeeze(1)
     if d_gathered is not None:
-        d_gathered = d_gathered.flatten(0, 1)
+        d_gathered = d_gathered.reshape(flat.shape[0], d_gathered.shape[-1])
     found[WEIGHTS], *found[QUERIES] = queries.grads(d_queries, [needs[WEIGHTS], *needs[QUERIES]])
     _, *d_rows = gathered.grads(d_gathered, [False, *needs[KEYS]])
     found[KEYS] = [scattered(d, x) for d, x in zip(d_rows, keys.factors, strict=True)]
     if needs[KEY_BIAS]:
-        found[KEY_BIAS] = scattered(grad.flatten(), search.key_bias)
+        found[KEY_BIAS] = scattered(grad.reshape(-1), search.key_bias)
     return *found, None
 
 

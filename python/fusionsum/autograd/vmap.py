@@ -15,7 +15,7 @@ from torch.utils import _pytree
 from .. import reference, tensors
 from ..call import Call
 from . import derivatives
-from .registration import apply
+from .registration import apply, registered
 
 
 def _batch_first(size: int, given: Sequence[Any], axes: Sequence[Any]) -> list[Any]:
@@ -60,11 +60,18 @@ def fusion_sum_grad(
 def one_by_one(name: str, size: int, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
     """Apply an operation to each item of a batch: a call for those that fill the processor by themselves."""
     leaves, spec = _pytree.tree_flatten(inputs)
-    axes = _pytree.tree_leaves(in_dims)
-    found = []
-    for i in range(size):
-        items = [x if axis is None else x.select(axis, i) for x, axis in zip(leaves, axes, strict=True)]
-        found.append(apply(name, *_pytree.tree_unflatten(items, spec)))
+    batched = [
+        x if axis is None else x.movedim(axis, 0) for x, axis in zip(leaves, _pytree.tree_leaves(in_dims), strict=True)
+    ]
+    is_batched = [axis is not None for axis in _pytree.tree_leaves(in_dims)]
+
+    def item(take: Any) -> Any:
+        items = [take(x) if mapped else x for x, mapped in zip(batched, is_batched, strict=True)]
+        return _pytree.tree_unflatten(items, spec)
+
+    found = [apply(name, *item(lambda x, i=i: x[i])) for i in range(size)]
+    if not found:  # the shapes of the outputs are those of an item
+        found = [registered[name].fake(*item(lambda x: x.new_empty(x.shape[1:])))]
     if isinstance(found[0], Tensor):
-        return torch.stack(found), 0
-    return [torch.stack(outputs) for outputs in zip(*found, strict=True)], [0] * len(found[0])
+        return torch.stack(found)[:size], 0
+    return [torch.stack(outputs)[:size] for outputs in zip(*found, strict=True)], [0] * len(found[0])
