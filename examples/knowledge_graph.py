@@ -71,4 +71,4 @@ wanted = {name: found.get_metric(f"both.realistic.{theirs}") for name, theirs in
 print(f"UMLS, {len(testing)} test triples asked both ways among {len(entities)} entities, filtered")
 for name, value in wanted.items():
     print(f"  {name:8} PyKEEN {value:.6f}   fusionsum {got[name]:.6f}")
-    assert abs(value - got[name]) <= 1e-9, name
+    assert abs(value - got[name]) <= 1e-6, name  # PyKEEN takes means in float32
