@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+from html.parser import HTMLParser
 
 import numpy as np
 import soundfile
@@ -100,3 +101,25 @@ def config(folder, **sections):
     for name, value in sections.items():
         given[name] = given[name] | value if name in ("data", "modalities", "train") else value
     return given
+
+
+class Page(HTMLParser):
+    """A page of a run: collects the tags that are open, the text, and what the page would load."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loads, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "br", "img", "path", "use"):
+            self.open.append(tag)
+        self.loads += [
+            v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith(("#", "data:"))
+        ]
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data

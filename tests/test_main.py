@@ -6,6 +6,7 @@ What lives elsewhere: the demo and the pipeline behind its verbs (``test_pipelin
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 
@@ -105,6 +106,11 @@ def test_self_test_runs_the_backend_in_use(both_backends):
         (["bench"], "invalid choice: 'bench'"),  # the repository's, not the package's: python -m bench
         (["train", "x.yaml"], "the following arguments are required: --out"),
         (["predict", "x"], "the following arguments are required: --manifest"),
+        (["retrieve", "x", "--queries", "y"], "the following arguments are required: --gallery"),
+        (
+            ["retrieve", "x", "--queries", "y", "--gallery", "z", "-k", "0"],
+            "argument -k: invalid positive integer value",
+        ),
         (["train", "x.yaml", "--out", "y", "--on-error", "skp"], "argument --on-error: invalid choice: 'skp'"),
     ],
 )
@@ -153,9 +159,35 @@ def test_the_verbs_from_files_to_predictions(tmp_path, capsys):
     assert "seeds: 1" in (run / "config.yaml").read_text()
     assert command.main(["predict", str(run), "--manifest", str(tmp_path / "classification.csv")]) == 0
     assert len((run / "predictions.csv").read_text().splitlines()) == 1 + made_up.ROWS
+    asked = ["--queries", str(tmp_path / "classification.csv"), "--gallery", str(tmp_path / "classification.csv")]
+    assert command.main(["retrieve", str(run), *asked]) == 1
+    assert "task.kind: expected 'retrieval', got 'classification'" in capsys.readouterr().err
     assert command.main(train) == 1
     assert "is a run already" in capsys.readouterr().err
     assert command.main([*train, "--resume"]) == 0
+
+
+def test_retrieve_writes_a_table_and_a_page(tmp_path, capsys):
+    try:
+        import yaml
+
+        import fusionsum.pipeline  # noqa: F401
+    except ModuleNotFoundError as error:
+        missing(str(error))
+    folder, run = made_up.folder(tmp_path), tmp_path / "run"
+    given = made_up.config(folder, **made_up.TASKS["retrieval"], baselines=[], train={"seeds": 1, "epochs": 1})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(given))
+    manifest = str(folder / "retrieval.csv")
+    assert command.main(["train", str(tmp_path / "config.yaml"), "--out", str(run), "--manifest", manifest]) == 0
+    capsys.readouterr()
+    asked = ["retrieve", str(run), "--queries", manifest, "--gallery", manifest]
+    for place, options in ((run, []), (tmp_path / "found", ["-k", "3", "--out", str(tmp_path / "found")])):
+        assert command.main([*asked, *options]) == 0
+        assert str(place / "retrieved.html") in capsys.readouterr().out
+        with (place / "retrieved.csv").open(encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        assert (header[-1], len(rows)) == ("score_3" if options else "score_10", made_up.ROWS)
+        assert (place / "retrieved.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
-"""`fusionsum.nn.scores`: indices of any number of dims, complex products.
+"""`fusionsum.nn.scores`: indices of any number of dims, complex products, sides for losses, ranks and search.
 
 What lives elsewhere: the formulas, and what holds of every layer (``test_nn.py``).
 """
 
 from __future__ import annotations
+
+import math
+import re
 
 import pytest
 
@@ -14,6 +17,9 @@ try:
 except ModuleNotFoundError:
     missing("torch")
 
+from torch.nn.functional import cross_entropy
+
+import fusionsum as fs
 from fusionsum.nn import GMF, ComplEx, DistMult
 from fusionsum.nn.scores import complex_product
 from published import F64
@@ -116,3 +122,112 @@ def test_scores_without_recording_are_those_recorded():
             with torch.no_grad():
                 got = model(*given)
             torch.testing.assert_close(got, model(*given))
+
+
+# ---- sides -----------------------------------------------------------------------------------------------------------
+
+ENTITIES, RELATIONS, WIDTH = 23, 3, 6
+each_of_triples = pytest.mark.parametrize("model", [DistMult, ComplEx])
+each_side = pytest.mark.parametrize("side", ["heads", "tails"])
+
+
+def triples(count):
+    """Draw (heads, relations, tails)."""
+    return [torch.randint(high, (count,)) for high in (ENTITIES, RELATIONS, ENTITIES)]
+
+
+def asked(side, heads, relations, tails):
+    """Return the arguments that leave a side open, and its true entities."""
+    return ((None, relations, tails), heads) if side == "heads" else ((heads, relations, None), tails)
+
+
+@each_of_triples
+@each_side
+def test_training_against_all_entities_is_their_cross_entropy(model, side):
+    embeddings = model(ENTITIES, RELATIONS, WIDTH, dtype=F64)
+    known, true = asked(side, *triples(17))
+    parameters = list(embeddings.parameters())
+    for smoothing in (0.0, 0.1):
+        wanted = cross_entropy(embeddings(*known), true, label_smoothing=smoothing)
+        got = fs.contrastive_loss(
+            *embeddings.sides(*known),
+            labels=true,
+            key_labels=torch.arange(ENTITIES),
+            symmetric=False,
+            label_smoothing=smoothing,
+        )
+        torch.testing.assert_close(got, wanted)
+        ours, theirs = (torch.autograd.grad(loss, parameters) for loss in (got, wanted))
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@each_of_triples
+@each_side
+def test_search_among_all_entities(model, side):
+    embeddings = model(ENTITIES, RELATIONS, WIDTH, dtype=F64)
+    known, _ = asked(side, *triples(17))
+    with torch.no_grad():
+        values, found = fs.top_k(*embeddings.sides(*known), 5)
+        wanted = embeddings(*known).topk(5)
+    torch.testing.assert_close(torch.as_tensor(values), wanted.values)
+    assert torch.equal(torch.as_tensor(found), wanted.indices)
+
+
+def filtered_ranks(scores, true, others):
+    """Return PyKEEN's filtered ranks: scores of other true entities are NaN, and compare as not greater and not equal.
+
+    References: pykeen.evaluation, `filter_scores_` and `RankBatch`; M. Berrendorf et al., "On the Ambiguity of Rank-Based
+    Evaluation of Entity Alignment or Link Prediction Methods", 2020.
+    """
+    own = scores.gather(1, true[:, None])
+    scores = scores.clone()
+    for row, ids in zip(scores, others, strict=True):
+        row[ids] = math.nan
+    scores.scatter_(1, true[:, None], own)
+    optimistic, pessimistic = 1 + (scores > own).sum(dim=1), (scores >= own).sum(dim=1)
+    return {"optimistic": optimistic, "pessimistic": pessimistic, "mean": (optimistic + pessimistic) / 2}
+
+
+@each_of_triples
+@each_side
+@pytest.mark.parametrize("tied", [False, True])
+def test_ranks_are_those_of_filtered_evaluation(model, side, tied):
+    embeddings, (heads, relations, tails) = model(ENTITIES, RELATIONS, WIDTH, dtype=F64), triples(60)
+    if tied:
+        with torch.no_grad():  # small integers: many entities score the same, exactly
+            for p in embeddings.parameters():
+                p.copy_(torch.randint(-1, 2, p.shape))
+    known, true = asked(side, heads, relations, tails)
+    entity = tails if side == "heads" else heads
+    alike = (entity[:, None] == entity) & (relations[:, None] == relations)
+    others = [sorted({int(e) for e in true[row]} - {int(own)}) for row, own in zip(alike, true, strict=True)]
+    assert max(map(len, others)) > 0
+    with torch.no_grad():
+        queries, keys = embeddings.sides(*known)
+        for ties, wanted in filtered_ranks(embeddings(*known), true, others).items():
+            got = torch.as_tensor(fs.ranks(queries, keys, true, exclude=others, ties=ties))
+            assert torch.equal(got.double(), wanted.double()), ties
+
+
+INDEX = torch.tensor([1, 2])
+
+
+@pytest.mark.parametrize(
+    "given, error, message",
+    [
+        ((None, INDEX), ValueError, "heads, tails: expected one to be None, which means all entities"),
+        ((INDEX, INDEX, INDEX), ValueError, "heads, tails: expected one to be None, which means all entities"),
+        ((INDEX.float(), INDEX), TypeError, "heads: expected a tensor of integers, got torch.float32"),
+        ((None, INDEX.bool(), INDEX), TypeError, "relations: expected a tensor of integers, got torch.bool"),
+        ((INDEX, INDEX[:1]), ValueError, "heads, relations: expected one shape (B,), got (2,) and (1,)"),
+        (
+            (None, INDEX[None], INDEX[None]),
+            ValueError,
+            "tails, relations: expected one shape (B,), got (1, 2) and (1, 2)",
+        ),
+    ],
+)
+@each_of_triples
+def test_sides_of_bad_indices(model, given, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        model(ENTITIES, RELATIONS, WIDTH).sides(*given)

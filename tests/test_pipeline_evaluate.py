@@ -57,19 +57,22 @@ def test_regression_metrics(rng):
 
 
 def test_ranks_are_those_of_a_sorted_list(rng):
-    scores = rng.integers(6, size=(200, 12)).astype(float)  # full of ties
-    relevant = rng.random((200, 12)) < 0.2
-    relevant[np.arange(200), rng.integers(12, size=200)] = True
-    for s, r, rank in zip(scores, relevant, evaluate.ranks(scores, relevant), strict=True):
-        # In a tie, items that are not relevant come first.
-        ordered = sorted(range(12), key=lambda j, s=s, r=r: (-s[j], r[j]))
-        assert rank == 1 + next(place for place, j in enumerate(ordered) if r[j])
+    queries, keys = (rng.integers(-1, 2, size=(size, 3)).astype(float) for size in (200, 12))  # full of ties
+    weights = np.array([2.0, 1, 1])
+    key_labels = rng.integers(4, size=12) - 1
+    labels = rng.choice(key_labels, size=200)
+    found = evaluate.best_ranks(queries, keys, labels, key_labels, weights)
+    for query, label, rank in zip(queries, labels, found, strict=True):
+        # In a tie, keys of other labels come first.
+        scores, relevant = keys @ (weights * query), key_labels == label
+        ordered = sorted(range(12), key=lambda j, s=scores, r=relevant: (-s[j], r[j]))
+        assert rank == 1 + next(place for place, j in enumerate(ordered) if relevant[j])
 
 
 def test_retrieval_metrics_go_both_ways():
-    scores = np.array([[9.0, 1, 2], [3, 5, 4], [8, 2, 0], [1, 2, 3]])
-    relevant = np.array([[1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1]], dtype=bool)
-    found = evaluate.retrieval_metrics(scores, relevant, "sound", "text")
+    scores, labels = np.array([[9.0, 1, 2], [3, 5, 4], [8, 2, 0], [1, 2, 3]]), np.array([10, 20, 20, 30])
+    output = evaluate.Outputs(scores, np.ones(4, dtype=bool), np.eye(3))
+    found = evaluate.retrieval_metrics(output, labels, np.array([10, 20, 30]), "sound", "text")
     assert found["sound_to_text_R@1"] == 0.75
     assert found["sound_to_text_R@5"] == 1
     assert found["sound_to_text_median_rank"] == 1
@@ -85,7 +88,9 @@ def test_outputs_that_are_not_finite_have_no_metrics(bad):
     for measure in (
         lambda: evaluate.classification_metrics(values, np.arange(3)),
         lambda: evaluate.regression_metrics(values[0], np.arange(3.0)),
-        lambda: evaluate.ranks(values, np.eye(3, dtype=bool)),
+        lambda: evaluate.best_ranks(values, np.eye(3), np.arange(3), np.arange(3)),
+        lambda: evaluate.best_ranks(np.eye(3), values, np.arange(3), np.arange(3)),
+        lambda: evaluate.best_ranks(np.eye(3), np.eye(3), np.arange(3), np.arange(3), values[0]),
     ):
         with pytest.raises(ArithmeticError):
             measure()
@@ -113,7 +118,8 @@ def test_intervals_hold_the_mean_of_95_of_100_samples(rng):
 def test_combinations_are_products_and_sums_over_the_modalities_of_a_row():
     known = np.array([[True, True, False], [True, False, False]])
     logits = np.log([[[0.9, 0.1], [0.8, 0.2], [0.5, 0.5]], [[0.2, 0.8], [0.5, 0.5], [0.5, 0.5]]])
-    parts = [evaluate.Outputs(values, mask, values + 1) for values, mask in zip(logits, known, strict=True)]
+    galleries = [np.eye(2), np.eye(2) + 1]
+    parts = [evaluate.Outputs(*part) for part in zip(logits, known, galleries, strict=True)]
 
     def probabilities(name):
         values = np.exp(evaluate.combine(name, "classification", parts).values)
@@ -122,7 +128,9 @@ def test_combinations_are_products_and_sums_over_the_modalities_of_a_row():
     np.testing.assert_allclose(probabilities("late-product"), [[0.18 / 0.26, 0.08 / 0.26], [0.8, 0.2], [0.5, 0.5]])
     np.testing.assert_allclose(probabilities("score-sum"), [[0.55, 0.45], [0.8, 0.2], [0.5, 0.5]])
     summed = evaluate.combine("score-sum", "retrieval", parts)
-    np.testing.assert_allclose(summed.values[:2], [logits[0, 0] + logits[1, 0] + 2, logits[0, 1] + 1])
+    cosines = [part.values @ part.gallery.T for part in parts]
+    np.testing.assert_allclose((summed.values @ summed.gallery.T)[:2], [cosines[0][0] + cosines[1][0], cosines[0][1]])
+    assert summed.fusion_weights is None
     assert summed.known.tolist() == [True, True, False]
     mean = evaluate.combine("score-sum", "regression", parts).values
     np.testing.assert_allclose(mean[:2], [(logits[0, 0] + logits[1, 0]) / 2, logits[0, 1]])

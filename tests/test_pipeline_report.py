@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 
@@ -28,32 +27,10 @@ def folder(tmp_path_factory):
     return made_up.folder(tmp_path_factory.mktemp("made-up"))
 
 
-class Page(HTMLParser):
-    """Collects the tags that are open, and what the page would load."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.loads, self.text = [], [], ""
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "br", "path", "use"):
-            self.open.append(tag)
-        self.loads += [
-            v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith(("#", "data:"))
-        ]
-
-    def handle_endtag(self, tag):
-        if tag in self.open:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def written(evaluation, place):
     """Write the report; return its page, parsed, and its source."""
     write_report(place, evaluation)
-    page, html = Page(), (place / "report.html").read_text(encoding="utf-8")
+    page, html = made_up.Page(), (place / "report.html").read_text(encoding="utf-8")
     page.feed(html)
     return page, html
 

@@ -156,6 +156,20 @@ def test_numbers_come_before_nan_and_nan_before_nothing():
     assert np.array_equal(values, [[1, -np.inf, np.nan, np.nan, -np.inf]], equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_equal_keys_have_equal_scores_wherever_they_are(dtype, rng):
+    """A product of matrices by BLAS rounds its last rows and columns in another way."""
+    for rows, columns, terms in [(1, 9, 33), (7, 50, 5), (35, 18, 8), (60, 89, 69)]:
+        queries = rng.normal(size=(rows, terms)).astype(dtype)
+        keys = np.repeat(rng.normal(size=(1, terms)).astype(dtype), columns, axis=0)
+        values, indices = fs.top_k(queries, keys, columns)
+        assert (indices == np.arange(columns)).all()
+        assert (values == values[:, :1]).all()
+        targets = rng.integers(columns, size=rows)
+        assert (fs.ranks(queries, keys, targets, ties="pessimistic") == columns).all()
+        assert (fs.ranks(queries, keys, targets, ties="optimistic") == 1).all()
+
+
 def test_the_target_is_never_excluded():
     queries, keys, targets = np.ones((3, 1)), np.array([[3.0], [2.0], [1.0], [np.nan]]), np.array([2, 0, 3])
     everything = np.ones((3, 4), bool)

@@ -89,6 +89,16 @@ def predict(run: Path, manifest: Path, out: Path | None) -> None:
     print(f"{len(predictions)} predictions written to {place}.")
 
 
+def retrieve(run: Path, queries: Path, gallery: Path, k: int, out: Path | None) -> None:
+    """Write what a run's fused model finds in a gallery for queries: a table, and a page that shows both."""
+    from .pipeline import MultimodalPredictor
+    from .pipeline.retrieve import write_retrieved
+
+    place = out or run
+    write_retrieved(place, MultimodalPredictor.load(run).retrieve(queries, gallery, k))
+    print(f"Written to {place / 'retrieved.csv'} and {place / 'retrieved.html'}.")
+
+
 def _reported(verb: Callable[..., None], **arguments: object) -> int:
     """Call a verb of the pipeline; return 1, with the message alone, for bad input and for packages that are missing."""
     try:
@@ -116,7 +126,7 @@ _positive.__name__ = "positive integer"  # the type's name in argparse's error
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusionsum", description="Multiplicative fusion of modalities.")
-    commands = parser.add_subparsers(dest="command", metavar="{info,demo,prepare,train,evaluate,predict}")
+    commands = parser.add_subparsers(dest="command", metavar="{info,demo,prepare,train,evaluate,predict,retrieve}")
     commands.add_parser("info", help="what is installed, usable and in use, and a self-test (the default)")
     verb = commands.add_parser("demo", help="train and compare fusion models on digits and number words")
     verb.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report (%(default)s)")
@@ -146,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("run", type=Path, help="folder of the run")
     verb.add_argument("--manifest", type=Path, required=True, help="the rows; they need no labels")
     verb.add_argument("--out", type=Path, help="a CSV file (RUN/predictions.csv)")
+    verb = commands.add_parser("retrieve", help="find a gallery's items for queries with a run's fused model")
+    verb.add_argument("run", type=Path, help="folder of the run, whose task is retrieval")
+    verb.add_argument("--queries", type=Path, required=True, help="the manifest of the rows to ask with")
+    verb.add_argument("--gallery", type=Path, required=True, help="the manifest of the rows to find")
+    verb.add_argument("-k", type=_positive, default=10, help="how many to find for each query (%(default)s)")
+    verb.add_argument("--out", type=Path, help="folder of retrieved.csv and retrieved.html (the run's)")
     return parser
 
 
@@ -166,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": train,
         "evaluate": evaluate,
         "predict": predict,
+        "retrieve": retrieve,
     }
     return _reported(verbs[command], **options) if command in verbs else info()
 

@@ -3,10 +3,11 @@
 This file lists them. ``layer.py`` is what all share: checks, missing modalities, the originals' checkpoints;
 ``low_rank.py`` the layers of one linear map per modality and one sum; ``pooling.py`` bilinear pooling, which normalises
 what it fused and maps it once more; ``tensor.py`` layers with a full core tensor; ``scores.py`` scores of embedded
-things; ``baselines.py`` fusion without a product.
+things; ``baselines.py`` fusion without a product; ``losses.py`` contrastive losses.
 """
 
 from .baselines import ConcatMLP, LateFusion, LinearSum
+from .losses import ContrastiveLoss, SigmoidLoss, SymileLoss
 from .low_rank import CPBilinear, GatedFusion, LowRankFusion
 from .pooling import BLOCK, MFB, MFH, MLB, MUTAN
 from .scores import GMF, ComplEx, DistMult
@@ -22,11 +23,14 @@ __all__ = [
     "CPBilinear",
     "ComplEx",
     "ConcatMLP",
+    "ContrastiveLoss",
     "DistMult",
     "GatedFusion",
     "LateFusion",
     "LinearSum",
     "LowRankFusion",
+    "SigmoidLoss",
+    "SymileLoss",
     "TensorFusion",
     "TuckerFusion",
 ]

@@ -6,6 +6,7 @@ What lives elsewhere: checks of what a layer is called with (`FusionLayer.forwar
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from numbers import Real
@@ -44,6 +45,17 @@ def as_rate(name: str, given: Any) -> float:
     if not 0 <= rate <= 1:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {given}")
     return rate
+
+
+def as_number(name: str, given: Any, *, positive: bool = False) -> float:
+    """Return a finite number as Python's float."""
+    expected = "a finite number more than 0" if positive else "a finite number"
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"{name}: expected {expected}, got {type(given).__name__}")
+    number = float(given)
+    if not math.isfinite(number) or (positive and number <= 0):
+        raise ValueError(f"{name}: expected {expected}, got {given}")
+    return number
 
 
 def as_choice(name: str, given: Any, known: Sequence[str | None]) -> Any:

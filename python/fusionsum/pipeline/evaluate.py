@@ -17,6 +17,8 @@ from scipy.stats import t as student
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 
+from ..api import fusion_sum
+from ..search import ranks
 from .config import Config
 from .fuse import ALONE, FUSED, FusionModel, TwoTowers, combined_models, input_modalities, sides
 from .run import History
@@ -33,13 +35,15 @@ RECALLED = (1, 5, 10)
 class Outputs:
     """A model's outputs on N rows.
 
-    `values`: logits (N, C); predictions (N, 1); or scores (N, G) of the gallery. `cosines` (N, G) are retrieval's scores
-    without the learned weights. `known` (N,): whether a row has any of the modalities that the model encodes.
+    `values`: logits (N, C); predictions (N, 1); or retrieval's queries (N, dim), whose scores are their products with the
+    targets of the `gallery` (G, dim), weighted by `fusion_weights` (dim,), None for cosines. `known` (N,): whether a row
+    has any of the modalities that the model encodes.
     """
 
     values: np.ndarray
     known: np.ndarray
-    cosines: np.ndarray | None = None
+    gallery: np.ndarray | None = None
+    fusion_weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def outputs(
     model: nn.Module,
     rows: Rows,
     chosen: Tensor,
-    gallery: Tensor | None = None,
+    gallery: tuple[Rows, Tensor] | None = None,
     conditions: Sequence[Condition] = (Condition(),),
 ) -> dict[Condition, Outputs]:
     """Return a model's outputs on some rows under some conditions; its encoders are applied once.
@@ -70,8 +74,8 @@ def outputs(
     model : FusionModel or TwoTowers
     rows, chosen
         The data, and the numbers of the rows.
-    gallery : Tensor, optional
-        Retrieval: the numbers of the rows whose targets are to be scored.
+    gallery : tuple of Rows and Tensor, optional
+        Retrieval: the rows among whose targets is searched, and their numbers.
     conditions : sequence of Condition, optional
         Withholding a modality that the model does not encode changes nothing.
 
@@ -84,11 +88,13 @@ def outputs(
     assert isinstance(tower, FusionModel)
     encoded = [tower.encode(rows.batch(part)[0]) for part in chosen.split(EVALUATED)]
     features, masks = ([torch.cat(parts) for parts in zip(*side, strict=True)] for side in zip(*encoded, strict=True))
-    target = None
+    target = weights = None
     if isinstance(model, TwoTowers):
         assert gallery is not None
-        target = torch.cat([model.target(rows.batch(part)[0]) for part in gallery.split(EVALUATED)])
-        target = nn.functional.normalize(target, dim=-1)
+        others, numbers = gallery
+        parts = [model.target(others.batch(part)[0]) for part in numbers.split(EVALUATED)]
+        target = nn.functional.normalize(torch.cat(parts), dim=-1).numpy()
+        weights = model.fusion_weights.detach().numpy()
     found = {}
     for condition in conditions:
         there = [
@@ -96,11 +102,9 @@ def outputs(
             for name, mask in zip(tower.encoders, masks, strict=True)
         ]
         values, known = tower.fuse(features, there, condition.zero_fill), torch.stack(there).any(dim=0).numpy()
-        if target is None:
-            found[condition] = Outputs(values.numpy(), known)
-        else:
-            query = nn.functional.normalize(values, dim=-1)
-            found[condition] = Outputs(model.scores(query, target).numpy(), known, (query @ target.T).numpy())
+        if target is not None:
+            values = nn.functional.normalize(values, dim=-1)
+        found[condition] = Outputs(values.numpy(), known, target, weights)
     return found
 
 
@@ -113,11 +117,15 @@ def combine(name: str, kind: str, parts: Sequence[Outputs]) -> Outputs:
     scored = {
         ("late-product", "classification"): lambda part: log_softmax(part.values, axis=1),
         ("score-sum", "classification"): lambda part: softmax(part.values, axis=1),
-        ("score-sum", "retrieval"): lambda part: part.cosines,
+        ("score-sum", "retrieval"): lambda part: part.values,
         ("score-sum", "regression"): lambda part: part.values,
     }[name, kind]
     known = np.array([part.known for part in parts])
-    total = np.sum([np.where(part.known[:, None], scored(part), 0) for part in parts], axis=0)
+    terms = [np.where(part.known[:, None], scored(part), 0) for part in parts]
+    if kind == "retrieval":  # a sum of cosines is the scalar product of the vectors joined
+        gallery = np.concatenate([part.gallery for part in parts if part.gallery is not None], axis=1)
+        return Outputs(np.concatenate(terms, axis=1), np.any(known, axis=0), gallery)
+    total = np.sum(terms, axis=0)
     if kind == "regression":
         total = total / known.sum(axis=0).clip(min=1)[:, None]
     elif kind == "classification" and name == "score-sum":
@@ -176,24 +184,42 @@ def regression_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, f
     }
 
 
-def ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-    """Return, for each query, the rank of its best relevant item, from 1; a tie goes to the items that are not relevant.
+def best_ranks(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    labels: np.ndarray,
+    key_labels: np.ndarray,
+    fusion_weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the rank, from 1, of each query's best key of its own label; a tie goes to the keys of other labels.
 
     Parameters
     ----------
-    scores : ndarray
-        ``(Q, G)``.
-    relevant : ndarray
-        ``(Q, G)`` bool: at least one in each row.
+    queries, keys : ndarray
+        ``(Q, n)`` and ``(G, n)``; their products, weighted, are the scores.
+    labels, key_labels : ndarray
+        ``(Q,)`` and ``(G,)``, integers: for each query there is a key of its label.
+    fusion_weights : ndarray, optional
+        ``(n,)``.
 
     Examples
     --------
-    >>> ranks(np.array([[0.9, 0.5, 0.1], [0.2, 0.2, 0.7]]), np.eye(2, 3, dtype=bool)).tolist()
-    [1, 3]
+    >>> queries, keys = np.array([[1.0], [-1.0]]), np.array([[0.9], [0.5], [0.5]])
+    >>> best_ranks(queries, keys, np.array([0, 1]), np.array([0, 1, 2])).tolist()
+    [1, 2]
     """
-    _finite(scores)
-    best = np.where(relevant, scores, -np.inf).max(axis=1, keepdims=True)
-    return 1 + ((scores >= best) & ~relevant).sum(axis=1)
+    for values in (queries, keys, fusion_weights):
+        if values is not None:
+            _finite(values)
+    # The numbers of the keys of query b's label: own[offsets[b] : offsets[b + 1]].
+    order = np.argsort(key_labels, kind="stable")
+    first, end = (np.searchsorted(key_labels[order], labels, side) for side in ("left", "right"))
+    offsets = np.concatenate([[0], np.cumsum(end - first)])
+    rows = np.repeat(np.arange(len(labels)), end - first)
+    own = order[np.arange(offsets[-1]) + (first - offsets[:-1])[rows]]
+    scores = fusion_sum(fusion_weights, queries[rows], keys[own])
+    best = own[np.lexsort((scores, rows))[offsets[1:] - 1]]
+    return ranks(queries, keys, best, fusion_weights=fusion_weights, exclude=(offsets, own), ties="pessimistic")
 
 
 def _finite(values: np.ndarray) -> None:
@@ -201,22 +227,28 @@ def _finite(values: np.ndarray) -> None:
         raise ArithmeticError("the model's output is not finite")
 
 
-def retrieval_metrics(scores: np.ndarray, relevant: np.ndarray, query: str, target: str) -> dict[str, float]:
+def retrieval_metrics(
+    found: Outputs, labels: np.ndarray, gallery_labels: np.ndarray, query: str, target: str
+) -> dict[str, float]:
     """Return recall at 1, 5 and 10 and the median rank, of targets by queries and of queries by targets.
 
     Parameters
     ----------
-    scores, relevant : ndarray
-        ``(Q, G)``, as in `ranks`.
+    found : Outputs
+        Of retrieval.
+    labels, gallery_labels : ndarray
+        The numbers of the queries' own targets, ``(N,)``, and of the gallery's, ``(G,)``.
     query, target : str
         The names of the two sides in the metrics' names.
     """
-    found: dict[str, float] = {}
-    for a, b, s, r in ((query, target, scores, relevant), (target, query, scores.T, relevant.T)):
-        rank = ranks(s, r)
-        found |= {f"{a}_to_{b}_R@{k}": float((rank <= k).mean()) for k in RECALLED}
-        found[f"{a}_to_{b}_median_rank"] = float(np.median(rank))
-    return found
+    assert found.gallery is not None
+    one, other = (found.values, labels), (found.gallery, gallery_labels)
+    metrics: dict[str, float] = {}
+    for a, b, (queries, of_queries), (keys, of_keys) in ((query, target, one, other), (target, query, other, one)):
+        rank = best_ranks(queries, keys, of_queries, of_keys, found.fusion_weights)
+        metrics |= {f"{a}_to_{b}_R@{k}": float((rank <= k).mean()) for k in RECALLED}
+        metrics[f"{a}_to_{b}_median_rank"] = float(np.median(rank))
+    return metrics
 
 
 def chance(kind: str, labels: np.ndarray, metric: str) -> float | None:
@@ -297,7 +329,7 @@ def measure(
     gallery = None
     if kind == "retrieval":
         _, first = np.unique(labels, return_index=True)
-        gallery = chosen[torch.from_numpy(first)]
+        gallery = rows, chosen[torch.from_numpy(first)]
 
     def metrics(output: Outputs) -> dict[str, float]:
         if kind == "classification":
@@ -305,7 +337,8 @@ def measure(
         if kind == "regression":
             found = regression_metrics(output.values[:, 0].astype(np.float64), labels.astype(np.float64))
             return found | {"mae": found["mae"] * scale}
-        return retrieval_metrics(output.values, labels[:, None] == rows.labels[gallery].numpy(), *sides(config))
+        assert gallery is not None
+        return retrieval_metrics(output, labels, rows.labels[gallery[1]].numpy(), *sides(config))
 
     inputs = input_modalities(config)
     withheld = inputs if len(inputs) > 1 else []

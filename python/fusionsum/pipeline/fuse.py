@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as fusion_layers
-from ..api import fusion_sum
 from .config import Config
 from .errors import unknown
 from .features import encoder_class
@@ -116,10 +115,6 @@ class TwoTowers(nn.Module):
         """Return the queries (B, dim) and the targets (B, dim)."""
         query, target = self.query(inputs), self.target(inputs)
         return nn.functional.normalize(query, dim=-1), nn.functional.normalize(target, dim=-1)
-
-    def scores(self, query: Tensor, target: Tensor) -> Tensor:
-        """Return the scores (B, C) of queries (B, dim) and targets (C, dim)."""
-        return fusion_sum(self.fusion_weights, query[:, None], target)
 
 
 def input_modalities(config: Config) -> list[str]:

@@ -28,6 +28,7 @@ from .kinds import Modality, Vector
 from .manifest import Manifest, splits, write_csv
 from .preprocess import Gathered, column, fit, gather_rows
 from .pretrained import EXTRACTORS
+from .retrieve import Retrieved, listed, search
 from .run import History, Run, write_checkpoint
 from .train import Rows, train
 
@@ -100,7 +101,7 @@ class MultimodalPredictor:
 
     def _labels(self, gathered: Gathered, task: Mapping[str, Any], labelled: bool) -> torch.Tensor:
         """Return the labels as the task's numbers; of rows to predict, retrieval's targets only."""
-        if self.config.task.kind == "retrieval":
+        if self.config.task.kind == "retrieval" and gathered.items.keys() >= set(self.config.task.target):
             return torch.from_numpy(gathered.target_numbers(self.config.task.target))
         if not labelled:
             return torch.zeros(len(gathered.manifest))
@@ -114,8 +115,7 @@ class MultimodalPredictor:
     def rows(self, gathered: Gathered, state: Mapping[str, Any], labelled: bool = True) -> Rows:
         """Return the tensors of gathered rows, scaled and coded by the statistics of the training rows in `state`."""
         columns = {
-            name: column(modality, gathered.items[name], state["fitted"][name])
-            for name, modality in self.modalities.items()
+            name: column(self.modalities[name], items, state["fitted"][name]) for name, items in gathered.items.items()
         }
         return Rows(columns, self._labels(gathered, state["task"], labelled))
 
@@ -332,7 +332,7 @@ class MultimodalPredictor:
         gallery = None
         if self.config.task.kind == "retrieval":
             numbers, first = np.unique(rows.labels.numpy(), return_index=True)
-            gallery = torch.from_numpy(first[numbers >= 0])
+            gallery = rows, torch.from_numpy(first[numbers >= 0])
         with contained(self.config.train.threads):
             output = outputs(self.model(FUSED, state), rows, everything, gallery)[Condition()]
         predictions: list[dict[str, Any]] = [{"id": name} for name in ids]
@@ -344,13 +344,64 @@ class MultimodalPredictor:
         elif self.config.task.kind == "regression":
             for row, value in zip(predictions, output.values[:, 0].tolist(), strict=True):
                 row["predicted"] = value * state["task"]["scale"] + state["task"]["mean"]
-        elif gallery is not None:
-            for row, scores in zip(predictions, output.values, strict=True):
-                for k, j in enumerate(np.argsort(-scores, kind="stable")[:FOUND], 1):
-                    row |= {f"found_{k}": ids[gallery[j]], f"score_{k}": round(float(scores[j]), 6)}
+        elif gallery is not None and len(gallery[1]):
+            scores, found = search(output, FOUND)
+            for row, of_row in zip(predictions, listed([ids[i] for i in gallery[1]], scores, found), strict=True):
+                row |= of_row
         if out is not None:
             write_csv(Path(out), predictions)
         return predictions
+
+    @torch.no_grad()
+    def retrieve(self, queries: str | Path, gallery: str | Path, k: int = FOUND, progress: bool = True) -> Retrieved:
+        """Find a gallery's best targets for queries, by the fused model of the first seed.
+
+        Parameters
+        ----------
+        queries, gallery : str or pathlib.Path
+            Manifests: of rows with an id and the modalities to ask with, and of rows with an id and those to find. One may
+            serve as both.
+        k : int, optional
+            How many to find: fewer if the gallery has fewer distinct targets.
+        progress : bool, optional
+            Whether to show bars.
+
+        Returns
+        -------
+        Retrieved
+
+        Raises
+        ------
+        ManifestError, ConfigError
+            For bad rows; for a run whose task is not retrieval.
+        """
+        self._must_be_fitted()
+        if self.config.task.kind != "retrieval":
+            raise ConfigError(f"task.kind: expected 'retrieval', got {self.config.task.kind!r}")
+        state, target = self.states[FUSED, 0], self.config.task.target
+        asked, given = (
+            gather_rows(self.config, Path(path), labelled=False, progress=progress, only=only)
+            for path, only in ((queries, input_modalities(self.config)), (gallery, target))
+        )
+        _, first, number = np.unique(given.target_numbers(target), return_index=True, return_inverse=True)
+        with contained(self.config.train.threads):
+            output = outputs(
+                self.model(FUSED, state),
+                self.rows(asked, state, labelled=False),
+                torch.arange(len(asked.manifest)),
+                (self.rows(given, state, labelled=False), torch.from_numpy(first)),
+            )[Condition()]
+            scores, found = search(output, k)
+        own = dict(zip(given.manifest.column("id"), number.tolist(), strict=True))
+        return Retrieved(
+            config=self.config,
+            queries=asked.manifest,
+            gallery=given.manifest.take(first),
+            rows=len(given.manifest),
+            scores=scores,
+            found=found,
+            own=np.array([own.get(name, -1) for name in asked.manifest.column("id")]),
+        )
 
     # The folder ------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +230,10 @@ class Gathered:
         return np.where((indices < 0).all(axis=1), -1, numbers.reshape(-1))
 
 
-def gather_rows(config: Config, path: Path, labelled: bool = True, progress: bool = True) -> Gathered:
-    """Read and check a manifest and gather the items of every modality.
+def gather_rows(
+    config: Config, path: Path, labelled: bool = True, progress: bool = True, only: Sequence[str] | None = None
+) -> Gathered:
+    """Read and check a manifest and gather the items of every modality, or of those in `only`, one of which a row needs.
 
     Raises
     ------
@@ -239,10 +241,14 @@ def gather_rows(config: Config, path: Path, labelled: bool = True, progress: boo
         If a row is bad and ``data.on_error`` is ``raise``, with a line for each.
     """
     manifest = read(path)
-    check(manifest, config.columns, config.task, config.data.splits, labelled)
+    columns, task = config.columns, config.task
+    if only is not None:
+        columns, task = {name: columns[name] for name in only}, replace(task, target=())
+    check(manifest, columns, task, config.data.splits, labelled)
     items: dict[str, Items] = {}
     problems: list[Problem] = []
-    for name, modality in config.modalities.items():
+    for name in columns:
+        modality = config.modalities[name]
         frozen = extractor(modality.kind, modality.encoder) if modality.encoder in EXTRACTORS[modality.kind] else None
         cache = Cache(Path(config.data.cache))
         items[name], bad = gather(manifest, name, modality, cache, config.data.workers, frozen, progress)

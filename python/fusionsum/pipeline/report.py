@@ -99,12 +99,9 @@ def write_report(folder: str | Path, evaluation: Evaluation, notes: Sequence[str
             figure.savefig(text, format="svg", transparent=True)
             (plots / f"{name}.svg").write_text(text.getvalue(), encoding="utf-8")
             drawn[name] = Markup(text.getvalue()[text.getvalue().index("<svg") :])  # our own drawing: no escaping
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["slug"] = _slug
     config = evaluation.config
-    page = environment.get_template("report.html").render(
+    page = rendered(
+        "report.html",
         title=config.title,
         facts=_facts(evaluation),
         verdicts=[*verdicts(evaluation), *notes],
@@ -115,13 +112,21 @@ def write_report(folder: str | Path, evaluation: Evaluation, notes: Sequence[str
         data=_data(evaluation),
         messages=evaluation.messages,
         config=to_yaml(config),
-        versions=_versions(),
         retrieval=config.task.kind == "retrieval",
         seeds=config.train.seeds,
         drawn=evaluation.split == "by-seed",
         given=evaluation.split == GIVEN,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def rendered(template: str, **values: Any) -> str:
+    """Fill in one of the pages beside this file; all that they have in common is in ``page.html``."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["slug"] = _slug
+    return environment.get_template(template).render(versions=_versions(), **values)
 
 
 def metrics_json(results: Results) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from tqdm import tqdm
 
+from ..losses import contrastive_loss
 from .config import Train
 from .fuse import Inputs, TwoTowers
 from .preprocess import Column
@@ -47,11 +48,7 @@ def contrastive(model: TwoTowers, embedded: tuple[Tensor, Tensor], labels: Tenso
     ----------
     A. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3.
     """
-    scores = model.scores(*embedded)
-    same = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool)
-    scores = scores.masked_fill(same, -torch.inf)
-    own = torch.arange(len(labels))
-    return (cross_entropy(scores, own) + cross_entropy(scores.T, own)) / 2
+    return contrastive_loss(*embedded, fusion_weights=model.fusion_weights, exclude=(labels, labels))
 
 
 def loss_of(kind: str) -> Callable[[Any, Any, Tensor], Tensor]:

@@ -1,0 +1,173 @@
+"""Search with a trained model: what it finds in a gallery, as ``retrieved.csv`` and as ``retrieved.html``, one file.
+
+What lives here: the search, its record, and how items are shown: pictures as pictures, sound to play. What lives elsewhere:
+the embeddings (``evaluate.py``), the page (``retrieved.html``, a Jinja template, and ``page.html`` around it).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from PIL import Image as PillowImage
+from PIL import ImageOps
+
+from ..search import top_k
+from .config import Config
+from .evaluate import Outputs
+from .fuse import input_modalities, sides
+from .kinds import Audio, Image, Text
+from .manifest import Manifest, write_csv
+from .report import rendered
+
+SHOWN = 50  # queries on the page
+SIDE = 240  # pixels of a picture on the page, at most
+
+
+@dataclass(frozen=True, eq=False)
+class Retrieved:
+    """What `MultimodalPredictor.retrieve` found.
+
+    `queries` are the Q rows asked with; `gallery` the first rows of each of the G distinct targets, of all `rows` given.
+    `scores`, `found` (Q, k): best first, and which of the gallery. `own` (Q,): the target of the gallery's row of the
+    query's id, or -1.
+    """
+
+    config: Config
+    queries: Manifest
+    gallery: Manifest
+    rows: int
+    scores: np.ndarray
+    found: np.ndarray
+    own: np.ndarray
+
+
+def search(output: Outputs, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores and the numbers of the k best of the gallery, or of all where it has fewer: (Q, k) each."""
+    assert output.gallery is not None
+    k = min(k, len(output.gallery))
+    return top_k(output.values, output.gallery, k, fusion_weights=output.fusion_weights)
+
+
+def listed(ids: Sequence[str], scores: np.ndarray, found: np.ndarray) -> list[dict[str, Any]]:
+    """Return for each query ``found_1``, ``score_1``, ``found_2``, ...: the ids of what was found, and the scores."""
+    return [
+        {
+            key: value
+            for place, (score, j) in enumerate(zip(of_query, numbers, strict=True), 1)
+            for key, value in ((f"found_{place}", ids[j]), (f"score_{place}", round(float(score), 6)))
+        }
+        for of_query, numbers in zip(scores, found, strict=True)
+    ]
+
+
+def write_retrieved(folder: str | Path, retrieved: Retrieved) -> None:
+    """Write ``retrieved.csv``, a row for each query, and ``retrieved.html``, which shows the first `SHOWN`.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Made if it does not exist.
+    retrieved : Retrieved
+        As `MultimodalPredictor.retrieve` returns it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    queries, gallery, config = retrieved.queries, retrieved.gallery, retrieved.config
+    found = listed(gallery.column("id"), retrieved.scores, retrieved.found)
+    table = [{"id": name} | row for name, row in zip(queries.column("id"), found, strict=True)]
+    write_csv(folder / "retrieved.csv", table)
+
+    shown = min(SHOWN, len(queries))
+    items = {j: _item(config, gallery, j, config.task.target) for j in np.unique(retrieved.found[:shown]).tolist()}
+    asked = [_item(config, queries, row, input_modalities(config)) for row in range(shown)]
+    answers = [
+        [
+            {"number": j, "item": items[j], "score": f"{score:.3f}", "own": j == retrieved.own[row]}
+            for score, j in zip(retrieved.scores[row].tolist(), retrieved.found[row].tolist(), strict=True)
+        ]
+        for row in range(shown)
+    ]
+    page = rendered(
+        "retrieved.html",
+        title=f"{config.title}: what is found",
+        facts=_facts(retrieved),
+        results=list(zip(asked, _first(answers), strict=True)),
+        hidden=len(queries) - shown,
+    )
+    (folder / "retrieved.html").write_text(page, encoding="utf-8")
+
+
+def _first(answers: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Mark the first answer of each item: the page has its picture and sound there, and copies them to the others."""
+    seen: set[int] = set()
+    for answer in itertools.chain.from_iterable(answers):
+        answer["first"] = answer["number"] not in seen
+        seen.add(answer["number"])
+    return answers
+
+
+def _facts(retrieved: Retrieved) -> list[tuple[str, str]]:
+    query, target = sides(retrieved.config)
+    known = retrieved.own >= 0
+    hits = (retrieved.found == retrieved.own[:, None]).any(axis=1)[known]
+    distinct = len(retrieved.gallery)
+    facts = [
+        ("task", f"{query} → {target}"),
+        ("queries", f"{len(known):,} of {retrieved.queries.path.name}"),
+        ("gallery", f"{distinct:,} different items in {retrieved.rows:,} rows of {retrieved.gallery.path.name}"),
+    ]
+    if len(hits):
+        k = retrieved.found.shape[1]
+        facts.append((f"own item among the first {k}", f"{hits.sum():,} of {len(hits):,} queries ({hits.mean():.1%})"))
+    return facts
+
+
+def _item(config: Config, manifest: Manifest, row: int, modalities: Sequence[str]) -> dict[str, Any]:
+    """Return a row's id and the parts that it has: kind, name and content for the page."""
+    parts = []
+    for name in modalities:
+        modality = config.modalities[name]
+        columns = modality.columns_of(name)
+        cells = [manifest.rows[row][column] for column in columns]
+        if not any(cells):
+            continue
+        path = manifest.path.parent / cells[0]
+        content: Any = None
+        if isinstance(modality, Image):
+            content = _picture(path)
+        elif isinstance(modality, Audio):
+            content = _sound(path, modality)
+        elif isinstance(modality, Text):
+            content = cells[0]
+        else:
+            content = [(column, f"{float(cell):.4g}") for column, cell in zip(columns, cells, strict=True)]
+        parts.append((modality.kind, name, content))
+    return {"id": manifest.rows[row]["id"], "parts": parts}
+
+
+def _picture(path: Path) -> str:
+    with PillowImage.open(path) as file:
+        picture = ImageOps.exif_transpose(file).convert("RGBA")
+    picture.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=85)
+    return _address("image/webp", file)
+
+
+def _sound(path: Path, modality: Audio) -> str:
+    """Return the sound as the model hears it: one channel, cut to its seconds, at its rate."""
+    file = io.BytesIO()
+    soundfile.write(file, modality.waveform(path.read_bytes()), modality.rate, format="FLAC")
+    return _address("audio/flac", file)
+
+
+def _address(kind: str, file: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
