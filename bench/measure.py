@@ -14,7 +14,8 @@ import math
 import multiprocessing
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,9 @@ from .machine import Cpu, Thunk
 from .rows import BACKWARD, BOTH, FORWARD, Row, SumRow
 from .scores import ScoreRow
 
+# A pool's threads look out for more work for some 15 ms (OpenBLAS), on the cores that another pool's are timed on: 33 ms
+# of torch's threads took 88 ms after np.matmul.
+REST_SECONDS = 0.1
 BATCH_SECONDS = 0.01  # a timed batch lasts at least about this long: a clock tick or an interrupt is then below 1%
 
 
@@ -292,8 +296,10 @@ def _calls(machine: Cpu, call: Thunk, least: int) -> int:
     return calls
 
 
-def compare(machine: Cpu, ours: Thunk, others: dict[str, Thunk], pairs: int, least: int = 1) -> dict[str, Any]:
-    """Time ours against each other call, in adjacent batches."""
+def compare(
+    machine: Cpu, ours: Thunk, others: dict[str, Thunk], pairs: int, least: int = 1, apart: Container[str] = ()
+) -> dict[str, Any]:
+    """Time ours against each other call, in adjacent batches; those that are to be `apart`, with a rest before each."""
     our_calls = _calls(machine, ours, least)
     our_seconds, against = [], {}
     gc.collect()
@@ -304,8 +310,11 @@ def compare(machine: Cpu, ours: Thunk, others: dict[str, Thunk], pairs: int, lea
             for each, count in ((ours, our_calls), (call, calls)):  # after one such pair malloc faults no more pages
                 machine.seconds(each, count)
             seconds, faults = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            rest = REST_SECONDS if name in apart else 0
             for _ in range(pairs):
+                time.sleep(rest)
                 our_seconds.append(machine.seconds(ours, our_calls))
+                time.sleep(rest)
                 seconds.append(machine.seconds(call, calls))
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
             ratios = np.array(seconds) / our_seconds[-pairs:]
@@ -386,7 +395,8 @@ def _phase(
         if phase in limits:
             others["limit"] = limits[phase]
         pairs = min(pairs, row.most_pairs or pairs)
-        result = compare(machine, calls["ours"], others, pairs, row.calls)
+        apart = [name for name, _ in row.arrays] if isinstance(row, ScoreRow) else []
+        result = compare(machine, calls["ours"], others, pairs, row.calls, apart)
         result["extra_bytes"] = {
             name: None if row.graphed else _extra(phase, machine, calls[name], entered[name])
             for name in ("ours", "naive")
