@@ -1,4 +1,4 @@
-"""Command line of the benchmark: options, the re-execution that keeps page faults out, the loop over rows."""
+"""Command line of the benchmark: options, the re-execution in another environment, the loop over rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 # glibc returns large blocks to the system and faults them in again at every call, which is slow and would flatter us:
 # the contenders allocate the product, we do not. glibc reads these variables once, at the start of a process.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+HELD_BACK = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # set, they give OpenBLAS another processor's kernels
 PAIRS, QUICK_PAIRS = 11, 3
 
 
@@ -18,7 +19,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the options; `pairs` is added to them."""
     parser = argparse.ArgumentParser("bench", description="Measure fusion_sum against torch, NumPy and the machine.")
     parser.add_argument(
-        "--quick", action="store_true", help=f"{QUICK_PAIRS} pairs, no torch.compile: under two minutes"
+        "--quick",
+        action="store_true",
+        help=f"{QUICK_PAIRS} pairs, no torch.compile, rows C in small: a few minutes",
     )
     parser.add_argument("--rows", default="", metavar="P1,P5", help="only these rows (default: all)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as torch uses")
@@ -39,10 +42,12 @@ def benchmark(options: argparse.Namespace) -> Path:
     import torch
     from tqdm import tqdm
 
-    from . import gpu, layers, machine, measure, report, rows
+    from . import gpu, layers, machine, measure, report, rows, scores
 
     where = machine.Cpu() if options.device == "cpu" else gpu.Gpu()
-    chosen = rows.select(options.rows, (*rows.ROWS, *layers.LAYERS) if options.device == "cpu" else rows.CUDA_ROWS)
+    scored = scores.QUICK_SCORES if options.quick else scores.SCORES
+    of_cpu = (*rows.ROWS, *layers.LAYERS, *scored)
+    chosen = rows.select(options.rows, of_cpu if options.device == "cpu" else rows.CUDA_ROWS)
     threads = options.threads or torch.get_num_threads()
     measure.set_threads(threads)
     settings = {
@@ -69,9 +74,14 @@ def benchmark(options: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Start the benchmark; the exit code is 0 however slow anything was."""
     options = parse(argv)
-    if any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
-        print(f"re-executing with {' '.join(f'{k}={v}' for k, v in KEEP_MEMORY.items())}", file=sys.stderr, flush=True)
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | KEEP_MEMORY)
+    wanted = {name: value for name, value in os.environ.items() if name not in HELD_BACK} | KEEP_MEMORY
+    if options.threads:
+        wanted["OPENBLAS_NUM_THREADS"] = str(options.threads)
+    if wanted != dict(os.environ):
+        changes = [f"{name}={value}" for name, value in wanted.items() if os.environ.get(name) != value]
+        changes += [f"no {name}" for name in HELD_BACK if name in os.environ]
+        print(f"re-executing with {', '.join(changes)}", file=sys.stderr, flush=True)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
     path = benchmark(options)
     print(path.read_text())
     print(f"written to {path.parent}", file=sys.stderr)

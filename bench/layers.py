@@ -32,7 +32,7 @@ class LayerRow(Row):
     codes: dict[str, Callable[..., Tensor]]  # (parameters, training, *inputs), by the contender's name
     trained: tuple[bool, ...]  # which inputs come from an encoder that is trained, and so need their gradient
 
-    memory_floor = False  # a layer keeps its projections for backward
+    memory_floor = 0  # a layer keeps its projections for backward
     phases: ClassVar[tuple[str, ...]] = (FORWARD, BOTH)
     unlimited: ClassVar[str] = "matrix products are most of it"
 

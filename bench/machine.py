@@ -1,9 +1,10 @@
 """The machine: its description, its limits, its clock, and the memory that a call takes at its peak.
 
-The limits are the rates of torch and NumPy in the same process and with the same threads: the faster of two ways to read
-and of two ways to copy, and ``torch.mm`` for the rate of fused multiply-adds. They are proxies: a kernel may pass 100%.
-What lives elsewhere: the same of a GPU, where it differs (``gpu.py``); the rows (``rows.py``, ``layers.py``), of which a
-machine knows nothing.
+The limits of bandwidth are the rates of torch and NumPy in the same process and with the same threads: the faster of two
+ways to read and of two ways to copy. They are proxies: a kernel may pass 100%. That of fused multiply-adds is a loop in
+registers (``fma.cpp``), compiled when it is first asked for; ``torch.mm`` stands beside it, as what BLAS makes of it.
+What lives elsewhere: the same of a GPU, where it differs (``gpu.py``); the rows (``rows.py``, ``layers.py``,
+``scores.py``), of which a machine knows nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import gc
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,37 @@ def _flat(arrays: list[torch.Tensor]) -> list[torch.Tensor]:
     return [x.detach().reshape(-1).view(torch.float32) for x in arrays]
 
 
+def _cpuinfo(field: str) -> str:
+    """Return a field of the first processor of /proc/cpuinfo; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(rf"^{field}\s*: (.*)", path.read_text(), re.MULTILINE) if path.exists() else None
+    return found[1] if found else ""
+
+
+@cache
+def _traits() -> tuple[str, ...]:
+    flags = _cpuinfo("flags").split()
+    vectors = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else platform.machine()
+    # AMD's models are called "AMD EPYC" in virtual machines; the family tells the architecture.
+    zen = {"23": "Zen 2", "25": "Zen 4" if vectors == "AVX-512" else "Zen 3", "26": "Zen 5"}
+    make = {"AuthenticAMD": zen.get(_cpuinfo("cpu family"), "AMD"), "GenuineIntel": "Intel"}.get(_cpuinfo("vendor_id"))
+    return tuple(filter(None, (make, vectors, "AVX512_BF16" if "avx512_bf16" in flags else None)))
+
+
+@cache
+def _multiplier(compiler: str) -> Any:
+    """Compile the loop of multiply-adds for this machine; return the library."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "fma.so"
+        source = Path(__file__).with_name("fma.cpp")
+        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(library)]
+        subprocess.run(command, check=True)
+        loaded = ctypes.CDLL(str(library))
+    loaded.flop_per_round.restype = ctypes.c_int64
+    loaded.multiply.argtypes, loaded.multiply.restype = [ctypes.c_int64, *[ctypes.c_float] * 2], ctypes.c_float
+    return loaded
+
+
 def _status(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
@@ -47,16 +82,20 @@ class Cpu:
     limit = "torch or NumPy reads (forward), copies (backward) or does both with the same bytes"
     memory = "the resident set"
 
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """The machine's kind as floors tell kinds apart: architecture or make, vectors, and AVX512_BF16 where it is."""
+        return _traits()
+
     def describe(self) -> dict[str, Any]:
         """Return CPU, caches, versions and load, as JSON."""
-        cpuinfo = Path("/proc/cpuinfo")
-        model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
         caches = {}
-        for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-            level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
+        for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
             caches[f"L{level} {kind}"] = size
         return {
-            "cpu": model[1] if model else platform.processor(),
+            "cpu": _cpuinfo("model name") or platform.processor(),
+            "traits": self.traits,
             "cores": os.cpu_count(),
             "caches": caches,
             "backend": fs.backends()[self.device],
@@ -110,10 +149,14 @@ class Cpu:
         return self.fastest(ways)
 
     def limits(self) -> dict[str, float]:
-        """Return read and copy bandwidth, the rate of multiply-adds by ``torch.mm``, and of exp within the cache."""
+        """Return the rates of `rates`, that of exp within the cache, and with a compiler that of multiply-adds."""
         small = torch.randn(2**16)
         exp = self.fastest([partial(torch.exp, small, out=torch.empty_like(small))])[0]
-        return self.rates(2**26, 2048) | {"exp_per_s": small.numel() / exp}
+        limits = self.rates(2**26, 2048) | {"exp_per_s": small.numel() / exp}
+        if shutil.which(self.compiler):
+            flop = 10**10
+            limits["fma_gflop_per_s"] = flop / self.fastest([self.multiplier(flop)])[0] / 1e9
+        return limits
 
     def rates(self, count: int, side: int) -> dict[str, float]:
         """Return the bandwidths over `count` floats, and the rate of multiply-adds of square matrices of that side."""
@@ -130,6 +173,12 @@ class Cpu:
     def transfers(self, arrays: list[torch.Tensor]) -> tuple[Thunk, Thunk]:
         """Return a call that moves as many bytes as these arrays have, and one that moves twice as many."""
         return self.reader(arrays)[1], self.copier(arrays)[1]
+
+    def multiplier(self, flop: int) -> Thunk:
+        """Return a call that does as many operations, fused multiply-adds of float32 in registers of each thread."""
+        threads, loop = torch.get_num_threads(), _multiplier(self.compiler)
+        pool, rounds = ThreadPoolExecutor(threads), -(-flop // (threads * loop.flop_per_round()))
+        return lambda: list(pool.map(lambda factor: loop.multiply(rounds, factor, 0.5), [0.5] * threads))
 
     def peak_extra(self, call: Thunk, given_back: int) -> int | None:
         """Return the bytes a call takes at its peak beyond its results, by the resident set; None if not on Linux.

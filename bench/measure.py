@@ -2,18 +2,21 @@
 
 A timed pair is a batch of our calls and, directly after it, a batch of the contender's; the report has the median of the
 pairs' ratios, with quartiles. The machine's limit is one of the contenders: it reads, copies or does both, with the row's
-own arrays, so that a working set which fits a cache is held to that cache's bandwidth. What lives elsewhere: the clock
-and the limits (``machine.py``, ``gpu.py``).
+own arrays, so that a working set which fits a cache is held to that cache's bandwidth; or, of scores, it does as many
+multiply-adds in registers. What lives elsewhere: the clock and the limits (``machine.py``, ``gpu.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import math
+import multiprocessing
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +28,7 @@ import fusionsum as fs
 from .layers import LayerRow
 from .machine import Cpu, Thunk
 from .rows import BACKWARD, BOTH, FORWARD, Row, SumRow
+from .scores import ScoreRow
 
 BATCH_SECONDS = 0.01  # a timed batch lasts at least about this long: a clock tick or an interrupt is then below 1%
 
@@ -54,6 +58,8 @@ class Contender:
     same: bool = True  # whether its result must agree with ours
     grad_output: torch.Tensor | None = None
     output_bytes: int = 0
+    times: int = 1  # calls that together are one of ours
+    read: Callable[[Any], list[torch.Tensor]] = lambda output: [torch.as_tensor(output).detach()]
 
     def both(self) -> Any:
         """Go forward and backward, into fresh gradients; return the output."""
@@ -65,15 +71,18 @@ class Contender:
 
     def prepared(self, phase: str) -> Thunk:
         """Return the call of a phase; the backward pass alone is repeated after one forward pass."""
+        if self.times > 1:
+            one = replace(self, times=1).prepared(phase)
+            return lambda: [one() for _ in range(self.times)]
         if phase != BACKWARD:
             return self.forward if phase == FORWARD else self.both
         return partial(torch.autograd.grad, self.forward(), self.operands, self.grad_output, retain_graph=True)
 
     def results(self) -> list[torch.Tensor]:
-        """Return output and gradients; of NumPy, which has none, the output."""
+        """Return output and gradients; of NumPy and of searches, which have none, the output."""
         if self.grad_output is None:
-            return [torch.from_numpy(self.forward())]
-        return [self.both().detach(), *(x.grad for x in self.operands)]
+            return self.read(self.forward())
+        return [*self.read(self.both()), *(x.grad for x in self.operands)]
 
 
 def contenders(row: SumRow, machine: Cpu, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
@@ -111,6 +120,12 @@ def contenders(row: SumRow, machine: Cpu, compiled: bool) -> tuple[dict[str, Con
     if masks:
         entered["our unmasked"] = Contender(partial(ours, *given, **keywords), given, same=False)
 
+    _require_gradients(entered)
+    return entered, skipped
+
+
+def _require_gradients(entered: dict[str, Contender]) -> None:
+    """Give all contenders the same upstream gradient, and let their operands want theirs."""
     shape = entered["ours"].forward().shape
     grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     for contender in entered.values():
@@ -118,7 +133,6 @@ def contenders(row: SumRow, machine: Cpu, compiled: bool) -> tuple[dict[str, Con
         contender.output_bytes, contender.grad_output = output.nbytes, grad_output.to(output)
         for x in contender.operands:
             x.requires_grad_()
-    return entered, skipped
 
 
 def _uncompiled(machine: Cpu, wanted: bool) -> str:
@@ -149,6 +163,44 @@ def layer_contenders(row: LayerRow, machine: Cpu, compiled: bool) -> tuple[dict[
         contender.operands = [x for x in contender.operands if x.requires_grad]
         contender.output_bytes, contender.grad_output = output.nbytes, torch.ones_like(output)
     return entered, {"torch.compile": reason} if reason else {}
+
+
+def score_contenders(row: ScoreRow, machine: Cpu, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Return ours and the other contenders, and the reasons of those left out; of some only the forward pass is timed."""
+    operands, skipped, codes = row.build(), dict(row.omitted), dict(row.codes)
+    if reason := row.uncompiled or _uncompiled(machine, compiled):
+        skipped["torch.compile"] = reason
+    else:
+        codes["torch.compile"] = _compiled(codes["naive"])
+    entered = {name: Contender(partial(code, *operands), operands) for name, code in codes.items()}
+    if row.dtype != torch.float32:
+        wide = [x.float() for x in operands]
+        entered["our float32"] = Contender(partial(codes["ours"], *wide), wide)
+    if row.parts:
+        parts, times = row.parts.build(), math.prod(row.pairs) // math.prod(row.parts.pairs)
+        name = f"{times} × B={row.parts.pairs[0]}"
+        entered[name] = Contender(partial(codes["ours"], *parts), parts, same=False, times=times)
+    forward_only = {}
+    for name, make in row.arrays:
+        try:
+            forward_only[name] = Contender(make(*(x.numpy() for x in operands)), operands)
+        except ModuleNotFoundError as missing:
+            skipped[name] = str(missing)
+    if BOTH in row.phases:
+        _require_gradients(entered)
+    else:
+        for contender in entered.values():
+            output = contender.forward()
+            contender.output_bytes = sum(x.nbytes for x in (output if isinstance(output, tuple) else (output,)))
+    entered |= forward_only
+    if row.read:
+        for contender in entered.values():
+            contender.read = partial(_read, row.read, contender.operands)
+    return entered, skipped
+
+
+def _read(read: Callable[..., list[torch.Tensor]], operands: list[Any], output: Any) -> list[torch.Tensor]:
+    return read(output, *operands)
 
 
 def layer_errors(row: LayerRow) -> dict[str, dict[str, float]]:
@@ -183,29 +235,38 @@ def layer_errors(row: LayerRow) -> dict[str, dict[str, float]]:
     return {name: {FORWARD: found[0], BOTH: max(found)} for name, found in errors.items()}
 
 
-def errors(row: SumRow, machine: Cpu, entered: dict[str, Contender]) -> dict[str, dict[str, float]]:
+def _exact(row: SumRow | ScoreRow, machine: Cpu, ours: Contender) -> list[torch.Tensor]:
+    """Return the results of the naive form in float64, or of the row's own way to compute them."""
+    masks: list[torch.Tensor] = []
+    if isinstance(row, SumRow):
+        (operands, masks), naive = row.build(machine.device), row.code[0]
+    else:
+        operands, naive = row.build(), row.codes.get("naive", row.codes["ours"])
+    wide = [x.double() for x in operands]
+    grad_output = None if ours.grad_output is None else ours.grad_output.double()
+    if isinstance(row, ScoreRow) and row.exact:
+        return row.exact(grad_output, *wide)
+    reference = Contender(partial(naive, *wide, *masks), wide, grad_output=grad_output)
+    if isinstance(row, ScoreRow) and row.read:
+        reference.read = partial(_read, row.read, wide)
+    for x in wide:
+        x.requires_grad_(grad_output is not None)
+    return reference.results()
+
+
+def errors(row: SumRow | ScoreRow, machine: Cpu, entered: dict[str, Contender]) -> dict[str, dict[str, float]]:
     """Return each contender's greatest error against the naive form in float64, relative to the greatest value.
 
     Raises
     ------
     AssertionError
-        If a contender differs from ours by more than 4 roundings of the row's dtype and 64 of float32, the accumulator's.
+        If a contender differs from ours by more than the row's tolerance.
     """
-    operands, masks = row.build(machine.device)
-    wide: list[Any] = [x.double() for x in operands]
-    reference = Contender(partial(row.code[0], *wide, *masks), wide, grad_output=entered["ours"].grad_output)
-    if reference.grad_output is None:
-        exact = [reference.forward()]
-    else:
-        reference.grad_output = reference.grad_output.double()
-        for x in wide:
-            x.requires_grad_()
-        exact = reference.results()
+    exact = _exact(row, machine, entered["ours"])
     greatest = [float(x.abs().max()) for x in exact]
-    tolerance = 4 * torch.finfo(row.dtype).eps + 64 * torch.finfo(torch.float32).eps
 
     def distances(some: list[torch.Tensor], others: list[torch.Tensor]) -> list[float]:
-        pairs = zip(some, others, greatest, strict=True)
+        pairs = zip(some, others, greatest, strict=False)  # NumPy has no gradients
         return [float(a.double().sub_(b).abs_().max()) / size for a, b, size in pairs]
 
     ours = entered["ours"].results()
@@ -215,7 +276,7 @@ def errors(row: SumRow, machine: Cpu, entered: dict[str, Contender]) -> dict[str
             continue
         theirs = contender.results()
         for i, distance in enumerate(distances(theirs, ours)):
-            if not distance <= tolerance:
+            if not distance <= row.tolerance:
                 place = f"gradient of operand {i - 1}" if i else "output"
                 raise AssertionError(f"{row.name}: {name} and fusion_sum differ by {distance:.1e} in the {place}")
         error = distances(theirs, exact)
@@ -264,7 +325,20 @@ def transfers(machine: Cpu, arrays: list[torch.Tensor]) -> dict[str, Thunk]:
     return {FORWARD: once, BACKWARD: twice, BOTH: lambda: (once(), twice())}
 
 
-def measure(row: SumRow | LayerRow, machine: Cpu, pairs: int, threads: int, compiled: bool, bar: Any) -> dict[str, Any]:
+def _limits(row: Row, machine: Cpu, ours: Contender) -> tuple[dict[str, Thunk], str]:
+    """Return the machine's limit of each phase, or the reason why it is no contender."""
+    if row.unlimited:
+        return {}, row.unlimited
+    if row.rate == "GFLOP/s":
+        if not shutil.which(machine.compiler):
+            return {}, f"no compiler ({machine.compiler})"
+        return {phase: machine.multiplier(flop) for phase, flop in row.flop.items()}, ""
+    return transfers(machine, [torch.as_tensor(x) for x in ours.operands[1:]]), ""
+
+
+def measure(
+    row: SumRow | LayerRow | ScoreRow, machine: Cpu, pairs: int, threads: int, compiled: bool, bar: Any
+) -> dict[str, Any]:
     """Measure one row in all its phases; the result is JSON."""
     threads = row.threads or threads
     with _threads(threads):
@@ -273,13 +347,12 @@ def measure(row: SumRow | LayerRow, machine: Cpu, pairs: int, threads: int, comp
         if isinstance(row, LayerRow):
             (entered, skipped), error = layer_contenders(row, machine, compiled), layer_errors(row)
         else:
-            entered, skipped = contenders(row, machine, compiled)
+            enter: Any = score_contenders if isinstance(row, ScoreRow) else contenders
+            entered, skipped = enter(row, machine, compiled)
             error = errors(row, machine, entered)
-        limits: dict[str, Thunk] = {}
-        if row.unlimited:
-            skipped["limit"] = row.unlimited
-        else:
-            limits = transfers(machine, [torch.as_tensor(x) for x in entered["ours"].operands[1:]])
+        limits, unlimited = _limits(row, machine, entered["ours"])
+        if unlimited:
+            skipped["limit"] = unlimited
 
         phases = {}
         for phase in row.phases:
@@ -288,11 +361,11 @@ def measure(row: SumRow | LayerRow, machine: Cpu, pairs: int, threads: int, comp
             phases[phase]["error"] = {name: found[phase] for name, found in error.items() if phase in found}
             bar.update()
     result = {"name": row.name, "work": row.work, "threads": threads, "skipped": skipped, "phases": phases}
-    result["memory_floor"] = row.memory_floor
+    result |= {"memory_floor": row.memory_floor, "roofline": row.roofline, "rate": row.rate}
     result["floors"] = [
         {"phase": floor.phase, "against": floor.against, "ratio": floor.ratio, "at_most": floor.at_most}
         | {"passed": floor.passed(reached["ratio"]["median"])}
-        for floor in row.floors
+        for floor in row.floors_on(machine.traits)
         if (reached := phases[floor.phase]["contenders"].get(floor.against))
     ]
     return result
@@ -303,16 +376,26 @@ def _phase(
 ) -> dict[str, Any]:
     with torch.no_grad() if phase == FORWARD else contextlib.nullcontext():
         # Backward alone is repeated, which torch.compile's cannot be: it reuses the memory of its saved tensors.
-        timed = {name: c for name, c in entered.items() if phase != BACKWARD or name != "torch.compile"}
+        timed = {
+            name: c
+            for name, c in entered.items()
+            if phase == FORWARD or (c.grad_output is not None and (phase != BACKWARD or name != "torch.compile"))
+        }
         calls = {name: machine.prepared(partial(c.prepared, phase), row.graphed) for name, c in timed.items()}
         others = {name: call for name, call in calls.items() if name != "ours"}
         if phase in limits:
             others["limit"] = limits[phase]
+        pairs = min(pairs, row.most_pairs or pairs)
         result = compare(machine, calls["ours"], others, pairs, row.calls)
         result["extra_bytes"] = {
             name: None if row.graphed else _extra(phase, machine, calls[name], entered[name])
             for name in ("ours", "naive")
+            if name in calls
         }
+        if isinstance(row, ScoreRow) and row.apart:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                threads = torch.get_num_threads()
+                result["extra_bytes"]["ours"] = process.submit(_extra_of_ours, row, phase, machine, threads).result()
     result |= {"bytes": row.bytes[phase], "flop": row.flop[phase]}
     return result
 
@@ -325,3 +408,14 @@ def _extra(phase: str, machine: Cpu, call: Thunk, contender: Contender) -> int |
         for x in contender.operands:
             x.grad = None
     return machine.peak_extra(call, given_back)
+
+
+def _extra_of_ours(row: ScoreRow, phase: str, machine: Cpu, threads: int) -> int | None:
+    """Return our peak memory of a loss, in a process that has computed nothing but its small parts."""
+    set_threads(threads)
+    extra = None
+    for each in filter(None, (row.parts, row)):
+        operands = [x.requires_grad_() for x in each.build()]
+        ours = Contender(partial(row.codes["ours"], *operands), operands, grad_output=torch.ones(()), output_bytes=4)
+        extra = _extra(phase, machine, ours.prepared(phase), ours)
+    return extra

@@ -14,9 +14,8 @@ from matplotlib import pyplot as plt
 from .rows import BOTH, FORWARD
 
 OURS, PALE, THEIRS, GREY = "#1b6ca8", "#8bbbdd", "#d1495b", "#666666"
-LEAST_MEMORY = 2**20  # bytes; our extra memory is threads x n x a small constant, less than the resident set resolves
 HEADER = (
-    "| # | work | phase | time | vs naive | vs einsum | vs torch.compile | of the limit | other | GB/s "
+    "| # | work | phase | time | vs naive | vs einsum | vs torch.compile | of the limit | other | rate "
     "| extra memory, MiB: ours / naive | error: ours / naive |"
 )
 
@@ -36,6 +35,8 @@ def markdown(result: dict[str, Any]) -> str:
     machine, limits, settings = result["machine"], result["limits"], result["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     rates = f"read {limits['read_gb_per_s']:.1f} GB/s, {limits['gflop_per_s']:.0f} GFLOP/s (`torch.mm`)"
+    if "fma_gflop_per_s" in limits:
+        rates += f", {limits['fma_gflop_per_s']:.0f} (multiply-adds in registers)"
     if "exp_per_s" in limits:
         rates += f", {limits['exp_per_s'] / 1e9:.2f} G exp/s (`torch.exp`)"
     caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
@@ -44,19 +45,20 @@ def markdown(result: dict[str, Any]) -> str:
         "# fusionsum: benchmark",
         "",
         *([_gpu(machine["gpu"]), ""] if "gpu" in machine else []),
-        f"{machine['cpu']}, {machine['cores']} cores ({caches}); native module {machine['backend']}; torch uses "
-        f"{machine['torch_isa']}. {versions}. Load {machine['load_before'][0]:.2f} before, "
-        f"{machine['load_after'][0]:.2f} after.",
+        f"{machine['cpu']} ({', '.join(machine['traits'])}), {machine['cores']} cores ({caches}); native module "
+        f"{machine['backend']}; torch uses {machine['torch_isa']}. {versions}. Load {machine['load_before'][0]:.2f} "
+        f"before, {machine['load_after'][0]:.2f} after.",
         "",
         f"{settings['threads']} threads (P4: one). Limits measured in the same process: {rates}; copy, counting bytes read "
         "and bytes written, is the table's first row.",
         "",
         f"Ratios are the contender's time by ours: the median of {settings['pairs']} interleaved pairs (quartiles), "
-        f"then the floor. *Of the limit*: the time in which {settings['limit']}, by ours. GB/s count compulsory traffic "
-        f"only. Malloc keeps its memory in this process ({', '.join(settings['environment'])} set high), since page "
-        "faults would flatter us. Extra memory is beyond inputs, output and gradients, by the peak of "
-        f"{settings['memory']}. Errors are against float64, of the greatest value. ✓ and ✗ mark floors; that of memory is "
-        "1 MiB here.",
+        f"then the floor. *Of the limit*: the time in which {settings['limit']}, by ours; where the rate is in GFLOP/s, "
+        "the time of as many multiply-adds in registers. GB/s count compulsory traffic only, GFLOP/s the matrix products "
+        f"that must be formed where no score is kept. Malloc keeps its memory in this process "
+        f"({', '.join(settings['environment'])} set high), since page faults would flatter us. Extra memory is beyond "
+        f"inputs, output and gradients, by the peak of {settings['memory']}. Errors are against float64, of the greatest "
+        "value. ✓ and ✗ mark floors.",
         "",
         HEADER,
         "|" + "---|" * (HEADER.count("|") - 1),
@@ -81,7 +83,7 @@ def _gpu(gpu: dict[str, Any]) -> str:
 def _copy_line(limits: dict[str, float]) -> str:
     rate, size = limits["copy_gb_per_s"], limits["bytes"]
     work, time = f"{size / 2**20:.0f} MiB, copied once", _seconds(2 * size / rate / 1e9)
-    return "| " + " | ".join(["copy", work, "–", time, *"–––––", f"{rate:.1f}", "–", "–"]) + " |"
+    return "| " + " | ".join(["copy", work, "–", time, *"–––––", f"{rate:.1f} GB/s", "–", "–"]) + " |"
 
 
 def _line(row: dict[str, Any], phase: str) -> str:
@@ -89,8 +91,10 @@ def _line(row: dict[str, Any], phase: str) -> str:
     others = sorted(found["contenders"].keys() - {"naive", "einsum", "torch.compile", "limit"})
     extra = [_mebibytes(found["extra_bytes"].get(name)) for name in ("ours", "naive")]
     if found["extra_bytes"]["ours"] is not None and row["memory_floor"]:
-        extra[0] += " ✓" if found["extra_bytes"]["ours"] <= LEAST_MEMORY else " ✗"
+        passed = found["extra_bytes"]["ours"] <= row["memory_floor"]
+        extra[0] += f" ≤ {row['memory_floor'] >> 20} {'✓' if passed else '✗'}"
     error = [_error(found["error"].get(name)) for name in ("ours", "naive")]
+    amount = found["bytes"] if row["rate"] == "GB/s" else found["flop"]
     cells = [
         row["name"],
         row["work"],
@@ -98,7 +102,7 @@ def _line(row: dict[str, Any], phase: str) -> str:
         _seconds(found["seconds"]),
         *(_ratio(row, phase, name) for name in ("naive", "einsum", "torch.compile", "limit")),
         "; ".join(f"{name}: {_ratio(row, phase, name)}" for name in others) or "–",
-        f"{found['bytes'] / found['seconds'] / 1e9:.1f}",
+        f"{amount / found['seconds'] / 1e9:.1f} {row['rate']}",
         " / ".join(extra),
         " / ".join(error),
     ]
@@ -138,15 +142,17 @@ def _error(value: float | None) -> str:
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw the roofline, each row under the bandwidth of its own working set, and beside it the ratios with the floors.
 
-    Layers are not in the roofline: their operations and bytes are counted of the published code, not of ours.
+    Layers are not in the roofline, for their operations and bytes are counted of the published code, not of ours; nor
+    are scores, whose limit is one number, drawn beside their rates.
     """
-    sums = [row for row in result["rows"] if row["memory_floor"]]
-    if sums:
-        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), width_ratios=(3, 2), layout="constrained")
-        _draw_roofline(left, result["limits"], sums)
-    else:
-        figure, right = plt.subplots(figsize=(7, 6), layout="constrained")
-    _draw_ratios(right, result["rows"][::-1])
+    rows = result["rows"]
+    sums, scores = [row for row in rows if row["roofline"]], [row for row in rows if row["rate"] == "GFLOP/s"]
+    panels = [(panel, some) for panel, some in ((_draw_roofline, sums), (_draw_rates, scores)) if some]
+    size = (6.5 * (len(panels) + 1), max(6, 0.25 * len(rows)))
+    figure, axes = plt.subplots(1, len(panels) + 1, figsize=size, layout="constrained", squeeze=False)
+    for at, (panel, some) in enumerate(panels):
+        panel(axes[0, at], result["limits"], some)
+    _draw_ratios(axes[0, -1], rows[::-1])
     machine, threads = result["machine"], result["settings"]["threads"]
     name = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {threads} threads"
     figure.suptitle(f"fusion_sum on {name}")
@@ -222,11 +228,33 @@ def _apart(values: list[float]) -> list[float]:
     return spread
 
 
+def _draw_rates(axes: Any, limits: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Draw the last phase's rate of ours and naive, and of the multiply-adds in registers that were timed beside it."""
+    for i, row in enumerate(rows[::-1]):
+        found = list(row["phases"].values())[-1]
+        timed = {name: contender["seconds"] for name, contender in found["contenders"].items()}
+        rates = {name: found["flop"] / s / 1e9 for name, s in (timed | {"ours": found["seconds"]}).items()}
+        if "naive" in rates:
+            axes.plot([rates["naive"], rates["ours"]], [i, i], color=GREY, lw=0.6)
+            axes.plot(rates["naive"], i, "o", color=THEIRS, mfc="white", label="naive")
+        if "limit" in rates:
+            axes.plot(rates["limit"], i, "|", color="black", ms=10, label="multiply-adds in registers")
+        axes.plot(rates["ours"], i, "o", color=OURS, label="fusionsum")
+    if "fma_gflop_per_s" in limits:
+        axes.axvline(limits["fma_gflop_per_s"], color=GREY, lw=0.6)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows[::-1]])
+    axes.set(xlim=(0, None), xlabel="GFLOP/s")
+    axes.set_title("Last phase, as many operations as must be done without storing scores", fontsize=10)
+    legend = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    axes.legend(legend.values(), legend.keys(), fontsize=8, loc="lower right")
+
+
 def _draw_ratios(axes: Any, rows: list[dict[str, Any]]) -> None:
     for offset, phase, against, colour in (
         (0.25, FORWARD, "naive", OURS),
         (0.0, BOTH, "naive", PALE),
         (-0.25, BOTH, "torch.compile", GREY),
+        (-0.25, FORWARD, "FAISS", THEIRS),
     ):
         label: str | None = f"{phase}, vs {against}"
         for i, row in enumerate(rows):
@@ -243,4 +271,4 @@ def _draw_ratios(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.axvline(1, color="black", lw=0.6)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_xlabel("times as fast (black: the floor)")
-    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, handlelength=1)
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, handlelength=1)

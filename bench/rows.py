@@ -1,14 +1,15 @@
 """The rows: the sums that are measured, a user's code for each without us, and the floors to reach.
 
 What lives here: the record of a row; shapes, dtypes, the contenders' code, the floors, the count of bytes and FLOPs of
-sums. What lives elsewhere: whole layers (``layers.py``), timing (``measure.py``). A new row is one entry of `ROWS`.
+sums. What lives elsewhere: whole layers (``layers.py``), all pairs, losses and search (``scores.py``), timing
+(``measure.py``). A new row is one entry of `ROWS`.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, ClassVar
 
@@ -26,6 +27,8 @@ class Floor:
     against: str
     ratio: float
     at_most: bool = False
+    _: KW_ONLY
+    where: str = ""  # only on machines of this trait (`machine.Cpu.traits`); stands before the floor of all others
 
     def passed(self, ratio: float) -> bool:
         """Return whether the contender's time divided by ours reaches the goal."""
@@ -34,7 +37,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Row(ABC):
-    """One row of the benchmark: a sum (`SumRow`) or a whole layer (``layers.LayerRow``)."""
+    """One row of the benchmark: a sum (`SumRow`), a whole layer (``layers.LayerRow``), scores (``scores.ScoreRow``)."""
 
     name: str
     work: str
@@ -44,8 +47,22 @@ class Row(ABC):
     threads: int = 0  # 0: as many as asked for
     calls: int = 1  # per timed batch, at least
     graphed: bool = False  # replayed from a CUDA graph
+    most_pairs: int = 0  # timed, where one call lasts seconds; 0: as many as asked for
 
-    memory_floor: ClassVar[bool]  # whether ours must need no more than a constant of extra memory
+    roofline: ClassVar[bool] = False  # whether the row is drawn there
+
+    @property
+    @abstractmethod
+    def memory_floor(self) -> int:
+        """The extra memory that ours may take, in bytes; 0 if there is no such floor."""
+
+    def floors_on(self, traits: Collection[str]) -> list[Floor]:
+        """Return the floors on a machine of these traits: of a phase and contender the first that applies."""
+        found: dict[tuple[str, str], Floor] = {}
+        for floor in self.floors:
+            if not floor.where or floor.where in traits:
+                found.setdefault((floor.phase, floor.against), floor)
+        return list(found.values())
 
     @property
     @abstractmethod
@@ -56,6 +73,11 @@ class Row(ABC):
     @abstractmethod
     def unlimited(self) -> str:
         """The reason why the machine's limit is no contender; empty if it is one."""
+
+    @property
+    def rate(self) -> str:
+        """What bounds the row, and what the report counts: bytes, or operations ("GFLOP/s")."""
+        return "GB/s"
 
     @property
     @abstractmethod
@@ -81,7 +103,8 @@ class SumRow(Row):
     dim: int = -1
     arrays: str = "torch"
 
-    memory_floor = True
+    roofline = True
+    memory_floor = 2**20  # theirs is threads x n x a small constant, less than the resident set resolves
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -105,6 +128,14 @@ class SumRow(Row):
         terms, count = math.prod(np.broadcast_shapes(*self.shapes)), len(self.shapes)
         forward, backward = terms * (count + 1), terms * (6 if count == 2 else 4 * count)
         return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
+
+    @property
+    def tolerance(self) -> float:
+        """The distance from ours, of the greatest value, at which a contender computes something else.
+
+        4 roundings of the factors' dtype and 64 of float32, the accumulator's.
+        """
+        return 4 * torch.finfo(self.dtype).eps + 64 * torch.finfo(torch.float32).eps
 
     def build(self, device: str = "cpu") -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Make the operands (weights first) and one mask per factor, 30% absent, or none; the same on any device."""

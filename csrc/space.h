@@ -14,7 +14,8 @@
 // On the CPU (cpu/sum/plan.h) rows and columns are cut into tasks, the unit of what a thread does: here 64 tasks of
 // 1,024 rows, one slice each (long tasks have several: Ctrl-C is looked for between them). A task walks through groups
 // of at most 64 rows that have the outer row dims in common, here 16, and in a group through blocks of at most 1,024
-// columns; a tile is as much of a block as is brought in at once.
+// columns; a tile is as much of a block as is brought in at once. Where runs are short and share their splats, as here,
+// one group holds many runs, and each is a tile.
 //
 // On CUDA (cuda/sum/pass.h) the rows are units (B) times the run (R), cut into blocks of slots, groups and lanes.
 #pragma once

@@ -175,3 +175,38 @@ def test_a_second_operation_needs_one_record_only():
     torch.testing.assert_close(jacfwd(function, (0, 1, 2))(*x), jacrev(function, (0, 1, 2))(*x))
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(scale, f, g), function(scale, f, g))
+
+
+def test_what_an_operation_keeps():
+    """The last tensors of an output may be there for backward: they have no gradient, and what is unused has None."""
+    seen = []
+
+    def backward(grads, needs, x, count, kept):
+        seen.append((grads, needs))
+        return sum(d for d in grads[:2] if d is not None) * 2 * kept[0], None
+
+    record = registration.Operation(
+        name="squares",
+        schema="(Tensor x, int count) -> Tensor[]",
+        kernel=lambda x, count: [x * x, x * x + 1, *(x.clone() for _ in range(count))],
+        fake=lambda x, count: [torch.empty_like(x) for _ in range(2 + count)],
+        backward=backward,
+        jvp=lambda tangents, x, count: None,
+        vmap=lambda size, in_dims, x, count: (squares(x, count), [in_dims[0]] * (2 + count)),
+        keeps=lambda x, count: count,
+    )
+    registration.register(record)
+
+    def squares(x, count=1):
+        return registration.apply("squares", x, count)
+
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(torch.ops.fusionsum.squares.default, (x, 1))
+    first, second, kept = squares(x)
+    assert [a.requires_grad for a in (first, second, kept)] == [True, True, False]
+    seen.clear()
+    torch.testing.assert_close(torch.autograd.grad(second.sum(), x)[0], 2 * x)
+    ((grads, needs),) = seen
+    assert (grads[0], grads[2], needs[0]) == (None, None, True)
+    torch.testing.assert_close(torch.func.grad(lambda x: squares(x, 2)[0].sum())(x.detach()), 2 * x.detach())
+    assert gradcheck(lambda x: squares(x)[0], (x,), check_batched_grad=True)

@@ -72,3 +72,30 @@ def test_per_sample_gradients_of_a_module():
     for i in range(5):
         wanted = grad(loss)(parameters, x[i])
         torch.testing.assert_close({k: v[i] for k, v in found.items()}, wanted)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (1, 0), (None, 2), (2, 2)], ids=str)
+def test_operations_that_map_one_by_one(axes):
+    """Axes anywhere or nowhere, a batch of none, and one map within another."""
+    shapes = [[4, 3], [6, 3]]
+    sizes = [
+        shape if axis is None else [*shape[:axis], 5, *shape[axis:]] for shape, axis in zip(shapes, axes, strict=True)
+    ]
+    x = [torch.randn(size, dtype=torch.float64) for size in sizes]
+
+    def item(i):
+        return [a if axis is None else a.select(axis, i) for a, axis in zip(x, axes, strict=True)]
+
+    for function in (
+        lambda q, k: fs.top_k(q, k, 2),
+        lambda q, k: fs.contrastive_loss(q, k, return_lse=True),
+        lambda q, k: (fs.ranks(q, k, torch.arange(4)),),
+    ):
+        found = vmap(function, axes)(*x)
+        for i in range(5):
+            torch.testing.assert_close(tuple(part[i] for part in found), tuple(function(*item(i))))
+        empty = [a if axis is None else a.narrow(axis, 0, 0) for a, axis in zip(x, axes, strict=True)]
+        assert [part.shape for part in vmap(function, axes)(*empty)] == [(0, *part.shape[1:]) for part in found]
+        twice = vmap(vmap(function, axes), (None if axes[0] is None else 0, None if axes[1] is None else 0))
+        again = twice(*(a if axis is None else torch.stack([a, a]) for a, axis in zip(x, axes, strict=True)))
+        torch.testing.assert_close(tuple(part[1] for part in again), tuple(found))

@@ -10,7 +10,9 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -57,14 +59,14 @@ def test_traffic_and_work_are_those_of_the_formulas():
     assert three.flop[rows.BACKWARD] == 4 * 3 * 16384 * 512
 
 
-def test_a_layer_is_a_row_too():
+def test_layers_and_scores_are_rows_too():
     """All that is timed is a `Row`, whose fields are declared once."""
-    from bench import layers, rows
+    from bench import layers, rows, scores
 
-    for row in (*rows.ROWS, *layers.LAYERS):
+    for row in (*rows.ROWS, *layers.LAYERS, *scores.SCORES):
         assert isinstance(row, rows.Row)
         assert set(row.bytes) == set(row.flop) >= set(row.phases)
-    for kind in (rows.SumRow, layers.LayerRow):
+    for kind in (rows.SumRow, layers.LayerRow, scores.ScoreRow):
         assert not vars(kind)["__annotations__"].keys() & {field.name for field in dataclasses.fields(rows.Row)} - {"_"}
 
 
@@ -126,6 +128,162 @@ def test_a_layer_is_measured_and_held_to_the_published_code(monkeypatch):
     wrong = dataclasses.replace(row, codes={"naive": lambda *given: row.codes["naive"](*given) * 1.001})
     with pytest.raises(AssertionError, match="ours differs from naive"):
         measure.layer_errors(wrong)
+
+
+SCORES = {
+    **{f"C1 n={n}": (4096, 4096, n) for n in (64, 256, 512)},
+    "C2": (8192, 256, 512),
+    **{f"C3 n={n}": (4096, 4096, n) for n in (64, 256, 512)},
+    **{f"C4 n={n}": (4096, 4096, n) for n in (64, 512)},
+    **{f"C5 k={k}": (256, 1_000_000, 128) for k in (10, 100)},
+    "C6": (1, 1_000_000, 128),
+    "C7": (4096, 100_000, 128),
+    "C9": (32768, 32768, 256),
+    "C10": (1024, 14541, 200),
+}
+IN_16_BITS = ("C1 n=64", "C1 n=512", "C3 n=64", "C3 n=512", "C5 k=10")
+
+
+def test_scores_are_those_of_the_floors():
+    from bench import rows, scores
+
+    found = {row.name: row.pairs for row in scores.SCORES}
+    low = {f"C8 {dtype}, {name}": SCORES[name] for name in IN_16_BITS for dtype in ("bf16", "f16")}
+    assert found == SCORES | low
+    assert list(found) == [row.name for row in scores.QUICK_SCORES]
+    assert not any(row.floors or row.memory for row in scores.QUICK_SCORES)
+    by_name = {row.name: row for row in scores.SCORES}
+    for row in scores.SCORES:
+        assert {floor.phase for floor in row.floors} <= set(row.phases)
+        assert row.rate == ("GB/s" if row.name == "C6" else "GFLOP/s")
+    megabytes = {row.name: row.memory >> 20 for row in scores.SCORES if row.memory and not row.name.startswith("C8")}
+    assert megabytes == {
+        name: floor for name in SCORES if (floor := {"C3": 16, "C4": 16, "C5": 64, "C9": 64}.get(name[:2]))
+    }
+    assert by_name["C3 n=64"].flop == {rows.FORWARD: 2 * 4096**2 * 64, rows.BOTH: 8 * 4096**2 * 64}
+
+
+@pytest.mark.parametrize(
+    "name, against, traits, ratio",
+    [
+        ("C1 n=64", "naive", ("Zen 5", "AVX-512"), 1.8),
+        ("C1 n=64", "naive", ("Intel", "AVX-512"), 1.2),
+        ("C5 k=10", "FAISS", ("Zen 5", "AVX-512"), 2),
+        ("C5 k=10", "FAISS", ("Zen 3", "AVX2"), 1),
+        ("C8 bf16, C3 n=64", "our float32", ("Zen 5", "AVX-512", "AVX512_BF16"), 1.5),
+        ("C8 bf16, C3 n=64", "our float32", ("Zen 3", "AVX2"), 0.9),
+        ("C8 f16, C3 n=64", "our float32", ("Zen 5", "AVX-512", "AVX512_BF16"), 0.9),
+    ],
+)
+def test_a_floor_is_that_of_the_machine(name, against, traits, ratio):
+    from bench import scores
+
+    row = next(row for row in scores.SCORES if row.name == name)
+    last = row.phases[-1]
+    floors = [floor for floor in row.floors_on(traits) if (floor.phase, floor.against) == (last, against)]
+    assert [floor.ratio for floor in floors] == [ratio]
+
+
+@pytest.mark.parametrize(
+    "vendor, family, flags, traits",
+    [
+        ("AuthenticAMD", "26", "avx2 avx512f avx512_bf16", ("Zen 5", "AVX-512", "AVX512_BF16")),
+        ("AuthenticAMD", "25", "avx2 avx512f avx512_bf16", ("Zen 4", "AVX-512", "AVX512_BF16")),
+        ("AuthenticAMD", "25", "avx avx2", ("Zen 3", "AVX2")),
+        ("GenuineIntel", "6", "avx2 avx512f", ("Intel", "AVX-512")),
+        ("", "", "", ("riscv64",)),
+    ],
+)
+def test_the_kind_of_a_machine(monkeypatch, vendor, family, flags, traits):
+    from bench import machine
+
+    fields = {"vendor_id": vendor, "cpu family": family, "flags": flags}
+    monkeypatch.setattr(machine, "_cpuinfo", fields.__getitem__)
+    monkeypatch.setattr(machine.platform, "machine", lambda: "riscv64")
+    assert machine._traits.__wrapped__() == traits
+
+
+def test_the_loop_of_multiply_adds_does_what_it_counts():
+    from bench import machine
+
+    here = machine.Cpu()
+    if not shutil.which(here.compiler):
+        pytest.skip(f"no compiler ({here.compiler})")
+    loop = machine._multiplier(here.compiler)
+    elements = loop.multiply(1, 0.0, 1.0)  # each is 0 * x + 1
+    assert loop.flop_per_round() == 2 * elements
+    assert loop.multiply(8, 1.0, 1.0) - loop.multiply(5, 1.0, 1.0) == 3 * elements
+    assert len(here.multiplier(1)()) == torch.get_num_threads()
+
+
+def test_the_loss_by_slices_is_the_naive_one():
+    from bench import scores
+
+    row = next(row for row in scores.QUICK_SCORES if row.name == "C9")
+    small = replace(row, shapes=((1100, 8), (1100, 8)))  # two slices, of which one is short
+    operands = [x.double().requires_grad_() for x in small.build()]
+    loss = scores._clip(*operands)
+    gradients = torch.autograd.grad(loss, operands, torch.tensor(0.7, dtype=torch.float64))
+    with torch.no_grad():
+        sliced = scores._sliced_clip(torch.tensor(0.7, dtype=torch.float64), *operands)
+    for one, other in zip(sliced, (loss, *gradients), strict=True):
+        torch.testing.assert_close(one, other.detach())
+
+
+def test_scores_are_measured(benchmark):
+    """Every row, in small: that it is timed means that all contenders agree with ours."""
+    from bench import scores
+
+    result, table = benchmark("--rows", "C1,C2,C3,C4,C5,C6,C7,C8,C9,C10")
+    found = {row["name"]: row for row in result["rows"]}
+    assert list(found) == [row.name for row in scores.QUICK_SCORES]
+    for row in scores.QUICK_SCORES:
+        phases = found[row.name]["phases"]
+        assert tuple(phases) == row.phases
+        names = {*row.codes, "torch.compile", "limit", *(name for name, _ in (*row.arrays, *row.omitted))} - {"ours"}
+        names |= {"our float32"} if row.dtype != torch.float32 else set()
+        names |= {"64 × B=64"} if row.parts else set()
+        timed = {name for phase in phases.values() for name in phase["contenders"]}
+        assert timed | found[row.name]["skipped"].keys() == names
+        assert all(phase["error"]["ours"] < row.tolerance for phase in phases.values())
+        assert table.count(f"\n| {row.name} |") == len(phases)
+    assert set(found["C9"]["phases"]["forward + backward"]["extra_bytes"]) == {"ours"}
+    assert all(trait in table for trait in result["machine"]["traits"])
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+
+
+def test_nothing_holds_openblas_back(monkeypatch):
+    from bench import __main__
+
+    class Replaced(Exception):
+        pass
+
+    def execve(path, arguments, environment):
+        raise Replaced(environment)
+
+    monkeypatch.setattr(__main__.os, "execve", execve)
+    for name in __main__.HELD_BACK:
+        monkeypatch.setenv(name, "512")
+    with pytest.raises(Replaced) as replaced:
+        __main__.main(["--threads", "1"])
+    (environment,) = replaced.value.args
+    assert environment.items() >= (__main__.KEEP_MEMORY | {"OPENBLAS_NUM_THREADS": "1"}).items()
+    assert not environment.keys() & set(__main__.HELD_BACK)
+
+
+def test_keys_in_a_file_are_searched_under_a_limit_of_memory(monkeypatch, capsys):
+    if sys.platform != "linux":
+        pytest.skip("/proc and ulimit -d are Linux's")
+    from bench import memory_map
+
+    assert memory_map.main(["--mib", "64"]) == 0
+    assert ": right" in capsys.readouterr().out
+    write = memory_map.write
+    monkeypatch.setattr(memory_map, "write", lambda *given: write(*given) + 1)
+    assert memory_map.main(["--mib", "64"]) == 1
+    assert ": WRONG" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        memory_map.main(["--mib", "65"])
 
 
 class _Clock:

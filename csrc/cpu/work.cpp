@@ -1,30 +1,45 @@
 // The loop over tasks and slices. Which thread does which task depends on the number of threads; what a task computes
-// does not.
+// does not. The calling thread looks for Ctrl-C while the others go on: threads that met for it lost some 0.3 ms each
+// time (Zen 5, 2 threads).
 #include "work.h"
 
 #include <algorithm>
+#include <atomic>
 #include <new>
+#include <thread>
 
 #include "parallel.h"
 
 namespace fusionsum {
 namespace {
 
-// The tasks between two looks for Ctrl-C, as `threads` ranges: each has scratch memory of its own. Ranges, not single
-// tasks: a thread finds in its cache what it read in an earlier call.
-struct Batch {
-  const Work* work;
-  int64_t first_task, tasks, slice;
-  int threads;
+// The tasks as `threads` ranges: each has scratch memory of its own. Ranges, not single tasks: a thread finds in its
+// cache what it read in an earlier call.
+struct Ranges {
+  const Work& work;
+  const int64_t threads;
+  bool (*interrupted)();
+  std::thread::id caller;
+  std::atomic<bool> stopped{false};
 };
 
 void do_range(int64_t thread, void* context) {
-  const Batch& batch = *static_cast<const Batch*>(context);
-  const Work& work = *batch.work;
-  const int64_t begin = batch.first_task + thread * batch.tasks / batch.threads;
-  const int64_t end = batch.first_task + (thread + 1) * batch.tasks / batch.threads;
-  for (int64_t task = begin; task < end; ++task)
-    work.slice(work.context, task, batch.slice, work.scratch + thread * work.scratch_bytes);
+  Ranges& ranges = *static_cast<Ranges*>(context);
+  const Work& work = ranges.work;
+  const bool asks = std::this_thread::get_id() == ranges.caller;
+  int64_t done = 0;  // since `interrupted` was asked
+  const int64_t begin = thread * work.tasks / ranges.threads, end = (thread + 1) * work.tasks / ranges.threads;
+  for (int64_t task = begin; task < end; ++task) {
+    for (int64_t slice = 0; slice < work.slices; ++slice) {
+      if (asks && done >= kPauseCost) {
+        done = 0;
+        if (ranges.interrupted()) ranges.stopped.store(true, std::memory_order_relaxed);
+      }
+      if (ranges.stopped.load(std::memory_order_relaxed)) return;
+      work.slice(work.context, task, slice, work.scratch + thread * work.scratch_bytes);
+      done += work.slice_cost;
+    }
+  }
 }
 
 }  // namespace
@@ -46,17 +61,9 @@ int threads_for(int64_t tasks) {
 }
 
 bool carry_out(const Work& work, bool (*interrupted)()) {
-  const int64_t at_once = std::max<int64_t>(work.threads, kPauseCost / work.slice_cost);
-  Batch batch{&work, 0, 0, 0, 1};
-  for (batch.slice = 0; batch.slice < work.slices; ++batch.slice) {
-    for (batch.first_task = 0; batch.first_task < work.tasks; batch.first_task += at_once) {
-      if ((batch.slice || batch.first_task) && interrupted()) return false;
-      batch.tasks = std::min(at_once, work.tasks - batch.first_task);
-      batch.threads = static_cast<int>(std::min<int64_t>(work.threads, batch.tasks));
-      parallel_for(batch.threads, do_range, &batch);
-    }
-  }
-  return true;
+  Ranges ranges{work, std::min<int64_t>(work.threads, work.tasks), interrupted, std::this_thread::get_id()};
+  parallel_for(ranges.threads, do_range, &ranges);
+  return !ranges.stopped;
 }
 
 }  // namespace fusionsum

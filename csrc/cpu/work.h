@@ -39,12 +39,13 @@ struct Work {
   const void* context;
 };
 
-// Done between two looks for Ctrl-C: a tenth of a second with the slowest activation.
+// Done by the calling thread between two looks for Ctrl-C: a tenth of a second with the slowest activation.
 constexpr int64_t kPauseCost = 1 << 26;
 
 int threads_for(int64_t tasks);
 
-// `interrupted` is asked between slices; when it returns true the rest is left undone, and so it returns false.
+// `interrupted` is asked between slices, by the calling thread; when it returns true the rest is left undone, and so it
+// returns false.
 bool carry_out(const Work& work, bool (*interrupted)());
 
 }  // namespace fusionsum

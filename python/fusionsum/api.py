@@ -24,9 +24,10 @@ autograd: Any = None  # an import statement in each call would cost 0.3 us
 def adopt_autograd() -> Any:
     """Import the package that takes tensors, and keep it for the calls to come."""
     global autograd
-    from . import autograd as package
+    if autograd is None:  # compilers note each assignment
+        from . import autograd as package
 
-    autograd = package
+        autograd = package
     return autograd
 
 

@@ -1,8 +1,9 @@
 """A checked call of the sum: its fields, the checks and their messages.
 
 What lives here: `Call`, whose fields keep one order from the API to the registered op and the native module; every check
-of the arguments, with its error message. What lives elsewhere: the rules of broadcasting, of masks and of dtypes
-(``reference.py``), the choice of who evaluates a call (``api.py``, ``autograd/routing.py``).
+of the arguments, with its error message; the checks of one array, which calls of scores share. What lives elsewhere: calls
+of scores (``scores.py``), the rules of broadcasting, of masks and of dtypes (``reference.py``), the choice of who evaluates
+a call (``api.py``, ``autograd/routing.py``).
 
 The native module parses the arguments itself and declines (NotImplemented) all that are not wholly valid; only then does
 `check` run, to raise the error or to normalise the call for whoever takes it over.
@@ -71,8 +72,8 @@ def is_tensor(x: Any) -> bool:
 
 def spread(fusion_weights: Any, factors: Any, activations: Any, present: Any, absent: Any, dim: Any) -> Call:
     """Give every factor its activation and its mask, and check nothing else."""
-    names = _per_factor("activations", activations, len(factors), (str,))
-    masks = _per_factor("present", present, len(factors), ())
+    names = per_factor("activations", activations, len(factors), (str,))
+    masks = per_factor("present", present, len(factors), ())
     return Call(fusion_weights, tuple(factors), tuple(names), tuple(masks), absent, dim)
 
 
@@ -89,22 +90,17 @@ def check(
     """Return a valid call, normalised; for any other, raise an error that names the argument, its value and a valid one."""
     if not 1 <= len(factors) <= reference.MAX_FACTORS:
         raise ValueError(f"factors: expected 1 to {reference.MAX_FACTORS} arrays, got {len(factors)}")
-    like = _kind(factors[0])
     named = [(f"factors[{m}]", z) for m, z in enumerate(factors)]
     if fusion_weights is not None:
         named.append(("fusion_weights", fusion_weights))
     if grad_output is not None:
         named.append(("grad_output", grad_output))
     for name, x in named:
-        _check_array(name, x, like)
-        if reference.dtype_name(x) not in DTYPES:
-            raise TypeError(f"{name}: expected one of the dtypes {', '.join(DTYPES)}, got {reference.dtype_name(x)}")
-        if like == "torch.Tensor" and x.device != factors[0].device:
-            raise ValueError(f"{name}: is on {x.device}, expected {factors[0].device}, where factors[0] is")
+        check_operand(name, x, *named[0])
 
     shape: tuple[int, ...] = ()
     for m, (name, x) in enumerate(n for n in named if n[0] != "grad_output"):
-        shape = _broadcast(shape, name, tuple(x.shape), ", ".join(n for n, _ in named[:m]))
+        shape = broadcast(shape, name, tuple(x.shape), ", ".join(n for n, _ in named[:m]))
 
     if isinstance(dim, bool) or not isinstance(dim, (int, np.integer)):
         raise TypeError(f"dim: expected an integer, got {type(dim).__name__}")
@@ -122,38 +118,63 @@ def check(
             )
 
     call = spread(fusion_weights, factors, activations, None, absent, dim)
-    known = ", ".join(repr(name) for name in reference.ACTIVATIONS)
-    for m, activation in enumerate(call.activations):
-        if not (activation is None or isinstance(activation, str)):
-            raise TypeError(f"activations[{m}]: expected one of {known}, got {type(activation).__name__}")
-        if activation not in reference.ACTIVATIONS:
-            raise ValueError(f"activations[{m}]: expected one of {known}, got {activation!r}")
-
-    if not isinstance(absent, str):
-        raise TypeError(f"absent: expected 'one' or 'zero', got {type(absent).__name__}")
-    if absent not in ("one", "zero"):
-        raise ValueError(f"absent: expected 'one' or 'zero', got {absent!r}")
-    masks = _per_factor("present", present, len(factors), ())
+    check_activations("activations", call.activations)
+    check_choice("absent", absent, ("one", "zero"))
+    masks = per_factor("present", present, len(factors), ())
     for m, mask in enumerate(masks):
         if mask is not None:
-            _check_mask(f"present[{m}]", mask, f"factors[{m}]", factors[m], shape, dim, like)
+            check_mask(f"present[{m}]", mask, f"factors[{m}]", factors[m], shape, dim)
     return call._replace(present=tuple(masks))
 
 
-def _kind(x: Any) -> str:
+# ---- one argument ----------------------------------------------------------------------------------------------------
+
+
+def kind(x: Any) -> str:
+    """Name the framework's type of an array; for anything else, its own type."""
     return "torch.Tensor" if is_tensor(x) else "numpy.ndarray" if isinstance(x, np.ndarray) else type(x).__name__
 
 
-def _check_array(name: str, x: Any, like: str) -> None:
+def check_array(name: str, x: Any, first_name: str, first: Any) -> None:
+    """Raise an error unless x is a plain array of the framework and on the device of the call's first array."""
     if not isinstance(x, np.ndarray) and not is_tensor(x):
         raise TypeError(f"{name}: expected a numpy.ndarray or torch.Tensor, got {type(x).__name__}")
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected a plain array, got a masked one; say what is absent by `present`")
-    if _kind(x) != like:
-        raise TypeError(f"{name}: expected a {like} like factors[0], got a {_kind(x)}; convert one of them")
+    if kind(x) != kind(first):
+        raise TypeError(f"{name}: expected a {kind(first)} like {first_name}, got a {kind(x)}; convert one of them")
+    if is_tensor(x) and x.device != first.device:
+        raise ValueError(f"{name}: is on {x.device}, expected {first.device}, where {first_name} is")
 
 
-def _broadcast(shape: tuple[int, ...], name: str, other: tuple[int, ...], before: str) -> tuple[int, ...]:
+def check_operand(name: str, x: Any, first_name: str, first: Any) -> None:
+    """Raise an error unless x is such an array, of a floating dtype."""
+    check_array(name, x, first_name, first)
+    if reference.dtype_name(x) not in DTYPES:
+        raise TypeError(f"{name}: expected one of the dtypes {', '.join(DTYPES)}, got {reference.dtype_name(x)}")
+
+
+def check_activations(name: str, activations: Sequence[Any]) -> None:
+    """Raise an error unless every entry is None or the name of an activation."""
+    known = ", ".join(repr(activation) for activation in reference.ACTIVATIONS)
+    for m, activation in enumerate(activations):
+        if not (activation is None or isinstance(activation, str)):
+            raise TypeError(f"{name}[{m}]: expected one of {known}, got {type(activation).__name__}")
+        if activation not in reference.ACTIVATIONS:
+            raise ValueError(f"{name}[{m}]: expected one of {known}, got {activation!r}")
+
+
+def check_choice(name: str, given: Any, known: Sequence[str]) -> None:
+    """Raise an error unless the argument is one of these words."""
+    valid = " or ".join(filter(None, [", ".join(map(repr, known[:-1])), repr(known[-1])]))
+    if not isinstance(given, str):
+        raise TypeError(f"{name}: expected {valid}, got {type(given).__name__}")
+    if given not in known:
+        raise ValueError(f"{name}: expected {valid}, got {given!r}")
+
+
+def broadcast(shape: tuple[int, ...], name: str, other: tuple[int, ...], before: str) -> tuple[int, ...]:
+    """Broadcast a shape with that of one more operand."""
     try:
         return reference.broadcast_shape(shape, other)
     except ValueError:
@@ -162,7 +183,7 @@ def _broadcast(shape: tuple[int, ...], name: str, other: tuple[int, ...], before
         ) from None
 
 
-def _per_factor(name: str, given: Any, count: int, single: tuple[type, ...]) -> list[Any]:
+def per_factor(name: str, given: Any, count: int, single: tuple[type, ...]) -> list[Any]:
     """One entry per factor from None, one value for all (where its type may be `single`), or a sequence."""
     if given is None or isinstance(given, single):
         return [given] * count
@@ -174,12 +195,11 @@ def _per_factor(name: str, given: Any, count: int, single: tuple[type, ...]) -> 
     return list(given)
 
 
-def _check_mask(name: str, mask: Any, of: str, factor: Any, shape: tuple[int, ...], dim: int, like: str) -> None:
-    _check_array(name, mask, like)
+def check_mask(name: str, mask: Any, of: str, factor: Any, shape: tuple[int, ...], dim: int) -> None:
+    """Raise an error unless the mask lies along the leading dims of its factor in the broadcast shape."""
+    check_array(name, mask, of, factor)
     if reference.dtype_name(mask) != "bool":
         raise TypeError(f"{name}: expected the dtype bool, got {reference.dtype_name(mask)}")
-    if like == "torch.Tensor" and mask.device != factor.device:
-        raise ValueError(f"{name}: is on {mask.device}, expected {factor.device}, where {of} is")
     if mask.ndim > factor.ndim:
         raise ValueError(f"{name}: expected at most the {factor.ndim} dims of {of}, got shape {tuple(mask.shape)}")
     aligned = reference.aligned_shape(tuple(mask.shape), factor.ndim)

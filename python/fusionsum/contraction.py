@@ -1,15 +1,15 @@
-"""Sums that are products of matrices, evaluated by BLAS: all pairs, mixing, and all others that split in two.
+"""Sums that are products of matrices: all pairs, mixing, and all others that split in two.
 
     F[l, r] = sum_i P[l, i] * Q[r, i],    dP = U @ Q,    dQ = U.T @ P
 
 where P is the product of the operands that vary with l, Q that of the operands that vary with r, and U the gradient of F.
 
-What lives here: the one decision whether matrix products evaluate a call of tensors (`route`), and the tiles in which they
-do. What lives elsewhere: forming a tile of P or Q, and the gradients of its operands from dP or dQ; these are a fusion sum
-over a single term and its gradient, which ``tensors.py`` evaluates.
+What lives here: the one decision whether a call of tensors splits (`route`); on the CPU, handing the two sides to the
+native scores, which form P and Q as they pack them; on CUDA, torch's products of matrices and the tiles in which they are
+taken. What lives elsewhere: the kernels of scores (``csrc/cpu/scores``); forming a tile of P or Q, and the gradients of its
+operands from dP or dQ: these are a fusion sum over a single term and its gradient, which ``tensors.py`` evaluates.
 
-A product is never whole, unless it fits a tile, and never kept: backward forms it again. All is accumulated in float32 or
-float64. 16-bit products are widened: the 16-bit matrix product would round P, and differ with the number of threads.
+A product is never kept: backward forms it again. All is accumulated in float32 or float64.
 """
 
 from __future__ import annotations
@@ -24,20 +24,15 @@ import torch
 from torch import Tensor
 
 from . import reference, tensors
+from .backend import native
 from .call import Call, check
 
-LEAST_WORK = 2**22  # multiply-adds: below, the kernels take less time than the preparations here, some 0.2 ms
-TILE_BYTES = 2**25  # of a tile of P or Q, and of a block of U or F: a call holds a few of each at a time
+LEAST_WORK = 2**22  # multiply-adds: below, the sum's kernels take less time than the preparations here, some 0.1 ms
+TILE_BYTES = 2**25  # on CUDA, of a tile of P or Q, and of a block of U or F: a call holds a few of each at a time
 # Rows of a tile, if a side has several: with fewer, BLAS is bound by memory, and tiles are formed too often.
 LEAST_ROWS = 512
 
-# MKL cuts a product of matrices as the number of threads suggests, along the terms too, and the bits follow. In a batch it
-# gives each item to one thread if there are at least as many items as threads. So products go to it as batches of 8 items,
-# of two rows or more (of one, it takes other ways): the same bits for up to 8 threads, in random products with its AVX-512
-# and its AVX2 code. Beyond 8 threads they may differ. The bench's C1 and C2 take 0 to 13% longer for it (batches of 4: 0 to
-# 7%).
-BATCH = 8
-LEAST_EXTENT = 2 * BATCH  # rows of either side, and terms: with few terms, forming P costs as much as multiplying by it
+LEAST_EXTENT = 16  # rows of either side, and terms: with few terms, forming P costs as much as multiplying by it
 
 Tile = tuple[slice, ...]
 _PLAIN = Tensor, torch.nn.Parameter
@@ -81,8 +76,11 @@ def route(
 
 
 def fusion_sum(call: Call, split: Split) -> Tensor:
-    """Evaluate the sum as products of matrices."""
-    with torch._C._DisableAutocast():  # else torch.bmm would round its operands
+    """Evaluate the sum as a product of matrices."""
+    if _by_scores(call):
+        output = native.score_matrix(*_scores(call, split), True)
+        return output.to(tensors.result_dtype(call)).view(call.output_shape)
+    with torch._C._DisableAutocast():  # else torch would round its operands
         return _forward(call, split)
 
 
@@ -90,6 +88,30 @@ def fusion_sum_grad(grad_output: Tensor, call: Call, split: Split, needs: Sequen
     """Evaluate the gradients that are needed as products of matrices; None for the others."""
     with torch._C._DisableAutocast():
         return _backward(grad_output, call, split, needs)
+
+
+def _by_scores(call: Call) -> bool:
+    """Tell whether the native scores evaluate a call that splits; elsewhere torch's products of matrices do."""
+    return native is not None and call.factors[0].device.type == "cpu"
+
+
+def _scores(call: Call, split: Split) -> tuple[Any, ...]:
+    """Return the arguments of the native scores: the factors of both sides, as matrices of rows by terms."""
+    left, right = (_product(call, split, side) for side in split.sides)
+    sides = []
+    for product in (left, right):
+        rows = [split.shape[axis] for axis in product.side.axes]
+        factors = [x.squeeze(-1).expand(*rows, product.terms).reshape(-1, product.terms) for x in product.operands]
+        if reference.accumulator(factors) != _name(split.wide):
+            factors[0] = factors[0].to(split.wide)
+        masks = [mask if mask is None else mask[..., 0, 0].expand(rows).reshape(-1) for mask in product.masks]
+        sides.append((tuple(factors), tuple(product.activations), tuple(masks)))
+    factors, activations, masks = zip(*sides, strict=True)
+    return *factors, *activations, *masks, call.absent, None, None, 1.0, 0.0, None, None, None, None, None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # ---- which calls split -----------------------------------------------------------------------------------------------
@@ -147,7 +169,10 @@ def _split(call: Call, grad_output: Any) -> Split | None:
         limits = [entries // max(terms, extents[1]), most]
     sides = []
     for (axes, members), limit in zip(halves, limits, strict=True):
-        tiles = list(_tiles([shape[axis] for axis in axes], limit))
+        sizes = [shape[axis] for axis in axes]
+        if _by_scores(call):
+            limit = math.prod(sizes)
+        tiles = list(_tiles(sizes, limit))
         if len(tiles) > 1 and limit < LEAST_ROWS:
             return None
         sides.append(Side(axes, members, tiles))
@@ -303,8 +328,13 @@ def _backward(grad_output: Tensor, call: Call, split: Split, needs: Sequence[boo
     matrix, operands = grad_output.squeeze(), call.operands
     grads: list[Any] = [None] * len(operands)
     left, right = (_product(call, split, side) for side in split.sides)
-    for product, other in ((left, right), (right, left)):
-        side, terms = product.side, product.terms
+    of_sides: Any = None
+    if _by_scores(call):
+        of_left, of_right = ([k for k in side.members if needs[k]] != [] for side in split.sides)
+        rows = _extent(split.shape, left.side.axes)
+        of_sides = native.score_matrix_grad(matrix.reshape(rows, -1), *_scores(call, split), (of_left, of_right), True)
+    for i, (product, other) in enumerate(((left, right), (right, left))):
+        side = product.side
         wanted = [needs[k] for k in side.members]
         if not any(wanted):
             continue
@@ -312,17 +342,10 @@ def _backward(grad_output: Tensor, call: Call, split: Split, needs: Sequence[boo
         for k, x, want in zip(side.members, product.operands, wanted, strict=True):
             if want and not as_found:
                 grads[k] = torch.empty(operands[k].shape, dtype=x.dtype, device=x.device)
-        kept = other.formed(other.side.tiles[0]) if len(other.side.tiles) == 1 else None
         seen = set()
-        for tile in side.tiles:
-            d_product = matrix.new_empty([part.stop - part.start for part in tile] + [terms], dtype=split.wide)
-            for i, other_tile in enumerate(other.side.tiles):
-                factor = other.formed(other_tile) if kept is None else kept
-                if product is left:
-                    block = matrix[tile + other_tile].reshape(-1, len(factor))
-                else:
-                    block = matrix[other_tile + tile].reshape(len(factor), -1).T
-                _multiply(block.to(split.wide), factor, d_product.view(-1, terms), add=i > 0)
+        tiles = _d_product(matrix, product, other, product is left) if of_sides is None else [(side.tiles[0], of_sides[i])]
+        for tile, d_matrix in tiles:
+            d_product = d_matrix.view(*(part.stop - part.start for part in tile), product.terms)
             if product.is_an_operand:
                 found: Sequence[Any] = [d_product]
             else:
@@ -344,24 +367,25 @@ def _backward(grad_output: Tensor, call: Call, split: Split, needs: Sequence[boo
     return tuple(d if d is None else d.to(x.dtype) for d, x in zip(grads, operands, strict=True))
 
 
+def _d_product(matrix: Tensor, product: _Product, other: _Product, is_left: bool) -> Iterator[tuple[Tile, Tensor]]:
+    """Yield the tiles of a side's gradient, each a matrix of rows by terms; torch multiplies."""
+    kept = other.formed(other.side.tiles[0]) if len(other.side.tiles) == 1 else None
+    for tile in product.side.tiles:
+        rows = math.prod(part.stop - part.start for part in tile)
+        found = matrix.new_empty((rows, product.terms), dtype=product.wide)
+        for i, other_tile in enumerate(other.side.tiles):
+            factor = other.formed(other_tile) if kept is None else kept
+            if is_left:
+                block = matrix[tile + other_tile].reshape(-1, len(factor))
+            else:
+                block = matrix[other_tile + tile].reshape(len(factor), -1).T
+            _multiply(block.to(product.wide), factor, found, add=i > 0)
+        yield tile, found
+
+
 def _multiply(a: Tensor, b: Tensor, to: Tensor, add: bool = False) -> None:
-    """Put the product of two matrices into a contiguous one, or add it."""
-    if a.device.type != "cpu":  # cuBLAS gives the same bits in every run; TF32 is off unless torch is told otherwise
-        to.addmm_(a, b, beta=int(add))
-        return
-    a, b = (x if _for_blas(x) else x.contiguous() for x in (a, b))
-    rows = len(a) // BATCH
-    whole, beta = BATCH * rows, int(add)
-    if rows:
-        items = a[:whole].unflatten(0, (BATCH, rows))
-        to[:whole].view(BATCH, rows, -1).baddbmm_(items, b.expand(BATCH, -1, -1), beta=beta)
-    if whole < len(a):  # the rows left over, and one before them, as a batch of copies of this same product
-        start = max(0, whole - 1)
-        last = torch.bmm(a[start:].expand(BATCH, -1, -1), b.expand(BATCH, -1, -1))[0, whole - start :]
-        to[whole:] = to[whole:] + last if add else last
+    """Put the product of two matrices into a contiguous one, or add it.
 
-
-def _for_blas(x: Tensor) -> bool:
-    """Tell whether BLAS takes a matrix as it lies; torch.bmm would take a batch of any other matrix item by item."""
-    inner, outer = sorted(zip(x.stride(), x.shape, strict=True))
-    return inner[0] == 1 and outer[0] >= inner[1]
+    cuBLAS gives the same bits in every run; TF32 is off unless torch is told otherwise.
+    """
+    to.addmm_(a, b, beta=int(add))

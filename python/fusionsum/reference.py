@@ -1,11 +1,14 @@
-"""The fusion sum in NumPy: reference, fallback and test oracle.
+"""The fusion sum and scores in NumPy: reference, fallback and test oracle.
 
     F[...] = sum_i  w[..., i] * prod_m  phi_m(z_m[..., i])
+    S[b, c] = logit_scale * sum_i A[b, i] K[c, i] + logit_bias + key_bias[c]
 
-What lives here: the formula, its gradient, the activations with their derivatives, and the rules of broadcasting, of masks
-and of dtypes, written to be read. What lives elsewhere: the checks (``call.py``), the choice of backend (``api.py``), the
-fast kernels (``csrc/``). The sums here take the fields of a checked ``call.Call``, and store the whole product, which the
-kernels never do. What takes `xp`, the array module, serves NumPy and torch.
+What lives here: the formulas, their gradients, the activations with their derivatives, and the rules of broadcasting, of
+masks and of dtypes, written to be read. What lives elsewhere: the checks (``call.py``, ``scores.py``), the choice of
+backend (``api.py``, ``scores.py``), the losses that are made of the scores' statistics (``losses.py``), the fast kernels
+(``csrc/``). The functions here take the fields of a checked ``call.Call``, or of a ``scores.Scores`` or ``scores.Search``
+that is read, and store the whole product, or all scores, which the kernels never do. What takes `xp`, the array module,
+serves NumPy and torch.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -192,3 +195,241 @@ def fusion_sum_grad(
             grads.append(None)
         suffix = suffix * held
     return (*([None] if fusion_weights is None else []), *grads[::-1])
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+SEARCH_BLOCK = (
+    2**22
+)  # scores, or entries of keys, that `top_k` and `ranks` hold at a time: the keys may exceed the memory
+
+
+def _side(factors: Any, activations: Any, present: Any, absent: str, weights: Any, wide: np.dtype) -> np.ndarray:
+    """Form the product that is one side, (rows, n)."""
+    operands = _operands(weights, factors, activations, present, absent, wide)
+    return functools.reduce(operator.mul, [held for held, _, _ in operands])
+
+
+def _working_dtype(queries: Any, keys: Any, fusion_weights: Any, key_bias: Any) -> np.dtype:
+    given = [x for x in (*queries, *keys, fusion_weights, key_bias) if x is not None]
+    return np.dtype(accumulator(given))
+
+
+class _Pairs:
+    """All scores of a call, its sides, and which pairs are valid (not excluded) and which positive."""
+
+    def __init__(
+        self,
+        queries: Any,
+        keys: Any,
+        activations: Any,
+        key_activations: Any,
+        present: Any,
+        key_present: Any,
+        absent: str,
+        fusion_weights: Any,
+        key_bias: Any,
+        logit_scale: float,
+        logit_bias: float,
+        query_labels: Any,
+        key_labels: Any,
+        query_ids: Any,
+        key_ids: Any,
+        exclude: Any,
+    ):
+        wide = _working_dtype(queries, keys, fusion_weights, key_bias)
+        self.query_side = _side(queries, activations, present, absent, fusion_weights, wide)
+        self.key_side = _side(keys, key_activations, key_present, absent, None, wide)
+        self.unscaled = self.query_side @ self.key_side.T
+        scores = wide.type(logit_scale) * self.unscaled + wide.type(logit_bias)
+        self.scores = scores if key_bias is None else scores + key_bias.astype(wide)
+        shape = self.scores.shape
+        self.positive = np.eye(*shape, dtype=np.bool_) if query_labels is None else query_labels[:, None] == key_labels
+        self.valid = np.ones(shape, bool)
+        if query_ids is not None:
+            self.valid = (query_ids[:, None] != key_ids) | self.positive
+        if exclude is not None:
+            self.valid &= ~exclude
+        self.positive &= self.valid
+
+    def side_grads(self, gamma: np.ndarray, needs: Sequence[bool]) -> list[np.ndarray | None]:
+        """Gradients of both sides from that of the unscaled scores; None where `needs` is false."""
+        gamma = gamma.astype(self.unscaled.dtype)
+        return [
+            gamma @ self.key_side if needs[0] else None,
+            gamma.T @ self.query_side if needs[1] else None,
+        ]
+
+
+def _log_sum_exp(x: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Logarithm of the sum of exp(x) along the last axis, over the entries counted; -inf if there are none."""
+    x = np.where(counted, x, -np.inf)
+    greatest = x.max(axis=-1, initial=-np.inf)
+    shift = np.where(np.isinf(greatest), 0, greatest)
+    found = np.log(np.exp(x - shift[..., None]).sum(axis=-1)) + shift
+    return np.where(greatest == np.inf, greatest, found)  # any infinity is the sum; NaN stays NaN
+
+
+@np.errstate(all="ignore")
+def score_matrix(*scores: Any) -> np.ndarray:
+    """Evaluate the scores, (B, C), in the dtype to which factors and weights promote."""
+    queries, keys, fusion_weights = scores[0], scores[1], scores[7]
+    given = [x for x in (*queries, *keys, fusion_weights) if x is not None]
+    return _Pairs(*scores).scores.astype(result_dtype(*given))
+
+
+@np.errstate(all="ignore")
+def score_matrix_grad(grad_output: np.ndarray, *arguments: Any) -> tuple[np.ndarray | None, ...]:
+    """Gradients (B, n) and (C, n) of both sides, to be multiplied by logit_scale; arguments: a Scores, needs."""
+    *scores, needs = arguments
+    return tuple(_Pairs(*scores).side_grads(grad_output, needs))
+
+
+@np.errstate(all="ignore")
+def softmax_stats(*arguments: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Statistics of each row of scores, (5, B), and if `symmetric` of each column, (5, C); None else. All in float64.
+
+    0: log-sum-exp over the valid pairs; 1: mean score of the positive pairs, or if `any` their log-sum-exp; 2: how many are
+    positive; 3: if `totals` the sum over the valid pairs, else 0; 4: how many are valid. Without pairs a log-sum-exp is
+    -inf and a mean 0. Arguments: a Scores, any, symmetric, totals.
+    """
+    *scores, any, symmetric, totals = arguments
+    pairs = _Pairs(*scores)
+
+    def stats(s: np.ndarray, valid: np.ndarray, positive: np.ndarray) -> np.ndarray:
+        positives = positive.sum(axis=1)
+        mean = np.where(positive, s, 0).sum(axis=1) / np.maximum(positives, 1)
+        total = np.where(valid, s, 0).sum(axis=1) if totals else np.zeros(len(s))
+        of_positives = _log_sum_exp(s, positive) if any else mean
+        return np.stack([_log_sum_exp(s, valid), of_positives, positives, total, valid.sum(axis=1)])
+
+    s = pairs.scores.astype(np.float64)
+    return stats(s, pairs.valid, pairs.positive), stats(s.T, pairs.valid.T, pairs.positive.T) if symmetric else None
+
+
+@np.errstate(all="ignore")
+def softmax_grad(*arguments: Any) -> tuple[Any, ...]:
+    """Gradients of both sides (to be multiplied by logit_scale), of logit_scale and of key_bias.
+
+    Gamma, the gradient of the scores, is made of coefficients of the rows, (5, B), and of the columns, (5, C) or None.
+    0: log-sum-exp; 1: coefficient of the softmax; 2: log-sum-exp of the positives, if `any`; 3: coefficient of the
+    positives; 4: what every valid pair loses, for label smoothing. Arguments: a Scores, any, query_coefs, key_coefs, needs.
+    """
+    *scores, any, query_coefs, key_coefs, needs = arguments
+    pairs = _Pairs(*scores)
+
+    def gamma(s: np.ndarray, valid: np.ndarray, positive: np.ndarray, coefs: np.ndarray) -> np.ndarray:
+        lse, of_softmax, positive_lse, of_positives, of_all = coefs[:, :, None]
+        found = of_softmax * np.exp(s - lse) - of_all
+        found -= np.where(positive, of_positives * (np.exp(s - positive_lse) if any else 1), 0)
+        return np.where(valid, found, 0)
+
+    s = pairs.scores.astype(np.float64)
+    total = gamma(s, pairs.valid, pairs.positive, query_coefs)
+    if key_coefs is not None:
+        total += gamma(s.T, pairs.valid.T, pairs.positive.T, key_coefs).T
+    d_scale = float(np.where(pairs.valid, total * pairs.unscaled, 0).sum()) if needs[2] else 0.0
+    return (*pairs.side_grads(total, needs), d_scale, total.sum(axis=0) if needs[3] else None)
+
+
+@np.errstate(all="ignore")
+def sigmoid_stats(*scores: Any) -> np.ndarray:
+    """Loss of each row, (B,) in float64: the sum over the valid pairs of log(1 + exp(-z S)), z = 1 if positive, else -1."""
+    return _sigmoid_losses(_Pairs(*scores))
+
+
+def _sigmoid_losses(pairs: _Pairs) -> np.ndarray:
+    s = pairs.scores.astype(np.float64)
+    return np.where(pairs.valid, np.logaddexp(0, np.where(pairs.positive, -s, s)), 0).sum(axis=1)
+
+
+@np.errstate(all="ignore")
+def sigmoid_grad(*arguments: Any) -> tuple[Any, ...]:
+    """Losses of the rows; gradients of both sides (to be multiplied by logit_scale), of logit_scale and logit_bias.
+
+    Arguments: a Scores, query_coefs (B,), the coefficient of each row's loss, needs.
+    """
+    *scores, query_coefs, needs = arguments
+    pairs = _Pairs(*scores)
+    slopes = _sigmoid(np, pairs.scores.astype(np.float64)) - pairs.positive
+    gamma = np.where(pairs.valid, query_coefs[:, None] * slopes, 0)
+    d_scale = float(np.where(pairs.valid, gamma * pairs.unscaled, 0).sum()) if needs[2] else 0.0
+    d_bias = float(gamma.sum()) if needs[3] else 0.0
+    return (_sigmoid_losses(pairs), *pairs.side_grads(gamma, needs), d_scale, d_bias)
+
+
+def _blocks(
+    queries: Any,
+    keys: Any,
+    activations: Any,
+    key_activations: Any,
+    present: Any,
+    key_present: Any,
+    absent: str,
+    fusion_weights: Any,
+    key_bias: Any,
+    exclude: Any,
+    excluded_offsets: Any,
+    excluded_ids: Any,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield, for some keys at a time, the number of the first, their scores (B, some), and which pairs are valid."""
+    wide = _working_dtype(queries, keys, fusion_weights, key_bias)
+    query_side = _side(queries, activations, present, absent, fusion_weights, wide)
+    rows, (columns, terms) = len(query_side), keys[0].shape
+    excluded_rows = None if excluded_offsets is None else np.repeat(np.arange(rows), np.diff(excluded_offsets))
+    step = max(1, SEARCH_BLOCK // max(rows, terms, 1))
+    for start in range(0, columns, step):
+        some = slice(start, start + step)
+        masks = [None if mask is None else mask[some] for mask in key_present]
+        s = query_side @ _side([x[some] for x in keys], key_activations, masks, absent, None, wide).T
+        if key_bias is not None:
+            s += key_bias[some].astype(wide)
+        valid = np.ones(s.shape, bool) if exclude is None else ~exclude[:, some]
+        if excluded_rows is not None:
+            here = (excluded_ids >= start) & (excluded_ids < start + step)
+            valid[excluded_rows[here], excluded_ids[here] - start] = False
+        yield start, s, valid
+
+
+@np.errstate(all="ignore")
+def top_k(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k keys of the greatest scores: these and the keys' numbers, both (B, k).
+
+    Equal scores come by their keys' numbers, NaN after all numbers, and -inf with number -1 where no key is left.
+    Arguments: a Search, k.
+    """
+    *search, k = arguments
+    rows = len(search[0][0])
+    found: list[Any] = []  # the best so far: values, and numbers of keys
+    for start, s, valid in _blocks(*search):
+        numbers = np.broadcast_to(np.arange(start, start + s.shape[1]), s.shape)
+        found.append((np.where(valid, s, -np.inf), np.where(valid, numbers, -1)))
+        values, numbers = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+        order = np.lexsort((-values, numbers < 0), axis=1)[
+            :, :k
+        ]  # stable, NaN after all numbers, what is excluded last
+        found = [(np.take_along_axis(values, order, axis=1), np.take_along_axis(numbers, order, axis=1))]
+    if not found:
+        return np.zeros((rows, 0), _working_dtype(*search[:2], *search[7:9])), np.zeros((rows, 0), np.int64)
+    return found[0][0], found[0][1].astype(np.int64)
+
+
+@np.errstate(all="ignore")
+def ranks(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Count the valid keys other than the target whose score is greater than the target's, and equal to it: (B,) each.
+
+    Where the target's score is NaN, all of them are greater. Arguments: a Search, targets.
+    """
+    *search, targets = arguments
+    rows = np.arange(len(targets))
+    wanted = np.zeros(len(targets), _working_dtype(*search[:2], *search[7:9]))
+    for start, s, _ in _blocks(*search):
+        here = rows[(targets >= start) & (targets < start + s.shape[1])]
+        wanted[here] = s[here, targets[here] - start]
+    greater, equal = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
+    for start, s, valid in _blocks(*search):
+        here = rows[(targets >= start) & (targets < start + s.shape[1])]
+        valid[here, targets[here] - start] = False
+        greater += (valid & ((s > wanted[:, None]) | np.isnan(wanted)[:, None])).sum(axis=1)
+        equal += (valid & (s == wanted[:, None])).sum(axis=1)
+    return greater, equal

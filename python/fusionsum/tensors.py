@@ -17,6 +17,7 @@ from torch import Tensor
 from . import reference
 from .backend import adopt_torch, load_cuda, native
 from .call import Call, check
+from .scores import Scores, Search, read_targets
 
 adopt_torch(torch)
 
@@ -71,3 +72,69 @@ def _array(x: Tensor | None) -> np.ndarray | None:
 
 def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.asarray(array)).to(dtype).contiguous()
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+Needs = Sequence[bool]  # of the queries' side, the keys' side, logit_scale, and key_bias or logit_bias
+
+
+def softmax_stats(scores: Scores, any: bool, symmetric: bool, totals: bool) -> Any:
+    """Evaluate the statistics of scores that are read: arrays (5, B) and, if symmetric, (5, C), else None."""
+    return _evaluated("softmax_stats", scores, any, symmetric, totals)
+
+
+def softmax_grad(query_coefs: Any, key_coefs: Any, any: bool, scores: Scores, needs: Needs) -> list[Tensor]:
+    """Evaluate the gradients that are needed: of the two sides, in the dtype of the scores, and float64 ones."""
+    found = _evaluated("softmax_grad", scores, any, query_coefs, key_coefs, tuple(needs))
+    return _needed(found, scores.logit_scale, needs)
+
+
+def sigmoid_stats(scores: Scores) -> Any:
+    """Evaluate the sigmoid losses of the queries, an array (B,) of float64, for scores that are read."""
+    return np.asarray(_evaluated("sigmoid_stats", scores))
+
+
+def sigmoid_stats_and_grad(coefs: Any, scores: Scores, needs: Needs) -> tuple[Any, list[Tensor]]:
+    """Evaluate those losses and, in the same pass, the gradients that are needed; takes an array (B,) of coefficients."""
+    losses, *found = _evaluated("sigmoid_grad", scores, np.ascontiguousarray(coefs), tuple(needs))
+    return np.asarray(losses), _needed(found, scores.logit_scale, needs)
+
+
+def sigmoid_grad(coefs: Any, scores: Scores, needs: Needs) -> list[Tensor]:
+    """Evaluate the gradients that are needed."""
+    return sigmoid_stats_and_grad(coefs, scores, needs)[1]
+
+
+def top_k(search: Search, k: int) -> list[Tensor]:
+    """Evaluate the values and indices (B, k), for a search that is not read yet."""
+    return [torch.as_tensor(x) for x in _evaluated("top_k", search.read(), k)]
+
+
+def ranks(search: Search, targets: Tensor) -> Tensor:
+    """Count the greater and the equal scores (2, B) of int64."""
+    return torch.from_numpy(np.stack(_evaluated("ranks", search.read(), read_targets(targets, len(search.keys[0])))))
+
+
+def _evaluated(name: str, given: Scores | Search, *rest: Any) -> Any:
+    """Evaluate an internal function of scores; it takes what is read."""
+    device = given.queries[0].device
+    if device.type != "cpu":
+        raise ValueError(f"queries: are on {device}, expected cpu: scores have no kernels for other devices yet")
+    kernel = getattr(native, name, None)
+    found = NotImplemented if kernel is None else kernel(*given, *rest, True)
+    return getattr(reference, name)(*map(_viewed, given), *rest) if found is NotImplemented else found
+
+
+def _viewed(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(map(_viewed, x))
+    return _array(x) if isinstance(x, Tensor) else x
+
+
+def _needed(found: Sequence[Any], logit_scale: float, needs: Needs) -> list[Tensor]:
+    """Keep what is needed. The sides' gradients come as those through S0, of which S is logit_scale times as much."""
+    d_queries, d_keys, *others = found
+    sides = [d if d is None else torch.as_tensor(d).mul_(logit_scale) for d in (d_queries, d_keys)]
+    others = [d if d is None else torch.as_tensor(d, dtype=torch.float64) for d in others]
+    return [d for d, need in zip([*sides, *others], needs, strict=True) if need]

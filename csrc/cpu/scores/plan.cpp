@@ -16,11 +16,12 @@ constexpr int64_t kMaxStripes = 64, kFewestStripes = 16;  // as many cores are k
 constexpr int64_t kKeyBytes = int64_t{8} << 20;           // of a chunk of keys, packed and formed
 constexpr int64_t kQueryBytes = int64_t{32} << 20;        // of a chunk of queries, formed, or of its candidates
 constexpr int64_t kQueryChunk = 1 << 16;
+constexpr int64_t kFewestKeys = 64;  // of a segment: with fewer, gradients are read and written more than multiplied
 // Of a task's slice, between two looks for Ctrl-C, in multiply-adds, of which a score's epilogue takes kEpilogueCost as
 // long: a tenth of a second without vectors.
 constexpr int64_t kSliceCost = 1 << 27, kEpilogueCost = 16;
 constexpr int64_t kMaxTerms = int64_t{1} << 40;  // no memory holds a tile of longer rows
-constexpr int64_t kByDots = 8;  // queries: so few are multiplied faster by keys as they lie than by packed ones
+constexpr int64_t kByDots = 8;       // queries: so few are multiplied faster by keys as they lie than by packed ones
 
 int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 int64_t round_down(int64_t n, int64_t to) { return n / to * to; }
@@ -103,7 +104,8 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   const int64_t item = s.wide ? 8 : 4, queries = s.queries.rows, keys = s.keys.rows;
   const DType working = s.wide ? DType::f64 : DType::f32;
   p.scores = &s;
-  p.latin = s.differentiates || s.epilogue == Epilogue::softmax;
+  const bool given = s.epilogue == Epilogue::store && s.differentiates;  // Gamma
+  p.latin = (s.differentiates && !given) || s.epilogue == Epilogue::softmax;
   p.by_dots =
       queries <= kByDots && !s.differentiates && (s.epilogue == Epilogue::store || s.epilogue == Epilogue::top_k);
   p.block = block_of(tile.rows, tile.cols, item);
@@ -113,18 +115,25 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   const int64_t row = std::max<int64_t>(1, s.terms) * item;
   p.query_chunk = std::min(queries, kQueryChunk);
   if (!p.queries_in_place) p.query_chunk = std::min(p.query_chunk, std::max<int64_t>(p.block, kQueryBytes / row));
+  if (given) {  // a segment meets all queries of a chunk: of its terms, a range
+    const int64_t range = std::min(s.terms, std::max<int64_t>(640, s.terms / kFewestStripes));
+    p.query_chunk = std::min(p.query_chunk, std::max(p.block, kSliceCost / (p.block * (range + 1))));
+  }
   p.room = s.k + std::max<int64_t>(s.k, 64);
   // Segments keep threads busy too where a key's scores need not meet again: then stripes are as long as a block, for a
   // stripe reads all panels of its segment.
-  const bool cut_keys = !p.latin && (s.epilogue == Epilogue::top_k || s.epilogue == Epilogue::store);
+  const bool cut_keys = !p.latin && !given && (s.epilogue == Epilogue::top_k || s.epilogue == Epilogue::store);
   const auto stripe_of = [&](int64_t rows) {
     if (rows >= kFewestStripes * p.block) return divide_up(rows, kMaxStripes * p.block) * p.block;
     const int64_t stripes = cut_keys ? divide_up(rows, p.block) : kFewestStripes;
     return std::min(p.block, std::max(2 * tile.rows, round_up(divide_up(rows, stripes), tile.rows)));
   };
-  const int64_t score = s.terms + kEpilogueCost, most_rows = kSliceCost / (p.block * score);
-  const int64_t longest = std::max(2 * tile.rows, round_down(most_rows, most_rows < p.block ? tile.rows : p.block));
-  p.stripe = std::min(stripe_of(p.query_chunk), longest);
+  p.stripe = stripe_of(p.query_chunk);
+  // Each step of a Latin square has a segment for every stripe: no more stripes than give segments of kFewestKeys.
+  if (p.latin)
+    p.stripe = std::max(p.stripe, round_up(divide_up(p.query_chunk, divide_up(keys, kFewestKeys)), tile.rows));
+  const int64_t score = s.terms + kEpilogueCost, most_rows = kSliceCost / (std::min(keys, p.block) * score);
+  p.stripe = std::min(p.stripe, std::max(2 * tile.rows, round_down(most_rows, most_rows < p.block ? tile.rows : p.block)));
   p.query_chunk = std::min(p.query_chunk, kMaxStripes * p.stripe);
   p.stripes = divide_up(p.query_chunk, p.stripe);
 
@@ -134,6 +143,12 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   p.key_chunk = std::min(std::max(p.block, round_down(most_keys, p.block)), round_up(keys, tile.cols));
   p.segment = round_up(divide_up(p.key_chunk, p.segments), tile.cols);
   p.segments = divide_up(p.key_chunk, p.segment);
+  if (given) {
+    p.segment = round_up(divide_up(p.key_chunk, divide_up(p.key_chunk, p.block)), tile.cols);  // of about one size
+    p.segments = divide_up(p.key_chunk, p.segment);
+    p.range = std::max(4 * tile.cols, round_up(divide_up(s.terms, divide_up(kFewestStripes, p.segments)), tile.cols));
+    p.ranges = std::max<int64_t>(1, divide_up(s.terms, p.range));
+  }
   if (s.epilogue == Epilogue::top_k) {
     const int64_t slot = p.room * (s.wide ? sizeof(Hit<double>) : sizeof(Hit<float>));
     const int64_t most = std::max<int64_t>(1, kQueryBytes / (slot * p.segments));
@@ -145,8 +160,8 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   }
   p.query_chunks = divide_up(queries, p.query_chunk);
   p.key_chunks = divide_up(keys, p.key_chunk);
-  p.steps = p.latin ? p.stripes : 1;
-  p.tasks = p.latin ? p.stripes : p.stripes * p.segments;
+  p.steps = p.latin ? p.stripes : given ? 2 : 1;
+  p.tasks = p.latin ? p.stripes : given ? std::max(p.stripes, p.segments * p.ranges) : p.stripes * p.segments;
 }
 
 // Places of all that tasks share, then of a thread's scratch memory. Called once for the sizes, once more with memory.
@@ -206,19 +221,29 @@ bool execute(const Scores& s, const ScoreKernels& kernels, Workspace& workspace,
   struct Context {
     const ScorePlan* plan;
     const ScoreKernels* kernels;
-  } context{&plan, &kernels};
+    int64_t slice;
+  } context{&plan, &kernels, 0};
   const Work work{plan.tasks,
-                  plan.query_chunks * (plan.key_chunks * (1 + plan.steps) + 1),
+                  1,
                   1 + plan.stripe * plan.segment * (s.terms + kEpilogueCost) / 16,  // an entry's is 16 multiply-adds
                   threads,
                   memory + bytes,
                   plan.scratch_bytes,
-                  [](const void* context, int64_t task, int64_t slice, char* scratch) {
+                  [](const void* context, int64_t task, int64_t, char* scratch) {
                     const Context& c = *static_cast<const Context*>(context);
-                    c.kernels->walk[c.plan->scores->wide](*c.plan, task, slice, scratch);
+                    c.kernels->walk[c.plan->scores->wide](*c.plan, task, c.slice, scratch);
                   },
                   &context};
-  if (!carry_out(work, interrupted)) return false;
+  const int64_t slices = plan.query_chunks * (plan.key_chunks * (1 + plan.steps) + 1);
+  int64_t done = 0;                                  // since `interrupted` was asked
+  for (; context.slice < slices; ++context.slice) {  // all tasks meet after each
+    if (done >= kPauseCost) {
+      done = 0;
+      if (interrupted()) return false;
+    }
+    if (!carry_out(work, interrupted)) return false;
+    done += work.slice_cost * divide_up(work.tasks, threads);
+  }
   for (int64_t i = 0; s.d_scale && i < plan.query_chunks * plan.stripes; ++i) *s.d_scale += plan.d_scale[i];
   return true;
 }

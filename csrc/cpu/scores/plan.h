@@ -30,6 +30,7 @@ struct ScorePlan {
   int64_t query_chunk, key_chunk, query_chunks, key_chunks;
   int64_t stripe, stripes;    // of a chunk of queries
   int64_t segment, segments;  // of a chunk of keys
+  int64_t range, ranges;      // of terms, where Gamma is given
   int64_t tasks, steps;
   bool queries_in_place, keys_in_place;  // a side is one factor that can be read where it lies
   // Memory of all tasks, in T unless said: one chunk's.

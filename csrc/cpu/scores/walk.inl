@@ -35,6 +35,11 @@ class Scorer {
       if (first_key == 0) begin();
       return;
     }
+    if (s.epilogue == Epilogue::store && s.differentiates) {
+      if (step == 0) return share(s.d_queries ? p.stripes : 0, [&](int64_t stripe) { differentiate_queries(stripe); });
+      return share(s.d_keys ? p.segments * p.ranges : 0,
+                   [&](int64_t i) { differentiate_keys(i / p.ranges, i % p.ranges * p.range); });
+    }
     const int64_t stripe = p.latin ? task : task / p.segments;
     const int64_t segment = p.latin ? (task + step) % p.stripes : task % p.segments;
     consume(stripe * p.stripe, smaller(query_count, (stripe + 1) * p.stripe), segment,
@@ -137,14 +142,6 @@ class Scorer {
 
   // The scores of a tile's rows with a block of keys, and what the epilogue makes of them.
   void strip(int64_t from, int64_t count, int64_t at, const Keys<T>& block, T* to, int64_t segment) {
-    if (s.epilogue == Epilogue::store && s.differentiates) {
-      for (int64_t r = 0; r < count; ++r)
-        with_dtype(s.matrix_dtype, s.matrix, [&](auto data) {
-          load_row(to + r * step(), data + (first_query + from + r) * s.matrix_row + block.first * s.matrix_col,
-                   s.matrix_col, block.count);
-        });
-      return;
-    }
     int64_t direct = 0;  // columns
     if (p.by_dots) {
       score_by_dots(terms, Rows<T>{queries.row(from), queries.step}, count, Rows<T>{keys.row(at), keys.step},
@@ -215,6 +212,37 @@ class Scorer {
       score_strip(terms, a, a_row, panel, S::cols, static_cast<T>(s.scale), bias, scores, S::cols);
       for (int64_t r = 0; r < some; ++r) to[first + r] = scores[(first + r) * S::cols + r];
     }
+  }
+
+  // Where Gamma is given, the sides' gradients are two products by themselves: a stripe of queries with all keys; then
+  // a segment of keys, and a range of terms, with all queries.
+  void differentiate_queries(int64_t stripe) const {
+    const int64_t end = smaller(query_count, (stripe + 1) * p.stripe);
+    for (int64_t from = stripe * p.stripe; from < end; from += p.block)
+      for (int64_t at = 0; at < key_count; at += p.block) {
+        const int64_t rows = smaller(p.block, end - from), count = smaller(p.block, key_count - at);
+        load_gamma(from, rows, at, count);
+        add_product(rows, terms, count, place(p.strip), step(), 1, Rows<T>{keys.row(at), keys.step}, place(p.panel),
+                    static_cast<T*>(s.d_queries) + (first_query + from) * terms, terms);
+      }
+  }
+  void differentiate_keys(int64_t segment, int64_t term) const {
+    const int64_t some = smaller(p.range, terms - term);
+    const int64_t end = smaller(key_count, (segment + 1) * p.segment);
+    for (int64_t at = segment * p.segment; at < end; at += p.block)
+      for (int64_t from = 0; from < query_count; from += p.block) {
+        const int64_t rows = smaller(p.block, query_count - from), count = smaller(p.block, end - at);
+        load_gamma(from, rows, at, count);
+        add_product(count, some, rows, place(p.strip), 1, step(), Rows<T>{queries.row(from) + term, queries.step},
+                    place(p.panel), static_cast<T*>(s.d_keys) + (first_key + at) * terms + term, terms);
+      }
+  }
+  void load_gamma(int64_t from, int64_t rows, int64_t at, int64_t count) const {
+    for (int64_t r = 0; r < rows; ++r)
+      with_dtype(s.matrix_dtype, s.matrix, [&](auto data) {
+        load_row(place(p.strip) + r * step(),
+                 data + (first_query + from + r) * s.matrix_row + (first_key + at) * s.matrix_col, s.matrix_col, count);
+      });
   }
 
   // Adds to both sides' gradients what Gamma, of a block of queries and a block of keys, gives.

@@ -172,6 +172,20 @@ int64_t tasks_with_sums(const Plan& plan, const PlanOperand& o) {
   return plan.row_tasks * (per_task ? plan.col_tasks : 1);
 }
 
+// The forward pass where outputs are contiguous: short runs, each written at once, and splats that all runs share.
+bool spans_runs(const Plan& plan) {
+  const int outer = plan.row_dims - 2;
+  if (outer < 0 || plan.differentiates || plan.sums_cols || plan.masked || plan.uniforms != 1) return false;
+  const PlanOperand& summed = plan.operand[plan.uniform[0]];
+  bool spans = summed.target == Target::run && summed.sums_size == 0;
+  for (int s = 0; s < plan.splats; ++s) {
+    const PlanOperand& o = plan.operand[plan.splat[s]];
+    spans = spans && o.row[outer] == 0 && o.mask_row[outer] == 0;
+  }
+  for (int v = 0; v < plan.varyings; ++v) spans = spans && plan.operand[plan.varying[v]].in_place;
+  return spans;
+}
+
 // Says how each operand is read, and in which order of kinds.
 void classify(Plan& plan) {
   const int inner = plan.row_dims - 1;
@@ -213,6 +227,7 @@ void classify(Plan& plan) {
     o.repeated = !o.in_place && !o.mask && o.row[inner] == 0;
     plan.staged = plan.staged || (o.target != Target::none && !o.grad_in_place) || (!o.in_place && !o.repeated);
   }
+  plan.spans_runs = spans_runs(plan);
 }
 
 // Gives each piece of a thread's scratch memory its place.

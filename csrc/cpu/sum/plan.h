@@ -70,6 +70,7 @@ struct Plan {
   bool staged;          // some varying operand's rows or derivatives pass through scratch memory
   bool differentiates;  // some varying operand, some uniform operand, some splat operand wants its derivative
   bool sums_rows, sums_cols;
+  bool spans_runs;  // a group may hold several runs, from one of which to the next only rows in place and the sums move
   int splats, uniforms, varyings;
   int8_t splat[kMaxOperands], uniform[kMaxOperands], varying[kMaxOperands];  // the operands of each kind
   Scratch scratch;

@@ -69,9 +69,10 @@ class Walker {
     seek(row);
     while (row < last) {
       const int64_t rows = smaller(smaller(kGroup, last - row), p.row_size[inner] - index[inner]);
-      group(row, rows);
-      row += rows;
-      advance(rows);
+      const int64_t runs = p.spans_runs ? smaller((last - row) / rows, p.row_size[inner - 1] - index[inner - 1]) : 1;
+      group(row, rows, runs);
+      row += rows * runs;
+      advance(rows, runs);
     }
   }
 
@@ -102,14 +103,15 @@ class Walker {
     grad_at[k] += by * o.grad_row[d];
     partial_at[k] += by * o.partial_row[d];
   }
-  void advance(int64_t rows) {
+  void advance(int64_t rows, int64_t runs) {
     for (int d = inner; d >= 0; --d) {
-      const int64_t by = d == inner ? rows : 1;
+      const int64_t by = d == inner ? rows : d == inner - 1 ? runs : 1;
       index[d] += by;
       const bool carry = index[d] == p.row_size[d] && d > 0;
       for (int k = 0; k < p.operands; ++k) shift(k, d, carry ? by - index[d] : by);
       if (!carry) return;
       index[d] = 0;
+      product_col = -1;
     }
   }
 
@@ -176,7 +178,7 @@ class Walker {
         if (!present(k, from + r, col + i)) to[r * cols + i] = static_cast<T>(p.absent);
   }
 
-  void group(int64_t row, int64_t rows) {
+  void group(int64_t row, int64_t rows, int64_t runs) {
     for (int64_t r = 0; r < rows; ++r) scale[r] = 1;
     for (int s = 0; s < p.splats; ++s) {
       const PlanOperand& o = splat(s);
@@ -195,7 +197,8 @@ class Walker {
         fill(sums_of(o) + (o.kind == Kind::splat ? 0 : first_col - task_col), 0.0,
              o.kind == Kind::splat ? 1 : last_col - first_col);
     }
-    for (int64_t col = first_col; col < last_col; col += kBlock) block(rows, col, smaller(kBlock, last_col - col));
+    for (int64_t col = first_col; col < last_col; col += kBlock)
+      block(rows, runs, col, smaller(kBlock, last_col - col));
     for (int s = 0; p.sums_cols && s < p.splats; ++s) splat_derivative(s, rows);
     for (int k = 0; k < p.operands; ++k) {
       const PlanOperand& o = p.operand[k];
@@ -249,20 +252,21 @@ class Walker {
     }
   }
 
-  void block(int64_t rows, int64_t col, int64_t cols) {
+  void block(int64_t rows, int64_t runs, int64_t col, int64_t cols) {
     if constexpr (kDType<T> == DType::f32) {
-      if (p.stored == DType::bf16) return block<Bf16>(rows, col, cols);
-      if (p.stored == DType::f16) return block<F16>(rows, col, cols);
+      if (p.stored == DType::bf16) return block<Bf16>(rows, runs, col, cols);
+      if (p.stored == DType::f16) return block<F16>(rows, runs, col, cols);
     }
-    block<T>(rows, col, cols);
+    block<T>(rows, runs, col, cols);
   }
 
   // The tiles of a group of rows and a block of columns. S is what the varying operands are stored in; those that are
   // not plain rows of S are brought into rows of T, and then S is T.
   template <class S>
-  void block(int64_t rows, int64_t col, int64_t cols) {
+  void block(int64_t rows, int64_t runs, int64_t col, int64_t cols) {
     Tile<T, S> t;
     begin(t, col, cols);
+    if (p.spans_runs) return sum_runs(t, rows, runs, col);
     int64_t step = p.staged ? larger(1, kBlock / cols) : rows;
     if (p.sums_rows) {  // a whole number of steps makes kSummed rows
       step = smaller(step, kSummed);
@@ -274,7 +278,8 @@ class Walker {
       t.rows = smaller(step, rows - from);
       t.scale = scale + from;
       t.sum = sum + from;
-      if (from % kSummed == 0 && p.sums_rows) fill(short_sum, T(0), cols);
+      t.fresh = from % kSummed == 0;
+      if (t.fresh && p.sums_rows && p.differentiates) fill(short_sum, T(0), cols);
       bring_in(t, from, col, cols);
       if (p.differentiates) {
         differentiate_for<T, S>(p.varyings, t.uniform, p.sums_cols)(t);
@@ -298,6 +303,24 @@ class Walker {
     }
   }
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+  // Runs of `rows` rows, one after another, without what a group costs: each is a tile, and is written at once.
+  template <class S>
+  void sum_runs(Tile<T, S>& t, int64_t rows, int64_t runs, int64_t col) {
+    const int k = p.uniform[0], outer = inner - 1;
+    const PlanOperand& o = p.operand[k];
+    const auto accumulate = accumulate_for<T, S>(p.varyings);
+    t.rows = rows;
+    t.scale = scale;
+    t.fresh = true;
+    for (int64_t run = 0; run < runs; ++run) {
+      accumulate(t);
+      finish<T>(p, o, scratch, data_at[k] + run * o.row[outer], grad_at[k] + run * o.grad_row[outer], col,
+                t.uniform_out, t.cols);
+      for (int v = 0; v < p.varyings; ++v)
+        if (t.in_memory[v]) t.in[v] += varying(v).row[outer];
+    }
+  }
 
   // Rows of T as rows of S, which are the same where this is called.
   template <class S, class R>
@@ -382,9 +405,12 @@ class Walker {
                         : at<T>(o.value);
   }
 
-  // The product of the uniform operands; null where there is none but the constant 1.
+  // The product of the uniform operands; null where there is none but the constant 1. It stays from group to group as
+  // long as only the innermost row dim advances, and from block to block where there is one.
   const T* multiply_uniform(int64_t col, int64_t cols) {
-    const T* product = nullptr;
+    if (product_col == col) return product;
+    product_col = col;
+    product = nullptr;
     for (int i = 0; i < p.uniforms; ++i) {
       const PlanOperand& o = uniform(i);
       if (!o.data) continue;
@@ -392,7 +418,7 @@ class Walker {
       const T* const row = uniform_row(i, col);
       if (product) {
         T* const to = at<T>(p.scratch.product);
-        for (int64_t j = 0; j < cols; ++j) to[j] = product[j] * row[j];
+        multiply(to, product, row, cols);
         product = to;
       } else {
         product = row;
@@ -412,7 +438,7 @@ class Walker {
       for (int other = 0; other < p.uniforms; ++other) {
         const T* const row = uniform_row(other, col);
         if (other == i || !row) continue;
-        for (int64_t j = 0; j < cols; ++j) own[j] = from[j] * row[j];
+        multiply(own, from, row, cols);
         from = own;
       }
       if (o.sums) {
@@ -466,6 +492,8 @@ class Walker {
   int64_t task_col, first_col, last_col;
   double* sum;
   T* scale;
+  const T* product = nullptr;  // of the uniform operands' columns from product_col on
+  int64_t product_col = -1;    // -1: to be multiplied anew
   int64_t index[kMaxDims], data_at[kMaxOperands], mask_at[kMaxOperands], grad_at[kMaxOperands],
       partial_at[kMaxOperands];
 };

@@ -25,6 +25,7 @@ from ..backend import native
 from ..call import Call, check, spread
 from ..contraction import route
 from . import derivatives, operations  # noqa: F401  (the operations are registered when they are imported)
+from .registration import older_vmap_level
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -35,6 +36,16 @@ _any_requires_grad = torch._C._any_requires_grad
 def _watched() -> bool:
     """Tell whether anything but autograd's recording watches calls; the native module asks the same of itself."""
     return _functorch_active() or forward_ad._current_level >= 0 or _dispatch_modes() or _jit_traces()
+
+
+def is_plain(given: Sequence[Any]) -> bool:
+    """Tell whether kernels may take these tensors as they are, and nothing watches but, maybe, autograd's recording."""
+    return not is_dynamo_compiling() and not (_watched() or older_vmap_level()) and contraction.is_plain(*given)
+
+
+def records(given: Sequence[Any]) -> bool:
+    """Tell whether autograd records what is made of these tensors."""
+    return torch.is_grad_enabled() and _any_requires_grad(*given)
 
 
 def fusion_sum(

@@ -1,4 +1,4 @@
-"""The sum under vmap: a batch axis in front of every operand.
+"""Operations under vmap: the sum with a batch axis in front of every operand, and any other one item at a time.
 
 What lives elsewhere: telling torch of these rules (``operations.py``).
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from .. import reference, tensors
 from ..call import Call
 from . import derivatives
+from .registration import apply, registered
 
 
 def _batch_first(size: int, given: Sequence[Any], axes: Sequence[Any]) -> list[Any]:
@@ -52,3 +55,23 @@ def fusion_sum_grad(
     grads = derivatives.fusion_sum_grad(_batch_first(size, [grad_output], [grad_axis])[0], batched, needs)
     found = [d.reshape(x.shape) for d, x in zip(grads, unpadded.operands, strict=True) if d is not None]
     return found, [0] * len(found)
+
+
+def one_by_one(name: str, size: int, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
+    """Apply an operation to each item of a batch: a call for those that fill the processor by themselves."""
+    leaves, spec = _pytree.tree_flatten(inputs)
+    batched = [
+        x if axis is None else x.movedim(axis, 0) for x, axis in zip(leaves, _pytree.tree_leaves(in_dims), strict=True)
+    ]
+    is_batched = [axis is not None for axis in _pytree.tree_leaves(in_dims)]
+
+    def item(take: Any) -> Any:
+        items = [take(x) if mapped else x for x, mapped in zip(batched, is_batched, strict=True)]
+        return _pytree.tree_unflatten(items, spec)
+
+    found = [apply(name, *item(lambda x, i=i: x[i])) for i in range(size)]
+    if not found:  # the shapes of the outputs are those of an item
+        found = [registered[name].fake(*item(lambda x: x.new_empty(x.shape[1:])))]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found)[:size], 0
+    return [torch.stack(outputs)[:size] for outputs in zip(*found, strict=True)], [0] * len(found[0])

@@ -11,16 +11,18 @@ from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from ..reference import ACTIVATIONS
 
 
 def as_size(name: str, given: Any) -> int:
     """Return a positive integer as Python's int, NumPy's integers too."""
     try:
-        size = operator.index(given)
+        size = None if isinstance(given, (bool, np.bool_)) else operator.index(given)
     except TypeError:
         size = None
-    if size is None or isinstance(given, bool):
+    if size is None:
         raise TypeError(f"{name}: expected an integer, got {type(given).__name__}")
     if size < 1:
         raise ValueError(f"{name}: expected at least 1, got {size}")

@@ -1,0 +1,338 @@
+"""The losses over scores for tensors: as plain autograd records them, and as registered operations.
+
+    S[b, c] = logit_scale * sum_i alpha_i prod_m phi_m(q_m[b, i]) prod_m psi_m(k_m[c, i]) + logit_bias + key_bias[c]
+
+What lives here: which way a loss takes; the operations ``contrastive_loss``, ``softmax_grad``, ``sigmoid_loss`` and
+``sigmoid_grad``, a record each; the way from the gradients of the sides' products to those of the arguments. What lives
+elsewhere: the checks (``scores.py``), statistics to losses and back (``combination.py``), the kernels (``tensors.py``).
+
+The ways are those of ``routing.py``. Nothing records: the kernels are called. Autograd records plain tensors: `_Recorded`
+calls them, and statistics and coefficients are NumPy's vectors. Something watches: it sees the operations. All of them save
+statistics, never scores; a sigmoid loss that is summed saves its gradients, found in the same pass.
+
+A loss is differentiated once: the gradients of ``softmax_grad`` and ``sigmoid_grad`` are an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import reference, tensors
+from ..combination import Options, arrange, coefficients, coefficients_sigmoid, combine, combine_sigmoid
+from ..scores import Scores
+from . import routing, schema
+from .registration import apply, layered
+from .sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, plain, record, sides, wide, with_arrays
+
+_LOGIT_SCALE, _LOGIT_BIAS = (Scores._fields.index(name) for name in ("logit_scale", "logit_bias"))
+
+
+def contrastive_loss(scores: Scores, options: Options) -> Any:
+    """Evaluate `losses.contrastive_loss` for tensors; takes checked arguments."""
+    return arrange(_evaluated(_Contrastive(*options), options, scores), options)
+
+
+def sigmoid_loss(scores: Scores, reduction: str) -> Tensor:
+    """Evaluate `losses.sigmoid_loss` for tensors; takes checked arguments."""
+    keep = [False] * 4
+    if reduction != "none" and torch.is_grad_enabled() and not layered():  # functorch asks for what has a derivative
+        recorded = [isinstance(x, Tensor) and x.requires_grad for x in arrays(scores)]
+        keep = _needed(with_arrays(scores, recorded), _LOGIT_BIAS)
+    return _evaluated(_Sigmoid(reduction, keep), (reduction, keep), scores)[0]
+
+
+# ---- the losses: outputs from one pass over the scores, gradients from a second one if need be -----------------------
+
+
+class _Contrastive:
+    """Keeps the statistics: (5, B) and, if symmetric, (5, C)."""
+
+    name = "contrastive_loss"
+    schema = "bool any_positive, bool symmetric, float label_smoothing, str reduction, bool return_lse"
+    bias = KEY_BIAS  # the place of the bias that has a gradient
+
+    def __init__(self, *options: Any) -> None:
+        self.options = Options(*options)
+
+    def shapes(self, rows: int, columns: int) -> list[tuple[int, ...]]:
+        """Return the shapes of the outputs."""
+        vectors: list[tuple[int, ...]] = [(rows,), (columns,)] if self.options.symmetric else [(rows,)]
+        return [*(vectors if self.options.reduction == "none" else [()]), *(vectors if self.options.return_lse else [])]
+
+    def empty(self, scores: Scores) -> list[Tensor]:
+        """Return what is kept, without data."""
+        first = scores.queries[0], scores.keys[0]
+        return [x.new_empty((5, x.shape[0]), dtype=torch.float64) for x in first[: 1 + self.options.symmetric]]
+
+    def keeps(self) -> int:
+        """Return how many tensors are kept."""
+        return 1 + self.options.symmetric
+
+    @np.errstate(all="ignore")  # infinities and NaN give no warnings, as in torch
+    def evaluate(self, scores: Scores) -> tuple[Any, list[Tensor]]:
+        """Evaluate the outputs, float64 arrays, and what is kept, for scores that are read."""
+        of_queries, of_keys = tensors.softmax_stats(
+            scores, self.options.any, self.options.symmetric, self.options.totals
+        )
+        kept = [torch.from_numpy(x) for x in (of_queries, of_keys) if x is not None]
+        return combine(np, of_queries, of_keys, self.options), kept
+
+    def gradients(self, xp: Any, upstream: Any, needed: list[bool], rows: int, kept: Any, differentiate: Any) -> Any:
+        """Evaluate those of the gradients that are `needed`; `upstream` has one array, or None, per output."""
+        of_queries, of_keys, *_ = [*(x.numpy() if xp is np else x for x in kept), None]
+        coefs = coefficients(xp, of_queries, of_keys, self.options, upstream)
+        return differentiate("softmax_grad", *coefs, self.options.any, needed)
+
+
+class _Sigmoid:
+    """Keeps the gradients that the caller says, of a sum or mean: one pass finds them with the loss."""
+
+    name = "sigmoid_loss"
+    schema = "str reduction, bool[] keep"
+    bias = _LOGIT_BIAS
+
+    def __init__(self, reduction: str, keep: Sequence[bool]) -> None:
+        self.reduction, self.keep = reduction, keep
+
+    def shapes(self, rows: int, columns: int) -> list[tuple[int, ...]]:
+        """Return the shapes of the outputs."""
+        return [(rows,) if self.reduction == "none" else ()]
+
+    def empty(self, scores: Scores) -> list[Tensor]:
+        """Return what is kept, without data."""
+        return _empty(scores, self.keep, self.bias)
+
+    def keeps(self) -> int:
+        """Return how many tensors are kept."""
+        return sum(self.keep)
+
+    @np.errstate(all="ignore")  # infinities and NaN give no warnings, as in torch
+    def evaluate(self, scores: Scores) -> tuple[Any, list[Tensor]]:
+        """Evaluate the output, a float64 array, and what is kept, for scores that are read."""
+        if not any(self.keep):
+            return [combine_sigmoid(tensors.sigmoid_stats(scores), self.reduction)], []
+        coefs = coefficients_sigmoid(np, np.float64(1), len(scores.queries[0]), self.reduction)
+        of_queries, found = tensors.sigmoid_stats_and_grad(coefs, scores, self.keep)
+        return [combine_sigmoid(of_queries, self.reduction)], found
+
+    def gradients(self, xp: Any, upstream: Any, needed: list[bool], rows: int, kept: Any, differentiate: Any) -> Any:
+        """Evaluate those of the gradients that are `needed`; `upstream` has the one of the output."""
+        # Where a second derivative may follow, only the operation can raise the error that there is none.
+        if not torch.is_grad_enabled() and all(has or not need for has, need in zip(self.keep, needed, strict=True)):
+            wanted = [need for has, need in zip(self.keep, needed, strict=True) if has]
+            by = float(upstream[0]) if xp is np else upstream[0]  # a tensor times an array warns
+            return [d * by for d, need in zip(kept, wanted, strict=True) if need]
+        return differentiate("sigmoid_grad", coefficients_sigmoid(xp, upstream[0], rows, self.reduction), needed)
+
+
+# ---- gradients: of the queries' side, the keys' side, logit_scale, and key_bias or logit_bias ------------------------
+
+
+def _needed(needs: Sequence[Any], bias: int) -> list[bool]:
+    """Tell which of these gradients the arguments need."""
+    return [any(needs[QUERIES]) or needs[WEIGHTS], any(needs[KEYS]), needs[_LOGIT_SCALE], needs[bias]]
+
+
+def _empty(scores: Scores, needed: Sequence[bool], bias: int) -> list[Tensor]:
+    """Return tensors without data for the gradients that are needed."""
+    like, dtype, of_bias = scores.queries[0], wide(scores), [*scores][bias]
+    found = [(like.shape, dtype), (scores.keys[0].shape, dtype), ((), torch.float64)]
+    found.append((() if of_bias is None else of_bias.shape, torch.float64))
+    return [like.new_empty(shape, dtype=dtype) for (shape, dtype), need in zip(found, needed, strict=True) if need]
+
+
+def _gradients(
+    loss: Any, xp: Any, grads: Sequence[Any], needs: Sequence[Any], scores: Scores, kept: Any, differentiate: Any
+) -> Scores:
+    """Gradients of the fields of `scores`, None for all but some, from those of the outputs and of what was kept."""
+    upstream = [d if d is None else d.double() for d in grads[: len(grads) - len(kept)]]
+    if xp is np:
+        upstream = [d if d is None else d.numpy()[()] for d in upstream]
+    needed = _needed(needs, loss.bias)
+    found = iter(loss.gradients(xp, upstream, needed, scores.queries[0].shape[0], kept, differentiate))
+    d_queries, d_keys, d_scale, d_bias = [next(found) if need else None for need in needed]
+
+    queries, keys = sides(scores)
+    d_weights, *of_queries = queries.grads(d_queries, [needs[WEIGHTS], *needs[QUERIES]])
+    _, *of_keys = keys.grads(d_keys, [False, *needs[KEYS]])
+    others: dict[int, Any] = {WEIGHTS: d_weights}
+    for place, d in ((_LOGIT_SCALE, d_scale), (loss.bias, d_bias)):
+        others[place] = d if d is None else d.to([*scores][place].dtype)
+    masks = [None] * (len(scores.queries) + len(scores.keys))
+    return with_arrays(scores, [*of_queries, *of_keys, *masks, *map(others.get, range(WEIGHTS, len(scores)))])
+
+
+# ---- the ways --------------------------------------------------------------------------------------------------------
+
+
+def _evaluated(loss: Any, options: Sequence[Any], scores: Scores) -> Sequence[Tensor]:
+    """Return the outputs of a loss; `options` are those of its operation."""
+    given = arrays(scores)
+    found = [x for x in given if isinstance(x, Tensor)]
+    if not routing.is_plain(found):
+        outputs = apply(loss.name, *schema.side_arguments(_as_tensors(scores)), *options)
+    elif routing.records(found):
+        outputs = _Recorded.apply(loss, scores, *given)
+    else:
+        return _rounded(loss.evaluate(scores.read())[0], scores)
+    return outputs[: len(loss.shapes(0, 0))]
+
+
+def _result_dtype(scores: Scores) -> torch.dtype:
+    """Return the dtype to which factors and weights promote."""
+    return getattr(torch, reference.promoted(scores.operands))
+
+
+def _rounded(outputs: Sequence[Any], scores: Scores) -> list[Tensor]:
+    dtype = _result_dtype(scores)
+    return [torch.tensor(x, dtype=dtype) for x in outputs]
+
+
+def _as_tensors(scores: Scores) -> Scores:
+    """Make tensors of numbers, and of codes: operations take no others."""
+
+    def tensor(x: Any) -> Any:
+        if isinstance(x, np.ndarray):
+            return torch.from_numpy(x)
+        return (
+            torch.scalar_tensor(x, dtype=torch.float64, device="cpu") if isinstance(x, (int, float, np.number)) else x
+        )
+
+    names = "logit_scale", "logit_bias", "query_labels", "key_labels", "query_ids", "key_ids"
+    return scores._replace(**{name: tensor(getattr(scores, name)) for name in names})
+
+
+class _Recorded(torch.autograd.Function):
+    """A loss as plain autograd records it; saves its arguments, and what the loss keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Any, scores: Scores, *given: Any) -> tuple[Tensor, ...]:
+        read = scores.read()
+        outputs, kept = loss.evaluate(read)
+        values = [None if isinstance(x, Tensor) else x for x in arrays(read)]
+        of_tensors = [None if isinstance(v, np.ndarray) else x for x, v in zip(given, values, strict=True)]
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in of_tensors), *kept)
+        ctx.loss, ctx.read = loss, with_arrays(read, values)
+        return *_rounded(outputs, scores), *kept
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if all(d is None for d in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        saved, values = ctx.saved_tensors, arrays(ctx.read)
+        given, kept = saved[: len(values)], saved[len(values) :]
+        needs = with_arrays(ctx.read, ctx.needs_input_grad[2:])
+        # Of scalars there are both the tensors and their values; of labels and ids, which were read once, the codes.
+        scores = with_arrays(ctx.read, [v if x is None else x for x, v in zip(given, values, strict=True)])
+        found = [x for x in (*grads, *saved) if x is not None]
+        if routing.is_plain(found) and not routing.records(found):
+            read = with_arrays(ctx.read, [x if v is None else v for x, v in zip(given, values, strict=True)])
+            with np.errstate(all="ignore"):
+                gradients = _gradients(ctx.loss, np, grads, needs, scores, kept, _by_kernels(read))
+        else:
+            of_scores = schema.side_arguments(_as_tensors(scores))
+            gradients = _gradients(ctx.loss, torch, grads, needs, scores, kept, _by_operations(of_scores))
+        return None, None, *arrays(gradients)
+
+
+def _by_kernels(read: Scores) -> Callable[..., list[Tensor]]:
+    return lambda name, *head: getattr(tensors, name)(*head[:-1], read, head[-1])
+
+
+def _by_operations(of_scores: Sequence[Any]) -> Callable[..., list[Tensor]]:
+    return lambda name, *head: apply(name, *head[:-1], *of_scores, head[-1])
+
+
+# ---- the operations --------------------------------------------------------------------------------------------------
+
+
+def _split(inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    return inputs[: len(Scores._fields)], inputs[len(Scores._fields) :]
+
+
+def _record_loss(kind: Any) -> None:
+    def kernel(*inputs: Any) -> list[Tensor]:
+        of_scores, options = _split(inputs)
+        scores = schema.scores_of(plain(of_scores))
+        outputs, kept = kind(*options).evaluate(scores.read())
+        return [*_rounded(outputs, scores), *kept]
+
+    def fake(*inputs: Any) -> list[Tensor]:
+        of_scores, options = _split(inputs)
+        scores, loss = schema.scores_of(of_scores), kind(*options)
+        queries, keys = scores.queries[0], scores.keys[0]
+        dtype, shapes = _result_dtype(scores), loss.shapes(queries.shape[0], keys.shape[0])
+        return [*(queries.new_empty(shape, dtype=dtype) for shape in shapes), *loss.empty(scores)]
+
+    def keeps(*inputs: Any) -> int:
+        return kind(*_split(inputs)[1]).keeps()
+
+    def backward(grads: Any, needs: Any, *rest: Any) -> tuple[Any, ...]:
+        *inputs, kept = rest
+        of_scores, options = _split(inputs)
+        scores, loss = schema.scores_of(of_scores), kind(*options)
+        found = _gradients(loss, torch, grads, needs, scores, kept, _by_operations(of_scores))
+        nothing = [None] * (WEIGHTS - 2), [None] * len(options)
+        return list(found.queries), list(found.keys), *nothing[0], *found[WEIGHTS:], *nothing[1]
+
+    record(
+        kind.name,
+        kind.name,
+        schema=f"({schema.SCORES}, {kind.schema}) -> Tensor[]",
+        kernel=kernel,
+        fake=fake,
+        backward=backward,
+        keeps=keeps,
+    )
+
+
+_record_loss(_Contrastive)
+_record_loss(_Sigmoid)
+
+
+def _softmax_grad_kernel(query_coefs: Tensor, key_coefs: Any, any_positive: bool, *rest: Any) -> list[Tensor]:
+    *of_scores, needed = rest
+    of_queries, of_keys = (x if x is None else x.contiguous().numpy() for x in plain([query_coefs, key_coefs]))
+    scores = schema.scores_of(plain(of_scores)).read()
+    return tensors.softmax_grad(of_queries, of_keys, any_positive, scores, needed)
+
+
+def _softmax_grad_fake(query_coefs: Tensor, key_coefs: Any, any_positive: bool, *rest: Any) -> list[Tensor]:
+    *of_scores, needed = rest
+    return _empty(schema.scores_of(of_scores), needed, _Contrastive.bias)
+
+
+record(
+    "softmax_grad",
+    _Contrastive.name,
+    schema=f"(Tensor query_coefs, Tensor? key_coefs, bool any_positive, {schema.SCORES}, bool[] needed) -> Tensor[]",
+    kernel=_softmax_grad_kernel,
+    fake=_softmax_grad_fake,
+)
+
+
+def _sigmoid_grad_kernel(coefs: Tensor, *rest: Any) -> list[Tensor]:
+    *of_scores, needed = rest
+    array = plain([coefs])[0].numpy()
+    return tensors.sigmoid_grad(array, schema.scores_of(plain(of_scores)).read(), needed)
+
+
+def _sigmoid_grad_fake(coefs: Tensor, *rest: Any) -> list[Tensor]:
+    *of_scores, needed = rest
+    return _empty(schema.scores_of(of_scores), needed, _Sigmoid.bias)
+
+
+record(
+    "sigmoid_grad",
+    _Sigmoid.name,
+    schema=f"(Tensor coefs, {schema.SCORES}, bool[] needed) -> Tensor[]",
+    kernel=_sigmoid_grad_kernel,
+    fake=_sigmoid_grad_fake,
+)
