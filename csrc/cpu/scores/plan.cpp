@@ -117,7 +117,7 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   if (!p.queries_in_place) p.query_chunk = std::min(p.query_chunk, std::max<int64_t>(p.block, kQueryBytes / row));
   if (given) {  // a segment meets all queries of a chunk: of its terms, a range
     const int64_t range = std::min(s.terms, std::max<int64_t>(640, s.terms / kFewestStripes));
-    p.query_chunk = std::min(p.query_chunk, std::max(p.block, kSliceCost / (p.block * (range + 1))));
+    p.query_chunk = std::min(p.query_chunk, std::max(p.block, kSliceCost / (p.block * (range + kEpilogueCost))));
   }
   p.room = s.k + std::max<int64_t>(s.k, 64);
   // Segments keep threads busy too where a key's scores need not meet again: then stripes are as long as a block, for a
@@ -223,9 +223,12 @@ bool execute(const Scores& s, const ScoreKernels& kernels, Workspace& workspace,
     const ScoreKernels* kernels;
     int64_t slice;
   } context{&plan, &kernels, 0};
+  const bool given = s.epilogue == Epilogue::store && s.differentiates;
+  const int64_t scores = given ? plan.query_chunk * plan.segment / plan.ranges : plan.stripe * plan.segment;
   const Work work{plan.tasks,
                   1,
-                  1 + plan.stripe * plan.segment * (s.terms + kEpilogueCost) / 16,  // an entry's is 16 multiply-adds
+                  // Without vectors, an entry with the slowest activation takes as long as a few multiply-adds.
+                  1 + scores * (s.terms + kEpilogueCost) / 2,
                   threads,
                   memory + bytes,
                   plan.scratch_bytes,
