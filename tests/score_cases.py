@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from conftest import ACTIVATIONS, NARROW, random, require_native, widened
+from conftest import ACTIVATIONS, DTYPES, NARROW, random, require_native, widened
 
-__all__ = ["CALLS", "Pairs", "Scores", "check_everything", "digest", "draw", "lists_of", "results"]
+__all__ = ["CALLS", "Pairs", "Scores", "check_everything", "digest", "digests", "draw", "lists_of", "results"]
 
 native = require_native()
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])
@@ -97,7 +97,9 @@ class Scores:
         return Scores(*map(one, self.arguments()))
 
 
-def draw(rng: Any, rows: int, cols: int, n: int, dtype: str = "float32", kind: str = "uniform", **options: Any) -> Scores:
+def draw(
+    rng: Any, rows: int, cols: int, n: int, dtype: str = "float32", kind: str = "uniform", **options: Any
+) -> Scores:
     """Choose everything at random but the sizes, and but the `options`, which are fields. Integers are scored exactly."""
     exact = kind == "integers"
 
@@ -116,7 +118,9 @@ def draw(rng: Any, rows: int, cols: int, n: int, dtype: str = "float32", kind: s
         )
 
     def codes(size: int) -> np.ndarray:
-        return (2**24 - 1 - np.random.default_rng(rng.integers(2**32)).integers(0, 1 + cols // 3, size)).astype(np.int32)
+        return (2**24 - 1 - np.random.default_rng(rng.integers(2**32)).integers(0, 1 + cols // 3, size)).astype(
+            np.int32
+        )
 
     queries, activations, present = side(rows)
     keys, key_activations, key_present = side(cols)
@@ -168,7 +172,9 @@ class Pairs:
         scale, bias = (1.0, 0.0) if searching else (s.logit_scale, s.logit_bias)
         self.exact = s.whole and (2 * scale).is_integer()
         factors = len(s.queries) + len(s.keys) + 1
-        self.eps = float(np.finfo(s.working).eps) * (2 if s.working == np.float64 else 1)  # as much for the formula's own
+        self.eps = float(np.finfo(s.working).eps) * (
+            2 if s.working == np.float64 else 1
+        )  # as much for the formula's own
         (self.a, self.a_size), (self.k, self.k_size), self.dots, self.dots_size = s.products
         self.factors = 6 * factors + 8
         self.least = float(np.finfo(s.working).tiny)  # exponentials below it have fewer bits, or none
@@ -226,7 +232,7 @@ def near(got: Any, want: Any, tol: Any) -> None:
 
 
 def _zero(x: np.ndarray) -> np.ndarray:
-    """A log-sum-exp of nothing, which callers pass as 0, with coefficients of 0."""
+    """Put 0 for a log-sum-exp of nothing, as callers do; its coefficients are 0."""
     return np.where(np.isfinite(x), x, 0)
 
 
@@ -234,7 +240,9 @@ def check_matrix(s: Scores, rng: Any) -> None:
     p = Pairs(s)
     got = native.score_matrix(*s.arguments(), False)
     names = {a.dtype.name for a in s.given}
-    assert got.dtype.name == (names.pop() if len(names) == 1 else s.working.name if s.key_bias is None else got.dtype.name)
+    assert got.dtype.name == (
+        names.pop() if len(names) == 1 else s.working.name if s.key_bias is None else got.dtype.name
+    )
     rounding = 0 if got.dtype == s.working else 2.0**-8 if got.dtype.itemsize == 2 else 2.0**-24
     near(widened(got), p.scores, p.tol + rounding * abs(p.scores) + 1e-7 * (got.dtype.itemsize == 2))
     u = random(rng, s.shape, got.dtype.name, "integers" if p.exact else "uniform")
@@ -291,7 +299,7 @@ def check_sigmoid(s: Scores, rng: Any) -> None:
 
 
 def _search(s: Scores, excluded: np.ndarray, as_lists: bool) -> list[Any]:
-    """The arguments that both functions of search begin with."""
+    """Return what the arguments of both functions of search begin with."""
     return [*s.arguments()[:9], *((None, *lists_of(excluded)) if as_lists else (excluded, None, None))]
 
 
@@ -312,7 +320,9 @@ def check_top_k(s: Scores, rng: Any) -> None:
         chosen[np.broadcast_to(each, indices.shape), indices] = True
         assert (chosen[:, :cols].sum(1) == found).all()
         assert not (chosen[:, :cols] & p.excluded).any()
-        falls = (values[:, :-1] > values[:, 1:]) | ((values[:, :-1] == values[:, 1:]) & (indices[:, :-1] < indices[:, 1:]))
+        falls = (values[:, :-1] > values[:, 1:]) | (
+            (values[:, :-1] == values[:, 1:]) & (indices[:, :-1] < indices[:, 1:])
+        )
         assert falls[there[:, 1:]].all()
         left = np.where(p.counted & ~chosen[:, :cols], p.scores - p.tol, -np.inf).max(1, initial=-np.inf)
         taken = np.where(chosen[:, :cols], p.scores + p.tol, np.inf).min(1, initial=np.inf)
@@ -381,3 +391,12 @@ def results(s: Scores) -> list[np.ndarray]:
 def digest(s: Scores) -> str:
     """Hash the results of all functions."""
     return hashlib.sha256(b"".join(a.tobytes() for a in results(s))).hexdigest()
+
+
+def digests() -> str:
+    """Hash the results of calls of each dtype, for two builds to compare."""
+    found = hashlib.sha256()
+    for number, dtype in enumerate(DTYPES * 3):
+        rng = np.random.default_rng(number)
+        found.update(digest(draw(rng, *rng.integers(1, 300, 2), 37, dtype)).encode())
+    return found.hexdigest()
