@@ -251,7 +251,7 @@ ASKED_FOR = pytest.mark.skipif(
 
 def run_again(**environment):
     """Run the tests of the kernels in a process that is forced to use an instruction set."""
-    files = [str(TESTS / f"test_{name}.py") for name in ("kernel", "formula", "layouts")]
+    files = [str(TESTS / f"test_{name}.py") for name in ("kernel", "formula", "layouts", "score_kernels")]
     left_out = "not beyond and not 1000000"  # seconds each, of what does not depend on the set
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", left_out, *files],
@@ -294,13 +294,14 @@ def digest():
 def test_avx512_by_simde():
     """A build whose AVX-512 is emulated (tests/simde) passes the tests, and has the bits of a processor that has it."""
     build = {"PYTHONPATH": os.pathsep.join([os.environ["FUSIONSUM_SIMDE"], str(TESTS)]), "FUSIONSUM_ISA": "avx512"}
-    file, isa, emulated = run_python(
-        "import test_kernel as t; print(t.native.__file__, t.native.isa(), t.digest())", **build
-    ).split()
+    digest = (
+        "import test_kernel as t, score_cases as s; print(t.native.__file__, t.native.isa(), t.digest(), s.digests())"
+    )
+    file, isa, *emulated = run_python(digest, **build).split()
     assert file.startswith(os.environ["FUSIONSUM_SIMDE"])
     assert isa == "avx512"
     if dict(native.isas()).get("avx512"):
-        assert emulated == run_python("import test_kernel as t; print(t.digest())", FUSIONSUM_ISA="avx512").strip()
+        assert emulated == run_python(digest, FUSIONSUM_ISA="avx512").split()[2:]
     run_again(**build)
 
 

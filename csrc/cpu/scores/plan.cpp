@@ -16,12 +16,12 @@ constexpr int64_t kMaxStripes = 64, kFewestStripes = 16;  // as many cores are k
 constexpr int64_t kKeyBytes = int64_t{8} << 20;           // of a chunk of keys, packed and formed
 constexpr int64_t kQueryBytes = int64_t{32} << 20;        // of a chunk of queries, formed, or of its candidates
 constexpr int64_t kQueryChunk = 1 << 16;
+constexpr int64_t kFewestKeys = 64;  // of a segment: with fewer, gradients are read and written more than multiplied
 // Of a task's slice, between two looks for Ctrl-C, in multiply-adds, of which a score's epilogue takes kEpilogueCost as
 // long: a tenth of a second without vectors.
 constexpr int64_t kSliceCost = 1 << 27, kEpilogueCost = 16;
 constexpr int64_t kMaxTerms = int64_t{1} << 40;  // no memory holds a tile of longer rows
-constexpr int64_t kFewestKeys = 64;  // of a segment: with fewer, gradients are read and written more than multiplied
-constexpr int64_t kByDots = 8;       // queries: so few are multiplied faster by keys as they lie than by packed ones
+constexpr int64_t kByDots = 8;  // queries: so few are multiplied faster by keys as they lie than by packed ones
 
 int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 int64_t round_down(int64_t n, int64_t to) { return n / to * to; }
@@ -124,7 +124,7 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
     const int64_t stripes = cut_keys ? divide_up(rows, p.block) : kFewestStripes;
     return std::min(p.block, std::max(2 * tile.rows, round_up(divide_up(rows, stripes), tile.rows)));
   };
-  const int64_t score = s.terms + kEpilogueCost, most_rows = kSliceCost / (p.block * score);
+  const int64_t score = s.terms + kEpilogueCost, most_rows = kSliceCost / (std::min(keys, p.block) * score);
   const int64_t longest = std::max(2 * tile.rows, round_down(most_rows, most_rows < p.block ? tile.rows : p.block));
   p.stripe = stripe_of(p.query_chunk);
   // Each step of a Latin square has a segment for every stripe: no more stripes than give segments of kFewestKeys.
@@ -221,12 +221,11 @@ bool execute(const Scores& s, const ScoreKernels& kernels, Workspace& workspace,
     const ScoreKernels* kernels;
     int64_t slice;
   } context{&plan, &kernels, 0};
-  const Work work{plan.tasks,
-                  1,
-                  1 + plan.stripe * plan.segment * (s.terms + kEpilogueCost) / 16,  // an entry's is 16 multiply-adds
-                  threads,
-                  memory + bytes,
-                  plan.scratch_bytes,
+  const bool given = s.epilogue == Epilogue::store && s.differentiates;
+  const int64_t scores = given ? plan.query_chunk * plan.segment / plan.ranges : plan.stripe * plan.segment;
+  const Work work{plan.tasks, 1,
+                  // Without vectors, an entry with the slowest activation takes as long as a few multiply-adds.
+                  1 + scores * (s.terms + kEpilogueCost) / 2, threads, memory + bytes, plan.scratch_bytes,
                   [](const void* context, int64_t task, int64_t, char* scratch) {
                     const Context& c = *static_cast<const Context*>(context);
                     c.kernels->walk[c.plan->scores->wide](*c.plan, task, c.slice, scratch);
