@@ -88,6 +88,35 @@ FORMS = {
 
 TABLE = ("paired", "vector output", "mixing", "all pairs", "candidates")  # the forms of the README
 
+# Sums that split in two, and sums that do not, with sizes at which the former pass the tests' least extent.
+SIZES = {"A": 3, "B": 19, "C": 13, "K": 2, "O": 11, "n": 17}
+SPLIT = {
+    "all pairs": Form("n", ("B1n", "Cn")),
+    "mixing": Form("On", ("B1n", "B1n")),
+    "two operands": Form(None, ("B1n", "Cn")),
+    "weights and a factor": Form("On", ("B1n",)),
+    "weights per row": Form("B11", ("B1n", "Cn")),
+    "one weight": Form("", ("B1n", "Cn")),
+    "a factor of terms only": Form("On", ("B1n", "n", "n")),
+    "two factors a side": Form("n", ("B1n", "Cn", "B1n", "Cn")),
+    "two axes a side": Form("n", ("AB11n", "CKn")),
+    "an axis shared within a side": Form("n", ("AB1n", "B1n", "Cn")),
+    "three groups": Form("n", ("AK11n", "B1n", "Cn")),
+    "right first": Form("n", ("Cn", "B1n")),
+    "terms first": Form("n11", ("nB1", "n1C"), dim=0),
+    "terms in the middle": Form(None, ("Bn1", "nO"), dim=1),
+    "axes of 1": Form("n", ("1B11n", "C1n")),
+}
+WHOLE = {
+    "paired": Form("n", ("Bn", "Bn")),
+    "vector output": Form("n1", ("BnO", "BnO"), dim=1),
+    "candidates": Form("n", ("B1n", "B1n", "BKn")),
+    "a batch of all pairs": Form("n", ("AB1n", "A1Cn")),
+    "interleaved": Form("n", ("B1K1n", "1C11n")),
+    "terms on one side": Form(None, ("B1n", "C1")),
+    "few on one side": Form("n", ("B1n", "Kn")),
+}
+
 
 @dataclass
 class Case:

@@ -1,7 +1,7 @@
 """Sums that are matrix products: values, gradients, tiles, memory and bits against the float64 oracle.
 
-What lives elsewhere: the operations around them (``test_autograd_*.py``), the kernels that form the products
-(``test_kernel.py``).
+What lives elsewhere: the operations around them (``test_autograd_*.py``), which calls split, and NumPy arrays
+(``test_split.py``), the kernels that form the products (``test_kernel.py``).
 """
 
 from __future__ import annotations
@@ -24,48 +24,22 @@ from conftest import (
     ACTIVATIONS,
     DTYPES,
     MIXED,
+    SIZES,
+    SPLIT,
+    WHOLE,
     Case,
     Form,
     check_backward,
     check_forward,
     random,
     require_native,
-    run_python,
     same_bits,
 )
 from eager import Passing, by_every_way
-from fusionsum import contraction, reference, tensors
+from fusionsum import contraction, reference, split, tensors
 
 # torch's own, on its first use of inductor
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
-SIZES = {"A": 3, "B": 19, "C": 13, "K": 2, "O": 11, "n": 17}
-SPLIT = {
-    "all pairs": Form("n", ("B1n", "Cn")),
-    "mixing": Form("On", ("B1n", "B1n")),
-    "two operands": Form(None, ("B1n", "Cn")),
-    "weights and a factor": Form("On", ("B1n",)),
-    "weights per row": Form("B11", ("B1n", "Cn")),
-    "one weight": Form("", ("B1n", "Cn")),
-    "a factor of terms only": Form("On", ("B1n", "n", "n")),
-    "two factors a side": Form("n", ("B1n", "Cn", "B1n", "Cn")),
-    "two axes a side": Form("n", ("AB11n", "CKn")),
-    "an axis shared within a side": Form("n", ("AB1n", "B1n", "Cn")),
-    "three groups": Form("n", ("AK11n", "B1n", "Cn")),
-    "right first": Form("n", ("Cn", "B1n")),
-    "terms first": Form("n11", ("nB1", "n1C"), dim=0),
-    "terms in the middle": Form(None, ("Bn1", "nO"), dim=1),
-    "axes of 1": Form("n", ("1B11n", "C1n")),
-}
-WHOLE = {
-    "paired": Form("n", ("Bn", "Bn")),
-    "vector output": Form("n1", ("BnO", "BnO"), dim=1),
-    "candidates": Form("n", ("B1n", "B1n", "BKn")),
-    "a batch of all pairs": Form("n", ("AB1n", "A1Cn")),
-    "interleaved": Form("n", ("B1K1n", "1C11n")),
-    "terms on one side": Form(None, ("B1n", "C1")),
-    "few on one side": Form("n", ("B1n", "Kn")),
-}
 
 
 def to_torch(array: np.ndarray | None) -> torch.Tensor | None:
@@ -87,14 +61,14 @@ def arguments(case: Case) -> tuple:
 
 
 def forward(case: Case):
-    call, split = contraction.route(*arguments(case))
-    return NotImplemented if split is None else contraction.fusion_sum(call, split)
+    call, found = contraction.route(*arguments(case))
+    return NotImplemented if found is None else contraction.fusion_sum(call, found)
 
 
 def backward(case: Case, u: torch.Tensor, needs=None):
     needs = needs or [case.weights is not None] + [True] * len(case.factors)
-    call, split = contraction.route(*arguments(case), grad_output=u)
-    return NotImplemented if split is None else contraction.fusion_sum_grad(u, call, split, needs)
+    call, found = contraction.route(*arguments(case), grad_output=u)
+    return NotImplemented if found is None else contraction.fusion_sum_grad(u, call, found, needs)
 
 
 def check_case(case: Case, rng, u_dtype: str | None = None) -> None:
@@ -109,8 +83,8 @@ def check_case(case: Case, rng, u_dtype: str | None = None) -> None:
 def any_size(monkeypatch):
     """Let small cases through."""
     require_native()
-    monkeypatch.setattr(contraction, "LEAST_WORK", 1)
-    monkeypatch.setattr(contraction, "LEAST_EXTENT", 8)
+    monkeypatch.setattr(split, "LEAST_WORK", 1)
+    monkeypatch.setattr(split, "LEAST_EXTENT", 8)
 
 
 @pytest.fixture
@@ -232,12 +206,12 @@ def test_thresholds(by_torch, monkeypatch, rng):
     case = SPLIT["all pairs"].case(rng, **SIZES)
     work = SIZES["B"] * SIZES["C"] * SIZES["n"]
     for least in (work + 1, work):
-        monkeypatch.setattr(contraction, "LEAST_WORK", least)
+        monkeypatch.setattr(split, "LEAST_WORK", least)
         assert (forward(case) is NotImplemented) == (least > work)
     for least in (SIZES["C"], SIZES["C"] + 1):
-        monkeypatch.setattr(contraction, "LEAST_EXTENT", least)
+        monkeypatch.setattr(split, "LEAST_EXTENT", least)
         assert (forward(case) is NotImplemented) == (least > SIZES["C"])
-    monkeypatch.setattr(contraction, "LEAST_EXTENT", 8)
+    monkeypatch.setattr(split, "LEAST_EXTENT", 8)
     monkeypatch.setattr(contraction, "TILE_BYTES", 8 * SIZES["n"] * 4)
     for least in (4, 5):  # rows of a tile
         monkeypatch.setattr(contraction, "LEAST_ROWS", least)
@@ -302,7 +276,7 @@ def test_every_way_leads_here(products, rng):
 
 @pytest.mark.parametrize("form", ["all pairs", "mixing", "two operands", "terms first"])
 def test_derivatives_of_every_order(form, products, rng, monkeypatch):
-    monkeypatch.setattr(contraction, "LEAST_EXTENT", 2)
+    monkeypatch.setattr(split, "LEAST_EXTENT", 2)
     small = {"B": 3, "C": 2, "O": 2, "n": 3}
     for names in (None, ["tanh", "gelu"]):
         case = SPLIT[form].case(rng, **small, activations=names)

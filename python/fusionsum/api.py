@@ -1,23 +1,26 @@
 """`fusion_sum` and `fusion_sum_grad`: the public functions.
 
-What lives here: the routing of a call by the type of its arrays. What lives elsewhere: the checks and their messages
-(``call.py``), tensors (``autograd/``, imported once torch is: ``autoload.py``), NumPy without native code
-(``reference.py``), the kernels (``csrc/``).
+What lives here: the routing of a call by the type of its arrays; NumPy's ways to the kernels. What lives elsewhere: the
+checks and their messages (``call.py``), which calls split in two, to be evaluated as scores (``split.py``), tensors
+(``autograd/``, imported once torch is: ``autoload.py``), NumPy without native code (``reference.py``), the kernels
+(``csrc/``).
 
-A valid call of arrays goes to the native module unchecked: it parses the arguments itself and declines (NotImplemented)
-all that it does not take.
+A valid call of arrays that is small, or does not split, goes to the native module unchecked: it parses the arguments itself
+and declines (NotImplemented) all that it does not take.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from . import reference
+from . import reference, split
 from .backend import native
 from .call import Call, check, is_tensor
 
+_ARRAYS = np.ndarray, np.memmap  # types of arrays that may split
 autograd: Any = None  # an import statement in each call would cost 0.3 us
 
 
@@ -35,6 +38,35 @@ def _plain(call: Call) -> Call:
     """View subclasses, such as memmaps, as the arrays they are; the native module takes no others."""
     operands, masks = ([x if x is None else x.view(np.ndarray) for x in xs] for xs in (call.operands, call.masks))
     return call.with_operands(operands, masks)
+
+
+@np.errstate(all="ignore")  # as in the kernels, a result beyond its dtype's range gives no warning
+def _by_scores(call: Call) -> Any:
+    """Evaluate a checked call that splits; NotImplemented for any other."""
+    call = _plain(call)
+    sides = split.find_sides(call)
+    if sides is None:
+        return NotImplemented
+    return split.fusion_sum(np, native.score_matrix, call, sides, reference.result_dtype(*call.arrays))
+
+
+@np.errstate(all="ignore")
+def _grad_by_scores(grad_output: Any, call: Call, needs: Sequence[bool]) -> Any:
+    """Evaluate the gradients of a checked call that splits; NotImplemented for any other."""
+    call = _plain(call)
+    sides = split.find_sides(call)
+    if sides is None:
+        return NotImplemented
+    kernels = native.score_matrix_grad, _checked_grad
+    return split.fusion_sum_grad(np, *kernels, grad_output.view(np.ndarray), call, sides, needs)
+
+
+def _checked_grad(grad_output: Any, call: Call, needs: Sequence[bool]) -> Any:
+    """Evaluate the gradients of a checked call that does not split."""
+    grads = NotImplemented
+    if native is not None:
+        grads = native.fusion_sum_grad(grad_output.view(np.ndarray), *_plain(call), needs, False)
+    return reference.fusion_sum_grad(grad_output, *call, needs) if grads is NotImplemented else grads
 
 
 def fusion_sum(
@@ -99,7 +131,11 @@ def fusion_sum(
         package = adopt_autograd() if autograd is None else autograd
         return package.fusion_sum(fusion_weights, factors, activations, present, absent, dim)
     if native is not None:
-        output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim, False)
+        output = NotImplemented
+        if split.is_large(fusion_weights, factors, _ARRAYS):
+            output = _by_scores(check(fusion_weights, factors, activations, present, absent, dim))
+        if output is NotImplemented:
+            output = native.fusion_sum(fusion_weights, factors, activations, present, absent, dim, False)
         if output is not NotImplemented:
             return output
     call = check(fusion_weights, factors, activations, present, absent, dim)
@@ -155,15 +191,17 @@ def fusion_sum_grad(
         return package.fusion_sum_grad(grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
     if isinstance(grad_output, np.generic):  # as a sum without other dims returns
         grad_output = np.asarray(grad_output)
-    if native is not None:
-        given = (grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
-        grads = native.fusion_sum_grad(*given, False)
-        if grads is not NotImplemented:
-            return grads
     if grad_output is None:
         raise TypeError("grad_output: expected an array of the output's shape, got None")
-    call = check(fusion_weights, factors, activations, present, absent, dim, grad_output=grad_output)
-    grads = NotImplemented
     if native is not None:
-        grads = native.fusion_sum_grad(grad_output.view(np.ndarray), *_plain(call), needs, False)
-    return reference.fusion_sum_grad(grad_output, *call, needs) if grads is NotImplemented else grads
+        grads = NotImplemented
+        if split.is_large(fusion_weights, factors, _ARRAYS):
+            call = check(fusion_weights, factors, activations, present, absent, dim, grad_output=grad_output)
+            grads = _grad_by_scores(grad_output, call, needs)
+        if grads is NotImplemented:
+            given = (grad_output, fusion_weights, factors, activations, present, absent, dim, needs)
+            grads = native.fusion_sum_grad(*given, False)
+        if grads is not NotImplemented:
+            return grads
+    call = check(fusion_weights, factors, activations, present, absent, dim, grad_output=grad_output)
+    return _checked_grad(grad_output, call, needs)
