@@ -18,9 +18,12 @@ class ScoreMemory {
  public:
   // Of at most `most` products of two terms.
   ScoreMemory(Bytes& b, uint32_t seed, int64_t most) : seed_(seed), whole_(seed % 4 == 0) {
-    constexpr int64_t kSizes[] = {0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 13, 14, 15, 16, 17, 27, 28, 31, 32, 33, 47, 48, 63, 65, 111,
-                                  113, 127, 128, 129, 223, 224, 225, 239, 241, 255, 257, 449, 1025, 3585};
-    const auto size = [&](int64_t room) { return std::min(kSizes[b.below(std::size(kSizes))], std::max<int64_t>(0, room)); };
+    constexpr int64_t kSizes[] = {0,   1,   1,   2,   3,   4,   5,   7,   8,   9,   13,  14,   15,
+                                  16,  17,  27,  28,  31,  32,  33,  47,  48,  63,  65,  111,  113,
+                                  127, 128, 129, 223, 224, 225, 239, 241, 255, 257, 449, 1025, 3585};
+    const auto size = [&](int64_t room) {
+      return std::min(kSizes[b.below(std::size(kSizes))], std::max<int64_t>(0, room));
+    };
     s.queries.rows = size(most);
     s.keys.rows = size(most / std::max<int64_t>(1, s.queries.rows));
     s.terms = size(most / std::max<int64_t>(1, s.queries.rows * s.keys.rows));
@@ -197,7 +200,8 @@ class ScoreMemory {
     exact_ = exact_ && (f.activation == Activation::none || f.activation == Activation::relu);
     if (b.one_in(4)) {
       f.mask_row = b.below(3);
-      f.mask = filled<uint8_t>(rows ? (rows - 1) * f.mask_row + 1 : 0, [&](int64_t i) { return random(index, i) % 3 != 0; });
+      f.mask =
+          filled<uint8_t>(rows ? (rows - 1) * f.mask_row + 1 : 0, [&](int64_t i) { return random(index, i) % 3 != 0; });
     }
     return f;
   }
@@ -277,7 +281,8 @@ class ScoreMemory {
           key_bias = widened(own.dtype, static_cast<const char*>(own.data) + c * own.row * item_size(own.dtype));
         score_[at] = s.scale * dot_[at] + s.bias + key_bias;
         tol_[at] = eps_ * ((static_cast<double>(s.terms) + slack()) * std::fabs(s.scale) * size +
-                           4 * (std::fabs(s.bias) + std::fabs(key_bias))) + limits(s.wide ? DType::f64 : DType::f32).smallest;
+                           4 * (std::fabs(s.bias) + std::fabs(key_bias))) +
+                   limits(s.wide ? DType::f64 : DType::f32).smallest;
         if (exact_ && size < 0x1p22) tol_[at] = 0;
         const bool same = s.query_labels ? s.query_labels[b] == s.key_labels[c] : b == c;
         bool out = s.exclude && s.exclude[b * s.exclude_row + c * s.exclude_col];
@@ -453,7 +458,8 @@ class ScoreMemory {
         least = std::min(least, score_[at] + tol_[at]);
       }
       for (int64_t c = 0; s.k && c < cols; ++c)
-        require(chosen[c] || excluded_[b * cols + c] || score_[b * cols + c] - tol_[b * cols + c] <= least, "one left out");
+        require(chosen[c] || excluded_[b * cols + c] || score_[b * cols + c] - tol_[b * cols + c] <= least,
+                "one left out");
     }
   }
 
@@ -486,7 +492,8 @@ class ScoreMemory {
     if (s.epilogue == Epilogue::sigmoid) {
       if (excluded_[at]) return;
       const double x = score_[at];
-      value = s.query_coefs[b] * (positive_[at] ? -activated(Activation::sigmoid, -x).y : activated(Activation::sigmoid, x).y);
+      value = s.query_coefs[b] *
+              (positive_[at] ? -activated(Activation::sigmoid, -x).y : activated(Activation::sigmoid, x).y);
       tol = s.query_coefs[b] * std::fmin(1, tol_[at]) + 8 * eps_ * std::fabs(value) + least_;
       return;
     }
@@ -535,8 +542,10 @@ class ScoreMemory {
       if (s.d_queries) near("gradient of queries", q, real(s.d_queries, q), d_queries[q], queries_tol[q]);
       scale_tol += a_size_[q] * (2 * queries_tol[q] + slack() * eps_ * std::fabs(d_queries[q]));
     }
-    for (int64_t k = 0; s.d_keys && k < cols * n; ++k) near("gradient of keys", k, real(s.d_keys, k), d_keys[k], keys_tol[k]);
-    for (int64_t c = 0; s.d_key_bias && c < cols; ++c) near("gradient of key_bias", c, s.d_key_bias[c], d_bias[c], bias_tol[c]);
+    for (int64_t k = 0; s.d_keys && k < cols * n; ++k)
+      near("gradient of keys", k, real(s.d_keys, k), d_keys[k], keys_tol[k]);
+    for (int64_t c = 0; s.d_key_bias && c < cols; ++c)
+      near("gradient of key_bias", c, s.d_key_bias[c], d_bias[c], bias_tol[c]);
     if (s.d_scale) near("gradient of scale", 0, *s.d_scale, d_scale, scale_tol);
   }
 

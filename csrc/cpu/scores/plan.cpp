@@ -21,7 +21,7 @@ constexpr int64_t kFewestKeys = 64;  // of a segment: with fewer, gradients are 
 // long: a tenth of a second without vectors.
 constexpr int64_t kSliceCost = 1 << 27, kEpilogueCost = 16;
 constexpr int64_t kMaxTerms = int64_t{1} << 40;  // no memory holds a tile of longer rows
-constexpr int64_t kByDots = 8;       // queries: so few are multiplied faster by keys as they lie than by packed ones
+constexpr int64_t kByDots = 8;  // queries: so few are multiplied faster by keys as they lie than by packed ones
 
 int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 int64_t round_down(int64_t n, int64_t to) { return n / to * to; }
@@ -133,13 +133,15 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   if (p.latin)
     p.stripe = std::max(p.stripe, round_up(divide_up(p.query_chunk, divide_up(keys, kFewestKeys)), tile.rows));
   const int64_t score = s.terms + kEpilogueCost, most_rows = kSliceCost / (std::min(keys, p.block) * score);
-  p.stripe = std::min(p.stripe, std::max(2 * tile.rows, round_down(most_rows, most_rows < p.block ? tile.rows : p.block)));
+  p.stripe =
+      std::min(p.stripe, std::max(2 * tile.rows, round_down(most_rows, most_rows < p.block ? tile.rows : p.block)));
   p.query_chunk = std::min(p.query_chunk, kMaxStripes * p.stripe);
   p.stripes = divide_up(p.query_chunk, p.stripe);
 
   const bool keys_twice = !p.keys_in_place && !p.by_dots;
   p.segments = p.latin ? p.stripes : cut_keys ? divide_up(kFewestStripes, p.stripes) : 1;
-  const int64_t most_keys = std::min(kKeyBytes / (row * (keys_twice ? 2 : 1)), kSliceCost / (p.stripe * score) * p.segments);
+  const int64_t most_keys =
+      std::min(kKeyBytes / (row * (keys_twice ? 2 : 1)), kSliceCost / (p.stripe * score) * p.segments);
   p.key_chunk = std::min(std::max(p.block, round_down(most_keys, p.block)), round_up(keys, tile.cols));
   p.segment = round_up(divide_up(p.key_chunk, p.segments), tile.cols);
   p.segments = divide_up(p.key_chunk, p.segment);
@@ -225,13 +227,9 @@ bool execute(const Scores& s, const ScoreKernels& kernels, Workspace& workspace,
   } context{&plan, &kernels, 0};
   const bool given = s.epilogue == Epilogue::store && s.differentiates;
   const int64_t scores = given ? plan.query_chunk * plan.segment / plan.ranges : plan.stripe * plan.segment;
-  const Work work{plan.tasks,
-                  1,
+  const Work work{plan.tasks, 1,
                   // Without vectors, an entry with the slowest activation takes as long as a few multiply-adds.
-                  1 + scores * (s.terms + kEpilogueCost) / 2,
-                  threads,
-                  memory + bytes,
-                  plan.scratch_bytes,
+                  1 + scores * (s.terms + kEpilogueCost) / 2, threads, memory + bytes, plan.scratch_bytes,
                   [](const void* context, int64_t task, int64_t, char* scratch) {
                     const Context& c = *static_cast<const Context*>(context);
                     c.kernels->walk[c.plan->scores->wide](*c.plan, task, c.slice, scratch);
