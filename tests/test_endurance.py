@@ -76,6 +76,27 @@ LONG_CALLS = {  # hours each, of views that take no memory
     "gradient, one weight": "lambda: grad_of_weights(far(2**22), ones(1), far(2**22, 2**22))",
     "gradient, scalar output": "lambda: grad_of_weights(far(1), ones(1), far(1, 2**44))",
 }
+SCORES = """
+import numpy as np
+from score_cases import Scores
+def far(*shape): return np.broadcast_to(np.float32(0.5), shape)
+def ones(*shape): return np.ones(shape, np.float32)
+def scores(rows, cols, n, count=1, activation=None):
+    queries, keys = (far(size, n) if count > 1 else np.broadcast_to(ones(1, n), (size, n)) for size in (rows, cols))
+    names, nothing = (activation,) * count, (None,) * count
+    return Scores((queries,) * count, (keys,) * count, names, names, nothing, nothing).arguments()
+def search(*sizes): return (*scores(*sizes)[:9], None, None, None)
+coefs = np.full((5, 2**17), 0.1)
+"""
+LONG_SCORES = {  # minutes each, of views that take no memory; one term, or tiles of many, or much to form
+    "sigmoid": "lambda: native.sigmoid_stats(*scores(2**17, 2**22, 1), False)",
+    "sigmoid, formed": "lambda: native.sigmoid_stats(*scores(2**18, 2**18, 512, 8, 'gelu'), False)",
+    "softmax": "lambda: native.softmax_stats(*scores(2**20, 2**20, 16), True, True, True, False)",
+    "softmax's gradient": "lambda: native.softmax_grad(*scores(2**17, 2**17, 512), True, coefs, coefs, (True,) * 4, False)",
+    "gradient": "lambda: native.score_matrix_grad(far(2**17, 2**22), *scores(2**17, 2**22, 1), (True, True), False)",
+    "top_k": "lambda: native.top_k(*search(2**17, 2**22, 64), 10, False)",
+    "ranks": "lambda: native.ranks(*search(2**17, 2**22, 4), np.zeros(2**17, np.int64), False)",
+}
 LONG_CALLS_OF = {
     "numpy": {  # 25 s, of arrays of 64 MiB each; a sum of partial sums after each pass
         "gradient, all pairs": "lambda: fs.fusion_sum_grad(far(256, 256), None, ones(256, 1, 65536), ones(256, 65536))",
@@ -97,6 +118,14 @@ def test_ctrl_c_ends_a_long_call_within_a_second(library):
     lines = [f"print(seconds_after({call}))\ncheck_next_call()" for call in calls.values()]
     seconds = run_python("\n".join([LIBRARIES[library], INTERRUPTED, *lines]), timeout=120).split()
     late = {name: after for name, after in zip(calls, seconds, strict=True) if not float(after) < 1}
+    assert not late, f"seconds until Ctrl-C took effect: {late}"
+
+
+@pytest.mark.parametrize("isa", ["", "scalar"], ids=["the best", "scalar"])
+def test_ctrl_c_ends_long_calls_of_scores_within_a_second(isa):
+    lines = [f"print(seconds_after({call}))\ncheck_next_call()" for call in LONG_SCORES.values()]
+    seconds = run_python("\n".join([SCORES, INTERRUPTED, *lines]), FUSIONSUM_ISA=isa).split()
+    late = {name: after for name, after in zip(LONG_SCORES, seconds, strict=True) if not float(after) < 1}
     assert not late, f"seconds until Ctrl-C took effect: {late}"
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import fusionsum as fs
+import score_cases
 from conftest import ACTIVATIONS, DTYPES, FORMS, MIXED, random, require_native, run_python, same_bits
 
 native = require_native()
@@ -67,9 +68,21 @@ def check_thread_counts():
             assert len(found) == 1, (form, dtypes)
 
 
+def check_thread_counts_of_scores():
+    """Few queries, many, few keys; each dtype; with masks, labels, ids, exclusions, as it comes."""
+    for i, (rows, cols, n) in enumerate(((3, 5000, 40), (300, 301, 33), (900, 40, 65), (40, 900, 16))):
+        for dtype in DTYPES:
+            found = set()
+            for count in (1, 2, 3, 8):
+                fs.set_num_threads(count)
+                found.add(score_cases.digest(score_cases.draw(np.random.default_rng(i), rows, cols, n, dtype)))
+            assert len(found) == 1, (rows, cols, n, dtype)
+
+
 @WITH_OR_WITHOUT_TORCH
 def test_same_bits_for_any_number_of_threads(torch):
-    code = "import test_parallel as t; t.check_thread_counts(); print(t.native.thread_backend())"
+    code = "import test_parallel as t; t.check_thread_counts(); t.check_thread_counts_of_scores(); "
+    code += "print(t.native.thread_backend())"
     assert run_python((USE_TORCH if torch else "") + code, timeout=120).strip() == ("torch" if torch else "own")
 
 
@@ -125,12 +138,38 @@ def test_concurrent_callers(torch):
     run_python((USE_TORCH if torch else "") + "import test_parallel as t; t.check_concurrent_callers()", timeout=120)
 
 
+def check_concurrent_callers_of_scores():
+    calls = [score_cases.draw(np.random.default_rng(i), 60 + i, 300, 33, DTYPES[i % 4]) for i in range(8)]
+    wanted = [score_cases.digest(s) for s in calls]
+    failures = []
+
+    def work(offset):
+        for i in range(24):
+            k = (i + offset) % len(calls)
+            if score_cases.digest(calls[k]) != wanted[k]:
+                failures.append(k)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not failures, failures
+
+
+@WITH_OR_WITHOUT_TORCH
+def test_concurrent_callers_of_scores(torch):
+    run_python((USE_TORCH if torch else "") + "import test_parallel as t; t.check_concurrent_callers_of_scores()")
+
+
 # Processes
 
 
 def threaded_digest():
     fs.set_num_threads(2)
-    return digest("paired", ("float32", "float32"))
+    scores = score_cases.draw(np.random.default_rng(0), 200, 201, 33)
+    return digest("paired", ("float32", "float32")) + score_cases.digest(scores)
 
 
 def check_fork(generations=2):

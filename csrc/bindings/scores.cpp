@@ -66,6 +66,8 @@ class Call {
     int64_t any = -1;
     if (!read_vector(next(), s.queries.rows + 1, s.excluded_from) || !read_vector(next(), any, s.excluded))
       return false;
+    for (int64_t b = 0; s.excluded_from && b < s.queries.rows; ++b)
+      if (s.excluded_from[b] < 0 || s.excluded_from[b] > s.excluded_from[b + 1]) return false;
     return !s.excluded_from || s.excluded_from[s.queries.rows] <= any;
   }
 

@@ -16,6 +16,7 @@ import pytest
 
 import fusionsum as fs
 from conftest import FORMS, require_native, run_python
+from score_cases import draw
 from tests.native import build
 
 
@@ -61,6 +62,15 @@ def bits(found: Any) -> list[bytes]:
 def calls(arrays: str) -> Any:
     """Yield functions of the native module with arguments."""
     native, rng = require_native(), np.random.default_rng(0)
+    if arrays == "arrays":
+        s = draw(rng, 40, 60, 30, queries=(np.ones((40, 30), np.float32),), activations=(None,), present=(None,))
+        coefs, needs = (np.ones((5, 40)), np.ones((5, 60))), (True,) * 4
+        yield native.score_matrix, (*s.arguments(), True)
+        yield native.softmax_stats, (*s.arguments(), True, True, True, True)
+        yield native.softmax_grad, (*s.arguments(), True, *coefs, needs, True)
+        yield native.sigmoid_grad, (*s.arguments(), np.ones(40), needs, True)
+        yield native.top_k, (*s.arguments()[:9], None, None, None, 5, True)
+        yield native.ranks, (*s.arguments()[:9], None, None, None, np.zeros(40, np.int64), True)
     for form in ("paired", "candidates", "weights per row"):
         case = FORMS[form].case(rng, "float32", B=40, K=5, n=300, activations="tanh").masked(rng, "rows", "one")
         values = [*case.operands, np.ones(case.output_shape, np.float32), *case.present]

@@ -132,6 +132,11 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
     p.stripe = std::max(p.stripe, round_up(divide_up(p.query_chunk, divide_up(keys, kFewestKeys)), tile.rows));
   p.stripe = std::min(p.stripe, longest);
   p.query_chunk = std::min(p.query_chunk, (given ? 2 * kFewestStripes : kMaxStripes) * p.stripe);
+  if (given) {  // a segment meets all queries of a chunk
+    const int64_t most = round_down(8 * kSliceCost / (p.block * score), p.block);
+    p.query_chunk = std::min(p.query_chunk, std::max(p.block, most));
+    p.stripe = std::min(p.stripe, p.query_chunk);
+  }
   p.stripes = divide_up(p.query_chunk, p.stripe);
 
   const bool keys_twice = !p.keys_in_place && !p.by_dots;
