@@ -271,7 +271,7 @@ def errors(row: SumRow | ScoreRow, machine: Cpu, entered: dict[str, Contender]) 
 
     def distances(some: list[torch.Tensor], others: list[torch.Tensor]) -> list[float]:
         pairs = zip(some, others, greatest, strict=False)  # NumPy has no gradients
-        return [float(a.double().sub_(b).abs_().max()) / size for a, b, size in pairs]
+        return [float((a.double() - b).abs_().max()) / size for a, b, size in pairs]
 
     ours = entered["ours"].results()
     found = {}

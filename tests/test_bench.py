@@ -231,13 +231,15 @@ def test_the_loss_by_slices_is_the_naive_one():
 
 
 def test_scores_are_measured(benchmark):
-    """Every row, in small: that it is timed means that all contenders agree with ours."""
+    """A row of each kind, in small: that it is timed means that all contenders agree with ours."""
     from bench import scores
 
-    result, table = benchmark("--rows", "C1,C2,C3,C4,C5,C6,C7,C8,C9,C10")
+    kinds = ("C2", "C4", "C5", "C7", "C9")
+    result, table = benchmark("--rows", ",".join(kinds))
     found = {row["name"]: row for row in result["rows"]}
-    assert list(found) == [row.name for row in scores.QUICK_SCORES]
-    for row in scores.QUICK_SCORES:
+    rows = [row for row in scores.QUICK_SCORES if row.name.split()[0] in kinds]
+    assert list(found) == [row.name for row in rows]
+    for row in rows:
         phases = found[row.name]["phases"]
         assert tuple(phases) == row.phases
         names = {*row.codes, "torch.compile", "limit", *(name for name, _ in (*row.arrays, *row.omitted))} - {"ours"}

@@ -236,6 +236,14 @@ def test_thresholds(road, monkeypatch, rng):
         monkeypatch.setattr(split, name, 1)
 
 
+def test_blocks_of_very_many_terms_would_not_fit(road, monkeypatch, rng):
+    case = SPLIT["all pairs"].case(rng, **SIZES)
+    for most in (SIZES["n"] - 1, SIZES["n"]):
+        monkeypatch.setattr(split, "MOST_TERMS", most)
+        check_both(case, rng)
+        assert bool(road.by_scores()) == (most == SIZES["n"])
+
+
 def test_calls_that_are_not_large_are_not_checked(monkeypatch, rng):
     monkeypatch.undo()
     monkeypatch.setattr(api, "check", None)

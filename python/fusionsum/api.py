@@ -44,7 +44,7 @@ def _plain(call: Call) -> Call:
 def _by_scores(call: Call) -> Any:
     """Evaluate a checked call that splits; NotImplemented for any other."""
     call = _plain(call)
-    sides = split.find_sides(call)
+    sides = split.find_sides(call) if split.by_scores(call) else None
     if sides is None:
         return NotImplemented
     return split.fusion_sum(np, native.score_matrix, call, sides, reference.result_dtype(*call.arrays))
@@ -54,7 +54,7 @@ def _by_scores(call: Call) -> Any:
 def _grad_by_scores(grad_output: Any, call: Call, needs: Sequence[bool]) -> Any:
     """Evaluate the gradients of a checked call that splits; NotImplemented for any other."""
     call = _plain(call)
-    sides = split.find_sides(call)
+    sides = split.find_sides(call) if split.by_scores(call) else None
     if sides is None:
         return NotImplemented
     kernels = native.score_matrix_grad, _checked_grad

@@ -87,7 +87,7 @@ def fusion_sum_grad(grad_output: Tensor, call: Call, found: Split, needs: Sequen
 
 def _by_scores(call: Call) -> bool:
     """Tell whether the native scores evaluate a call that splits; elsewhere torch's products of matrices do."""
-    return native is not None and call.factors[0].device.type == "cpu"
+    return native is not None and call.factors[0].device.type == "cpu" and split.by_scores(call)
 
 
 def is_plain(*given: Any) -> bool:

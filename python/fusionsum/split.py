@@ -22,6 +22,9 @@ from . import reference
 from .call import Call
 
 LEAST_WORK = 2**22  # multiply-adds: below, the sum's kernels take less time than the preparations here, some 0.1 ms
+MOST_TERMS = (
+    2**15
+)  # beyond, a block of keys and of queries of the scores' kernels, some 200 rows each, is hundreds of MiB
 LEAST_EXTENT = 16  # rows of either side, and terms: with few terms, forming P costs as much as multiplying by it
 
 
@@ -102,6 +105,11 @@ def find_sides(call: Call) -> Sides | None:
             )
             best = sum(extents), (left, right)
     return None if best is None else best[1]
+
+
+def by_scores(call: Call) -> bool:
+    """Tell whether the kernels of scores may evaluate a call that splits."""
+    return call.shape[call.dim] <= MOST_TERMS
 
 
 def varying(x: Any) -> set[int]:
