@@ -119,7 +119,7 @@ def bindings() -> Any:
         If the compiler fails; its message is quoted.
     """
     of_product = [path for path in sorted((_SOURCES / "bindings").glob("*.cpp")) if path.name != "execute.cpp"]
-    choices = [_SOURCES / "cpu" / "dispatch.cpp", _SOURCES / "cpu" / "parallel.cpp"]
+    choices = [_SOURCES / "cpu" / name for name in ("dispatch.cpp", "parallel.cpp", "work.cpp", "scores/plan.cpp")]
     headers = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
     folder = _BUILD / "bindings"
     flags = (*_FLAGS, "-O1", "-fvisibility=hidden", "-I", str(_HERE), "-I", str(_SOURCES), *headers)
