@@ -104,20 +104,6 @@ void softmax_gamma(const Scores& s, int64_t b, const Keys<T>& keys, T* row) {
   const auto coef = [&](int c) { return static_cast<T>(s.query_coefs[c * s.queries.rows + b]); };
   const T positive = coef(kPositive), positive_lse = coef(kPositiveLse);
   leave_out(s, b, keys, -kInfinity<T>, row);
-  const auto subtract_positives = [&](auto score_of) {  // from Gamma, which has taken the scores' place
-    for_positives(s, b, keys, [&](int64_t j) {
-      const bool symmetric = s.key_coefs;
-      if (s.any) {
-        const double score = static_cast<double>(score_of(j));
-        row[j] -= positive * static_cast<T>(__builtin_exp(score - static_cast<double>(positive_lse)));
-        if (symmetric)
-          row[j] -= keys.coef[kPositive][j] *
-                    static_cast<T>(__builtin_exp(score - static_cast<double>(keys.coef[kPositiveLse][j])));
-      } else {
-        row[j] -= positive + (symmetric ? keys.coef[kPositive][j] : T(0));
-      }
-    });
-  };
   // With `any` the positives' scores are needed after Gamma has replaced them: these come first, in `kept`.
   T* const kept = keys.sum;
   if (s.any)
@@ -136,7 +122,18 @@ void softmax_gamma(const Scores& s, int64_t b, const Keys<T>& keys, T* row) {
     }
     L::store(row + j, gamma - select(score < lowest, V{}, smooth));
   }
-  subtract_positives([&](int64_t j) { return kept[j]; });
+  for_positives(s, b, keys, [&](int64_t j) {
+    const bool symmetric = s.key_coefs;
+    if (s.any) {
+      const double score = static_cast<double>(kept[j]);
+      row[j] -= positive * static_cast<T>(__builtin_exp(score - static_cast<double>(positive_lse)));
+      if (symmetric)
+        row[j] -= keys.coef[kPositive][j] *
+                  static_cast<T>(__builtin_exp(score - static_cast<double>(keys.coef[kPositiveLse][j])));
+    } else {
+      row[j] -= positive + (symmetric ? keys.coef[kPositive][j] : T(0));
+    }
+  });
 }
 
 }  // namespace

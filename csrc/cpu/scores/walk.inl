@@ -78,14 +78,18 @@ class Scorer {
     });
   }
 
+  T bias_of(int64_t c) const {
+    double bias = s.bias;
+    const Factor& own = s.key_bias;
+    if (own.data)
+      with_dtype(own.dtype, own.data, [&](auto data) { bias += static_cast<double>(widen(data[c * own.row])); });
+    return static_cast<T>(bias);
+  }
+
   // What strips read of a key beside its terms; of the places beyond the keys, whose scores are -inf.
   void describe_key(int64_t j, bool is_key) const {
     const int64_t c = first_key + j;
-    double bias = is_key ? s.bias : -__builtin_inf();
-    const Factor& own = s.key_bias;
-    if (is_key && own.data)
-      with_dtype(own.dtype, own.data, [&](auto data) { bias += static_cast<double>(widen(data[c * own.row])); });
-    memory(p.bias)[j] = static_cast<T>(bias);
+    memory(p.bias)[j] = is_key ? bias_of(c) : -kInfinity<T>;
     if (s.key_labels) memory(p.label)[j] = is_key ? static_cast<T>(s.key_labels[c]) : T(-1);
     if (s.key_ids) memory(p.id)[j] = is_key ? static_cast<T>(s.key_ids[c]) : T(-1);
     for (int i = 0; s.key_coefs && i < kSoftmaxCoefs; ++i)
@@ -200,11 +204,7 @@ class Scorer {
         const int64_t c = s.targets[first_query + from + first + r];
         form_row(s.keys, s.absent, terms, c, key, place(p.row));
         for (int64_t i = 0; i < terms; ++i) panel[i * S::cols + r] = key[i];
-        double own = s.bias;
-        if (s.key_bias.data)
-          with_dtype(s.key_bias.dtype, s.key_bias.data,
-                     [&](auto data) { own += static_cast<double>(widen(data[c * s.key_bias.row])); });
-        bias[r] = static_cast<T>(own);
+        bias[r] = bias_of(c);
       }
       for (int64_t r = some; r < S::cols; ++r) bias[r] = 0;
       int64_t a_row;
