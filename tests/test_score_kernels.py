@@ -18,8 +18,8 @@ from conftest import DTYPES, random, run_python
 from score_cases import Pairs, Scores, check_everything, check_matrix, draw, lists_of, native, results
 from test_layouts import LAYOUTS, MAP_NORESERVE, at_the_edges_of_a_page, one_byte_off, packed
 
-# Rows (14, 6, 4) and columns (32, 16, 8, 4) of tiles, blocks (112 to 256), 16 stripes of two tiles each.
-NEAR = {size + by for size in (4, 6, 8, 14, 16, 28, 32, 112, 120, 128, 224, 240, 256, 448) for by in (-1, 0, 1)}
+# Rows (6, 4) and columns (64, 32, 16, 8, 4) of tiles, blocks (96 to 256), 16 stripes of two tiles each.
+NEAR = {size + by for size in (4, 6, 8, 12, 16, 32, 64, 96, 120, 128, 192, 240, 256, 384) for by in (-1, 0, 1)}
 SIZES = sorted({0, 1, 2} | NEAR)
 TERMS = [*range(71), 127, 128, 129, 255, 257, 511, 513]
 KINDS = ("uniform", "integers")

@@ -8,10 +8,18 @@
 #include <new>
 #include <thread>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "parallel.h"
 
 namespace fusionsum {
 namespace {
+
+// Packed panels are read across thousands of small pages: with huge ones, all pairs of n = 512 take 0.9 of the time
+// where pages are looked up twice (a virtual machine on a Xeon).
+constexpr int64_t kHugePage = int64_t{2} << 20;
 
 // The tasks as `threads` ranges: each has scratch memory of its own. Ranges, not single tasks: a thread finds in its
 // cache what it read in an earlier call.
@@ -48,9 +56,13 @@ char* Workspace::reserve(int64_t bytes) {
   if (bytes > size_) {
     large_.reset();
     size_ = sizeof small_;
-    bytes = in_cache_lines(bytes);
-    large_.reset(static_cast<char*>(std::aligned_alloc(kCacheLine, static_cast<size_t>(bytes))));
+    const int64_t alignment = bytes < kHugePage ? kCacheLine : kHugePage;
+    bytes = (bytes + alignment - 1) / alignment * alignment;
+    large_.reset(static_cast<char*>(std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(bytes))));
     if (!large_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (alignment == kHugePage) madvise(large_.get(), static_cast<size_t>(bytes), MADV_HUGEPAGE);
+#endif
     size_ = bytes;
   }
   return large_ ? large_.get() : small_;

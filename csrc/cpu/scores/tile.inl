@@ -11,49 +11,70 @@ template <class T>
 struct Shape {
   using L = Simd<T>;
   using V = typename L::V;
-  static constexpr int rows = L::tile_rows, vectors = L::tile_vectors, cols = vectors * L::width;
+  static constexpr int rows = L::tile_rows, vectors = L::tile_vectors, width = L::width, cols = vectors * width;
 };
 
-template <class T>
-using TileOf = typename Shape<T>::V[Shape<T>::rows][Shape<T>::vectors];
+template <class T, int vectors>
+using TileOf = typename Shape<T>::V[Shape<T>::rows][vectors];
 
-// tile[r][c] = sum over i < terms of a[r * a_row + i * a_term] * b[i * cols + c], each sum one chain of fused
+// tile[r][c] = sum over i < terms of a[r * a_row + i * a_term] * b[i * Shape<T>::cols + c], each sum one chain of fused
 // multiply-adds: its bits depend on neither the tile's place nor its neighbours.
-template <class T>
-FUSIONSUM_INLINE void multiply(int64_t terms, const T* a, int64_t a_row, int64_t a_term, const T* b, TileOf<T>& tile) {
+template <class T, int vectors>
+FUSIONSUM_INLINE void multiply(int64_t terms, const T* a, int64_t a_row, int64_t a_term, const T* b,
+                               TileOf<T, vectors>& tile) {
   using S = Shape<T>;
   using L = Simd<T>;
   using V = typename L::V;
   FUSIONSUM_UNROLL(16)
   for (int r = 0; r < S::rows; ++r)
-    for (int v = 0; v < S::vectors; ++v) tile[r][v] = V{};
+    for (int v = 0; v < vectors; ++v) tile[r][v] = V{};
   for (int64_t i = 0; i < terms; ++i, a += a_term, b += S::cols) {
-    V column[S::vectors];
-    for (int v = 0; v < S::vectors; ++v) column[v] = L::load(b + v * L::width);
+    V column[vectors];
+    for (int v = 0; v < vectors; ++v) column[v] = L::load(b + v * L::width);
     FUSIONSUM_UNROLL(16)
     for (int r = 0; r < S::rows; ++r) {
       const V x = L::broadcast(a[r * a_row]);
-      for (int v = 0; v < S::vectors; ++v) tile[r][v] = madd(x, column[v], tile[r][v]);
+      for (int v = 0; v < vectors; ++v) tile[r][v] = madd(x, column[v], tile[r][v]);
     }
   }
 }
 
-// The scores of a tile's rows of queries (of which all are read) with the keys of `cols / Shape<T>::cols` panels:
+// Not inlined: among a caller's variables GCC 12 runs out of registers, and columns go to the stack (0.75 of the
+// speed).
+template <class T, int vectors>
+__attribute__((noinline)) void score_panel(int64_t terms, const T* a, int64_t a_row, const T* panel, T scale,
+                                           const T* bias, T* to, int64_t step) {
+  using L = Simd<T>;
+  const auto scales = L::broadcast(scale);
+  TileOf<T, vectors> tile;
+  multiply<T, vectors>(terms, a, a_row, 1, panel, tile);
+  FUSIONSUM_UNROLL(16)
+  for (int r = 0; r < Shape<T>::rows; ++r)
+    for (int v = 0; v < vectors; ++v)
+      L::store(to + r * step + v * L::width, madd(tile[r][v], scales, L::load(bias + v * L::width)));
+}
+
+// The same of a panel of which `vectors` or fewer hold keys.
+template <class T, int vectors>
+void score_rest(int64_t count, int64_t terms, const T* a, int64_t a_row, const T* panel, T scale, const T* bias, T* to,
+                int64_t step) {
+  if constexpr (vectors > 1)
+    if (count < vectors) return score_rest<T, vectors - 1>(count, terms, a, a_row, panel, scale, bias, to, step);
+  score_panel<T, vectors>(terms, a, a_row, panel, scale, bias, to, step);
+}
+
+// The scores of a tile's rows of queries (of which all are read) with the first `cols` keys, whole vectors, of panels:
 // to[r * step + c]. `bias` has one value per key.
 template <class T>
 void score_strip(int64_t terms, const T* a, int64_t a_row, const T* panels, int64_t cols, T scale, const T* bias, T* to,
                  int64_t step) {
   using S = Shape<T>;
-  using L = Simd<T>;
-  const auto scales = L::broadcast(scale);
-  for (int64_t c = 0; c < cols; c += S::cols) {
-    TileOf<T> tile;
-    multiply<T>(terms, a, a_row, 1, panels + c * terms, tile);
-    FUSIONSUM_UNROLL(16)
-    for (int r = 0; r < S::rows; ++r)
-      for (int v = 0; v < S::vectors; ++v)
-        L::store(to + r * step + c + v * L::width, madd(tile[r][v], scales, L::load(bias + c + v * L::width)));
-  }
+  int64_t c = 0;
+  for (; c + S::cols <= cols; c += S::cols)
+    score_panel<T, S::vectors>(terms, a, a_row, panels + c * terms, scale, bias + c, to + c, step);
+  if (c < cols)
+    score_rest<T, S::vectors>((cols - c) / S::width, terms, a, a_row, panels + c * terms, scale, bias + c, to + c,
+                              step);
 }
 
 // The same for few queries, whose keys are read as they lie: a sum of `width` chains per score.
@@ -88,6 +109,41 @@ FUSIONSUM_INLINE void ask_for(const T* p) {
   for (int v = 0; v < Shape<T>::vectors; ++v) __builtin_prefetch(p + v * Simd<T>::width);
 }
 
+// Adds to `width` columns, which need `vectors` vectors or fewer, as add_product does, of which `b` is a panel. `next`
+// holds the rows of the panel after it.
+template <class T, int vectors>
+void add_panel(int64_t rows, int64_t width, int64_t terms, const T* a, int64_t a_row, int64_t a_term, const T* b,
+               const Rows<T>& next, T* to, int64_t step) {
+  using S = Shape<T>;
+  using L = Simd<T>;
+  if constexpr (vectors > 1)
+    if (width <= (vectors - 1) * L::width)
+      return add_panel<T, vectors - 1>(rows, width, terms, a, a_row, a_term, b, next, to, step);
+  for (int64_t r = 0; r < rows; r += S::rows) {
+    const int64_t count = smaller(S::rows, rows - r);
+    T* const out = to + r * step;
+    for (int64_t q = 0; q < count; ++q) ask_for<T>(out + q * step);
+    for (int64_t i = r; i < smaller(r + S::rows, terms); ++i) ask_for<T>(next.row(i));
+    TileOf<T, vectors> tile;
+    multiply<T, vectors>(terms, a + r * a_row, a_row, a_term, b, tile);
+    if (count == S::rows && width == vectors * L::width) {
+      FUSIONSUM_UNROLL(16)
+      for (int q = 0; q < S::rows; ++q)
+        for (int v = 0; v < vectors; ++v) {
+          T* const p = out + q * step + v * L::width;
+          L::store(p, L::load(p) + tile[q][v]);
+        }
+    } else {
+      T whole[S::rows][vectors * L::width];  // a tile that is indexed by variables would not stay in registers
+      FUSIONSUM_UNROLL(16)
+      for (int q = 0; q < S::rows; ++q)
+        for (int v = 0; v < vectors; ++v) L::store(whole[q] + v * L::width, tile[q][v]);
+      for (int64_t q = 0; q < count; ++q)
+        for (int64_t j = 0; j < width; ++j) out[q * step + j] += whole[q][j];
+    }
+  }
+}
+
 // to[r * step + c] += sum over i < terms of a[r * a_row + i * a_term] * b[i][c], for `rows` rows and `cols` columns. b
 // comes as rows, of which `panel` takes as many columns as a tile has.
 template <class T>
@@ -101,29 +157,8 @@ void add_product(int64_t rows, int64_t cols, int64_t terms, const T* a, int64_t 
       const T* const from = b.row(i) + c;
       along<T>(0, width, [&](auto access, int64_t j) { L::store(panel + i * S::cols + j, access.load(from + j)); });
     }
-    for (int64_t r = 0; r < rows; r += S::rows) {
-      const int64_t count = smaller(S::rows, rows - r);
-      T* const out = to + r * step + c;
-      for (int64_t q = 0; q < count; ++q) ask_for<T>(out + q * step);
-      for (int64_t i = r; i < smaller(r + S::rows, terms); ++i) ask_for<T>(b.row(i) + c + S::cols);  // the next panel
-      TileOf<T> tile;
-      multiply<T>(terms, a + r * a_row, a_row, a_term, panel, tile);
-      if (count == S::rows && width == S::cols) {
-        FUSIONSUM_UNROLL(16)
-        for (int q = 0; q < S::rows; ++q)
-          for (int v = 0; v < S::vectors; ++v) {
-            T* const p = out + q * step + v * L::width;
-            L::store(p, L::load(p) + tile[q][v]);
-          }
-      } else {
-        T whole[S::rows * S::cols];  // a tile that is indexed by variables would not stay in registers
-        FUSIONSUM_UNROLL(16)
-        for (int q = 0; q < S::rows; ++q)
-          for (int v = 0; v < S::vectors; ++v) L::store(whole + q * S::cols + v * L::width, tile[q][v]);
-        for (int64_t q = 0; q < count; ++q)
-          for (int64_t j = 0; j < width; ++j) out[q * step + j] += whole[q * S::cols + j];
-      }
-    }
+    add_panel<T, S::vectors>(rows, width, terms, a, a_row, a_term, panel, Rows<T>{b.first + c + S::cols, b.step},
+                             to + c, step);
   }
 }
 

@@ -100,7 +100,7 @@ class Scorer {
     Keys<T> k{};
     k.first = first_key + at;
     k.count = count;
-    k.padded = (count + S::cols - 1) / S::cols * S::cols;
+    k.padded = (count + S::width - 1) / S::width * S::width;
     k.bias = memory(p.bias) + at;
     k.label = memory(p.label) + at;
     k.id = memory(p.id) + at;

@@ -20,7 +20,7 @@ struct Simd;
 template <>
 struct Simd<float> {
   using V = F32;
-  static constexpr int width = 16, tile_rows = 14, tile_vectors = 2;  // 28 of 32 registers hold a tile of scores
+  static constexpr int width = 16, tile_rows = 6, tile_vectors = 4;  // 24 of 32 registers hold a tile of scores
   static V broadcast(float x) { return _mm512_set1_ps(x); }
   static unsigned above(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }  // a bit where a > b
   static float max(V v) {
@@ -51,7 +51,7 @@ struct Simd<float> {
 template <>
 struct Simd<double> {
   using V = F64;
-  static constexpr int width = 8, tile_rows = 14, tile_vectors = 2;
+  static constexpr int width = 8, tile_rows = 6, tile_vectors = 4;
   static V broadcast(double x) { return _mm512_set1_pd(x); }
   static unsigned above(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
   static double max(V v) {
