@@ -256,6 +256,24 @@ def test_log_sum_exp_of_extreme_scores(dtype, rng):
     assert not np.isnan(losses).any()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_score_of_plus_infinity_makes_the_log_sum_exp_infinite(dtype, rng):
+    """Its query's and its key's; no other's."""
+    limit = np.finfo(dtype).max
+    values = rng.standard_normal((250, 300))
+    values[rng.random(values.shape) < 0.01] = limit
+    bias = np.where(rng.random(300) < 0.3, limit, 0).astype(dtype)  # twice the limit is infinite
+    with np.errstate(over="ignore"):
+        scores = values.astype(dtype) + bias
+    assert np.isposinf(scores).any(0).sum() > 20
+    for any_ in (False, True):
+        for axis, stats in zip(
+            (1, 0), native.softmax_stats(*exactly(values, dtype, key_bias=bias).arguments(), any_, True, False, False)
+        ):
+            assert (np.isposinf(stats[0]) == np.isposinf(scores).any(axis)).all()
+            assert not np.isnan(stats[:3]).any()
+
+
 @pytest.mark.parametrize("rows", [3, 40])
 def test_nan_makes_nan_where_it_counts_and_nowhere_else(rows, rng):
     values = rng.standard_normal((rows, 60))

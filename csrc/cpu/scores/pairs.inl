@@ -10,6 +10,8 @@ namespace {
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 template <class T>
+constexpr T kHighest = static_cast<T>(sizeof(T) == 8 ? __DBL_MAX__ : static_cast<double>(__FLT_MAX__));
+template <class T>
 constexpr T kLowest = static_cast<T>(sizeof(T) == 8 ? -__DBL_MAX__ : -static_cast<double>(__FLT_MAX__));
 
 // The keys of a strip, and what is known of them; arrays start at the strip's first key.

@@ -108,14 +108,15 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   p.latin = (s.differentiates && !given) || s.epilogue == Epilogue::softmax;
   p.by_dots =
       queries <= kByDots && !s.differentiates && (s.epilogue == Epilogue::store || s.epilogue == Epilogue::top_k);
+  p.turned = s.epilogue == Epilogue::top_k && !p.by_dots;
   p.block = block_of(tile.rows, tile.cols, item);
   p.queries_in_place = in_place(s.queries, working);
   p.keys_in_place = in_place(s.keys, working);
 
   const int64_t row = std::max<int64_t>(1, s.terms) * item;
   p.query_chunk = std::min(queries, kQueryChunk);
-  if (!p.queries_in_place) p.query_chunk = std::min(p.query_chunk, std::max<int64_t>(p.block, kQueryBytes / row));
-  p.room = s.k + std::max<int64_t>(s.k, 64);
+  if (!p.queries_in_place || p.turned)
+    p.query_chunk = std::min(p.query_chunk, std::max<int64_t>(p.block, kQueryBytes / row));
   // Segments keep threads busy too where a key's scores need not meet again: then stripes are as long as a block, for a
   // stripe reads all panels of its segment.
   const bool cut_keys = !p.latin && !given && (s.epilogue == Epilogue::top_k || s.epilogue == Epilogue::store);
@@ -127,10 +128,12 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   const int64_t score = s.terms + kEpilogueCost, most_rows = kSliceCost / (std::min(keys, p.block) * score);
   const int64_t longest = std::max(2 * tile.rows, round_down(most_rows, most_rows < p.block ? tile.rows : p.block));
   p.stripe = stripe_of(p.query_chunk);
+  if (p.turned)  // as many panels as stay in the second-level cache
+    p.stripe = round_up(divide_up(p.query_chunk, divide_up(p.query_chunk, p.block)), tile.cols);
   // Each step of a Latin square has a segment for every stripe: no more stripes than give segments of kFewestKeys.
   if (p.latin)
     p.stripe = std::max(p.stripe, round_up(divide_up(p.query_chunk, divide_up(keys, kFewestKeys)), tile.rows));
-  p.stripe = std::min(p.stripe, longest);
+  p.stripe = std::min(p.stripe, p.turned ? round_up(longest, tile.cols) : longest);
   p.query_chunk = std::min(p.query_chunk, (given ? 2 * kFewestStripes : kMaxStripes) * p.stripe);
   if (given) {  // a segment meets all queries of a chunk
     const int64_t most = round_down(8 * kSliceCost / (p.block * score), p.block);
@@ -139,7 +142,7 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
   }
   p.stripes = divide_up(p.query_chunk, p.stripe);
 
-  const bool keys_twice = !p.keys_in_place && !p.by_dots;
+  const bool keys_twice = !p.keys_in_place && !p.by_dots && !p.turned;
   p.segments = p.latin ? p.stripes : cut_keys ? divide_up(kFewestStripes, p.stripes) : 1;
   const int64_t most_keys =
       std::min(kKeyBytes / (row * (keys_twice ? 2 : 1)), kSliceCost / (p.stripe * score) * p.segments);
@@ -153,11 +156,12 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
     p.ranges = std::max<int64_t>(1, divide_up(s.terms, p.range));
   }
   if (s.epilogue == Epilogue::top_k) {
+    p.room = std::min(s.k + std::max<int64_t>(s.k, 64), divide_up(keys, p.key_chunk) * p.segment);
     const int64_t slot = p.room * (s.wide ? sizeof(Hit<double>) : sizeof(Hit<float>));
     const int64_t most = std::max<int64_t>(1, kQueryBytes / (slot * p.segments));
     if (p.query_chunk > most) {
       p.query_chunk = most;
-      p.stripe = std::min(p.stripe, round_up(most, tile.rows));
+      p.stripe = std::min(p.stripe, round_up(most, p.turned ? tile.cols : tile.rows));
       p.stripes = divide_up(p.query_chunk, p.stripe);
     }
   }
@@ -176,7 +180,7 @@ int64_t lay_out(const Scores& s, Tile tile, ScorePlan& p, char* memory) {
   };
   const int64_t keys = round_up(p.key_chunk, tile.cols), slots = p.query_chunk * p.segments;
   const bool scores = !(s.epilogue == Epilogue::store && s.differentiates), top_k = s.epilogue == Epilogue::top_k;
-  p.panels = take(scores && !p.by_dots, keys * s.terms, item);
+  p.panels = take(scores && !p.by_dots, (p.turned ? round_up(p.query_chunk, tile.cols) : keys) * s.terms, item);
   p.query_rows = take(!p.queries_in_place, p.query_chunk * s.terms, item);
   p.key_rows = take(!p.keys_in_place, p.key_chunk * s.terms, item);
   p.bias = take(true, keys, item);
@@ -184,6 +188,7 @@ int64_t lay_out(const Scores& s, Tile tile, ScorePlan& p, char* memory) {
   p.id = take(s.key_ids, keys, item);
   p.coefs = take(s.key_coefs, kSoftmaxCoefs * keys, item);
   p.d_scale = reinterpret_cast<double*>(take(s.d_scale, p.query_chunks * p.stripes, sizeof(double)));
+  p.targets = take(s.epilogue == Epilogue::rank, p.query_chunk, item);
   p.candidates = take(top_k, slots * p.room, s.wide ? sizeof(Hit<double>) : sizeof(Hit<float>));
   p.threshold = take(top_k, slots, item);
   p.held = reinterpret_cast<int64_t*>(take(top_k, slots, sizeof(int64_t)));
@@ -192,12 +197,15 @@ int64_t lay_out(const Scores& s, Tile tile, ScorePlan& p, char* memory) {
   p.select = s.wide ? select<double> : select<float>;
 
   Layout own;
-  p.strip = own.take((s.differentiates ? p.block : tile.rows) * (p.block + 16), item);
+  // By dots, up to kByDots queries beside each other, or a vector.
+  const int64_t strip_rows = s.differentiates ? p.block : p.by_dots ? 16 : tile.rows;
+  p.strip = own.take(strip_rows * (p.block + 16), item);
   p.row = own.take(2 * s.terms, item);
   p.tile = own.take(tile.rows * (s.terms + 16), item);
   p.panel = own.take(std::max(p.block, s.epilogue == Epilogue::rank ? s.terms : 0) * tile.cols, item);
   p.key_reference = own.take(p.block, item);
   p.key_sum = own.take(p.block, item);
+  p.bound = own.take(p.block, item);
   p.scratch_bytes = own.bytes;
   return shared.bytes;
 }

@@ -1,6 +1,7 @@
 // How scores (../../scores.h) are cut up on the CPU.
 //
-//   panel    as many keys as a tile has columns, transposed: the keys' entries of a term lie side by side
+//   panel    as many keys as a tile has columns, transposed: the keys' entries of a term lie side by side (of a top-k,
+//            which consumes the scores of a key with all queries, the queries')
 //   strip    the scores of a tile's rows of queries with a block of keys: they stay in the first-level cache
 //   stripe   the queries of one task; keys are cut into segments
 //   chunk    the keys (or queries) for which memory is held at a time
@@ -25,6 +26,7 @@ struct Hit {
 struct ScorePlan {
   const Scores* scores;
   bool latin;     // else each task has one stripe and one segment of every chunk
+  bool turned;    // top_k: the queries are packed, and a tile's rows are keys, each of which is read once
   bool by_dots;   // few queries: each key is read once, as it lies
   int64_t block;  // keys of a strip; queries that are multiplied together
   int64_t query_chunk, key_chunk, query_chunks, key_chunks;
@@ -37,6 +39,7 @@ struct ScorePlan {
   char *panels, *query_rows, *key_rows;
   char *bias, *label, *id;  // per key
   char* coefs;              // kSoftmaxCoefs x key_chunk
+  char* targets;            // rank: per query, its target's score
   double* d_scale;          // per stripe of all chunks
   // top_k: per query of a chunk and segment (a slot), room for candidates; the threshold is set once the slot is full.
   int64_t room;
@@ -46,7 +49,7 @@ struct ScorePlan {
   void (*compact)(const ScorePlan&, int64_t slot);                                    // drops all but the best k
   void (*select)(const ScorePlan&, int64_t first_query, int64_t begin, int64_t end);  // the best k of all segments
   // Places in a thread's scratch memory, in bytes.
-  int64_t strip, row, tile, panel, key_reference, key_sum, scratch_bytes;
+  int64_t strip, row, tile, panel, key_reference, key_sum, bound, scratch_bytes;
 };
 
 // The loops of one instruction set, for float32 [0] and float64 [1].

@@ -3,6 +3,7 @@
 //
 // Sums of exponentials are relative to a reference, a score seen before, which is raised when a score exceeds it by
 // more than kMargin: any score is safe, and few are the reason to rescale. Sums run in T over a strip, then in float64.
+// References are finite: a score of +inf makes the sum infinite, whatever the others are but NaN.
 #include "plan.h"
 
 namespace fusionsum {
@@ -25,7 +26,7 @@ inline void add_positive(Statistics& to, double score, bool any) {
     to.positive = to.positive * __builtin_exp(to.positive_reference - score) + 1;
     to.positive_reference = score;
   } else {
-    to.positive += __builtin_exp(score - to.positive_reference);
+    to.positive += score == to.positive_reference ? 1 : __builtin_exp(score - to.positive_reference);  // both +inf, too
   }
 }
 
@@ -59,15 +60,16 @@ void softmax_row(const Scores& s, int64_t b, const Keys<T>& keys, T* row) {
     top = at_least(top, score);
     if (s.symmetric) over = at_least(over, score - L::load(keys.reference + j));
   }
-  if (const double highest = static_cast<double>(L::max(top)); highest > query.reference + kMargin)
-    raise(query, highest);
+  const T highest = L::max(top);
+  if (static_cast<double>(highest) > query.reference + kMargin)
+    raise(query, static_cast<double>(highest < kHighest<T> ? highest : kHighest<T>));
   const V margin = L::broadcast(T(kMargin));
   if (s.symmetric && static_cast<double>(L::max(over)) > kMargin) {
     for (int64_t j = 0; j < keys.padded; j += L::width) {
       const V old = L::load(keys.reference + j), score = L::load(row + j), by = score - old;
-      const V raised = select(by > margin, score, old);
+      const V raised = select(by > margin, at_most(score, L::broadcast(kHighest<T>)), old);
       L::store(keys.reference + j, raised);
-      L::store(keys.sum + j, L::load(keys.sum + j) * exp_of_negative(select(by > margin, old - score, V{})).e);
+      L::store(keys.sum + j, L::load(keys.sum + j) * exp_of_negative(old - raised).e);
     }
   }
 
@@ -75,11 +77,17 @@ void softmax_row(const Scores& s, int64_t b, const Keys<T>& keys, T* row) {
   V sum{};
   for (int64_t j = 0; j < keys.padded; j += L::width) {
     const V score = L::load(row + j);
-    sum = sum + exp_of_negative(score - reference).e;
+    sum = sum + exp_of_negative(at_most(score - reference, margin)).e;
     if (s.symmetric)
-      L::store(keys.sum + j, L::load(keys.sum + j) + exp_of_negative(score - L::load(keys.reference + j)).e);
+      L::store(keys.sum + j,
+               L::load(keys.sum + j) + exp_of_negative(at_most(score - L::load(keys.reference + j), margin)).e);
   }
   query.sum += static_cast<double>(L::sum(sum));
+  for (int64_t j = 0; highest == kInfinity<T> && j < keys.count; ++j) {
+    if (row[j] != kInfinity<T>) continue;
+    query.sum += row[j];
+    if (s.symmetric) keys.sum[j] = row[j] + keys.sum[j];
+  }
 
   for_positives(s, b, keys, [&](int64_t j) {
     add_positive(query, static_cast<double>(row[j]), s.any);

@@ -77,10 +77,11 @@ void score_strip(int64_t terms, const T* a, int64_t a_row, const T* panels, int6
                               step);
 }
 
-// The same for few queries, whose keys are read as they lie: a sum of `width` chains per score.
+// The same for few queries, whose keys are read as they lie: a sum of `width` chains per score, which goes to
+// to[r * step + c * col].
 template <class T>
 void score_by_dots(int64_t terms, const Rows<T>& queries, int64_t count, const Rows<T>& keys, int64_t cols, T scale,
-                   const T* bias, T* to, int64_t step) {
+                   const T* bias, T* to, int64_t step, int64_t col) {
   using L = Simd<T>;
   using V = typename L::V;
   for (int64_t c = 0; c < cols; ++c) {
@@ -98,7 +99,7 @@ void score_by_dots(int64_t terms, const Rows<T>& queries, int64_t count, const R
       }
       along<T>(i, terms,
                [&](auto access, int64_t at) { s0 = madd(access.load(query + at), access.load(key + at), s0); });
-      to[r * step + c] = L::sum((s0 + s1) + (s2 + s3)) * scale + bias[c];
+      to[r * step + c * col] = L::sum((s0 + s1) + (s2 + s3)) * scale + bias[c];
     }
   }
 }

@@ -31,7 +31,7 @@ class Scorer {
     key_count = smaller(p.key_chunk, s.keys.rows - first_key);
     keys = rows_of<T>(s.keys, p.keys_in_place, p.key_rows, first_key, terms);
     if (step < 0) {
-      pack();
+      prepare();
       if (first_key == 0) begin();
       return;
     }
@@ -42,11 +42,14 @@ class Scorer {
     }
     const int64_t stripe = p.latin ? task : task / p.segments;
     const int64_t segment = p.latin ? (task + step) % p.stripes : task % p.segments;
-    consume(stripe * p.stripe, smaller(query_count, (stripe + 1) * p.stripe), segment,
-            smaller(key_count, (segment + 1) * p.segment));
+    const int64_t end = smaller(query_count, (stripe + 1) * p.stripe),
+                  last_key = smaller(key_count, (segment + 1) * p.segment);
+    if (s.epilogue == Epilogue::top_k) return search(stripe * p.stripe, end, segment, last_key);
+    consume(stripe * p.stripe, end, segment, last_key);
   }
 
  private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
   T* memory(char* place) const { return piece<T>(place, 0); }
   T* place(int64_t at) const { return piece<T>(scratch, at); }
 
@@ -56,11 +59,21 @@ class Scorer {
     for (int64_t i = task * count / p.tasks; i < (task + 1) * count / p.tasks; ++i) f(i);
   }
 
+  // Forms `count` rows of a chunk of a side from row `at` of the chunk on.
+  void form(const Side& side, char* formed, int64_t first, int64_t at, int64_t count) const {
+    for (int64_t r = at; r < at + count; ++r)
+      form_row(side, s.absent, terms, first + r, memory(formed) + r * terms, place(p.row));
+  }
+  void pack(const Rows<T>& rows, int64_t at, int64_t count) const {
+    pack_panel(Rows<T>{rows.row(at), rows.step}, count, terms, S::cols, memory(p.panels) + at * terms);
+  }
+
   void begin() {
-    if (!p.queries_in_place)
-      share(query_count, [&](int64_t r) {
-        form_row(s.queries, s.absent, terms, first_query + r, memory(p.query_rows) + r * terms, place(p.row));
-      });
+    share((query_count + S::cols - 1) / S::cols, [&](int64_t panel) {
+      const int64_t at = panel * S::cols, count = smaller(S::cols, query_count - at);
+      if (!p.queries_in_place) form(s.queries, p.query_rows, first_query, at, count);
+      if (p.turned) pack(queries, at, count);
+    });
     if (s.epilogue == Epilogue::top_k)
       share(p.segments * p.query_chunk, [&](int64_t slot) {
         p.held[slot] = 0;
@@ -68,12 +81,11 @@ class Scorer {
       });
   }
 
-  void pack() {
+  void prepare() {
     share((key_count + S::cols - 1) / S::cols, [&](int64_t panel) {
       const int64_t at = panel * S::cols, count = smaller(S::cols, key_count - at);
-      for (int64_t j = 0; !p.keys_in_place && j < count; ++j)
-        form_row(s.keys, s.absent, terms, first_key + at + j, memory(p.key_rows) + (at + j) * terms, place(p.row));
-      if (p.panels) pack_panel(Rows<T>{keys.row(at), keys.step}, count, terms, S::cols, memory(p.panels) + at * terms);
+      if (!p.keys_in_place) form(s.keys, p.key_rows, first_key, at, count);
+      if (p.panels && !p.turned) pack(keys, at, count);
       for (int64_t j = at; j < at + S::cols; ++j) describe_key(j, j < key_count);
     });
   }
@@ -110,16 +122,16 @@ class Scorer {
     return k;
   }
 
-  // A tile's rows of queries from `from` on, of which `count` are there: where they lie or, where the tile would read
-  // beyond them or their entries of a term would fall into one set of the first-level cache (4 KB apart), copied.
-  const T* tile_of_queries(int64_t from, int64_t count, int64_t& step) const {
-    step = queries.step;
-    if (count == S::rows && step * static_cast<int64_t>(sizeof(T)) % 4096) return queries.row(from);
+  // A tile's rows from `from` on, of which `count` are there: where they lie or, where the tile would read beyond them
+  // or their entries of a term would fall into one set of the first-level cache (4 KB apart), copied.
+  const T* tile_of(const Rows<T>& rows, int64_t from, int64_t count, int64_t& step) const {
+    step = rows.step;
+    if (count == S::rows && step * static_cast<int64_t>(sizeof(T)) % 4096) return rows.row(from);
     step = terms + 16;
     T* const to = place(p.tile);
     for (int64_t r = 0; r < S::rows; ++r) {
       if (r < count) {
-        load_row(to + r * step, queries.row(from + r), 1, terms);
+        load_row(to + r * step, rows.row(from + r), 1, terms);
       } else {
         fill(to + r * step, T(0), terms);
       }
@@ -136,7 +148,7 @@ class Scorer {
         if (key_stats) begin_keys(s, block);
         for (int64_t row = rows; row < end; row += S::rows)
           strip(row, smaller(S::rows, end - row), at, block,
-                place(p.strip) + (s.differentiates ? (row - rows) * step() : 0), segment);
+                place(p.strip) + (s.differentiates ? (row - rows) * step() : 0));
         if (s.differentiates) differentiate(rows, end - rows, at, block);
         if (key_stats) end_keys(s, block);
       }
@@ -145,14 +157,14 @@ class Scorer {
   int64_t step() const { return p.block + 16; }  // of a strip's rows: not a power of two apart
 
   // The scores of a tile's rows with a block of keys, and what the epilogue makes of them.
-  void strip(int64_t from, int64_t count, int64_t at, const Keys<T>& block, T* to, int64_t segment) {
+  void strip(int64_t from, int64_t count, int64_t at, const Keys<T>& block, T* to) {
     int64_t direct = 0;  // columns
     if (p.by_dots) {
       score_by_dots(terms, Rows<T>{queries.row(from), queries.step}, count, Rows<T>{keys.row(at), keys.step},
-                    block.count, static_cast<T>(s.scale), block.bias, to, step());
+                    block.count, static_cast<T>(s.scale), block.bias, to, step(), 1);
     } else {
       int64_t a_row;
-      const T* const a = tile_of_queries(from, count, a_row);
+      const T* const a = tile_of(queries, from, count, a_row);
       // Whole tiles of scores that are stored as they are go where they belong.
       const bool as_they_are = s.epilogue == Epilogue::store && s.matrix_dtype == kDType<T> && s.matrix_col == 1;
       direct = as_they_are && count == S::rows ? block.count / S::cols * S::cols : 0;
@@ -163,8 +175,8 @@ class Scorer {
       score_strip(terms, a, a_row, memory(p.panels) + (at + direct) * terms, block.padded - direct,
                   static_cast<T>(s.scale), block.bias + direct, to + direct, step());
     }
-    T targets[S::rows];
-    if (s.epilogue == Epilogue::rank) score_targets(from, count, targets);
+    T* const targets = memory(p.targets) + from;
+    if (s.epilogue == Epilogue::rank && block.first == 0) score_targets(from, count, targets);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t b = first_query + from + r;
       T* const row = to + r * step();
@@ -182,14 +194,45 @@ class Scorer {
         case Epilogue::sigmoid:
           s.differentiates ? sigmoid_gamma(s, b, block, row) : sigmoid_row(s, b, block, row);
           break;
-        case Epilogue::top_k:
-          top_k_row(p, b, from + r, segment, block, row);
+        case Epilogue::top_k:  // search
           break;
         case Epilogue::rank:
           rank_row(s, b, targets[r], block, row, s.greater[b], s.equal[b]);
           break;
       }
     }
+  }
+
+  // top_k: the scores of keys, a strip's rows, with a block of queries.
+  void search(int64_t from, int64_t to, int64_t segment, int64_t last_key) const {
+    T *const strip = place(p.strip), *const bound = place(p.bound), *const no_bias = place(p.key_sum);
+    fill(no_bias, T(0), p.block);
+    for (int64_t at = segment * p.segment; at < last_key; at += p.block)
+      for (int64_t q = from; q < to; q += p.block) {
+        const int64_t count = smaller(p.block, to - q), padded = (count + S::width - 1) / S::width * S::width;
+        for (int64_t j = 0; j < padded; ++j) bound[j] = j < count ? find_bound<T>(p, q + j, segment) : kInfinity<T>;
+        const int64_t end = smaller(last_key, at + p.block), of_strip = p.by_dots ? p.block : S::rows;
+        const int64_t step = p.by_dots ? padded : this->step();
+        for (int64_t row = at; row < end; row += of_strip) {
+          const int64_t rows = smaller(of_strip, end - row);
+          if (p.by_dots) {
+            score_by_dots(terms, Rows<T>{queries.row(q), queries.step}, count, Rows<T>{keys.row(row), keys.step}, rows,
+                          static_cast<T>(s.scale), no_bias, strip, 1, step);
+          } else {
+            int64_t a_row;
+            const T* const a = tile_of(keys, row, rows, a_row);
+            score_strip(terms, a, a_row, memory(p.panels) + q * terms, padded, static_cast<T>(s.scale), no_bias, strip,
+                        step);
+          }
+          for (int64_t r = 0; r < rows; ++r) {
+            // Keys come from memory once: those of the strip after the next are asked for while scores are compared.
+            if (!p.by_dots && row + 2 * S::rows + r < last_key)
+              for (int64_t i = 0; i < terms; i += kLine) __builtin_prefetch(keys.row(row + 2 * S::rows + r) + i);
+            top_k_key(p, first_query, q, count, segment, first_key + row + r, memory(p.bias)[row + r], strip + r * step,
+                      bound);
+          }
+        }
+      }
   }
 
   // The scores of queries with their targets, by the same operations as all others, so that they equal themselves.
@@ -208,7 +251,7 @@ class Scorer {
       }
       for (int64_t r = some; r < S::cols; ++r) bias[r] = 0;
       int64_t a_row;
-      const T* const a = tile_of_queries(from, count, a_row);
+      const T* const a = tile_of(queries, from, count, a_row);
       score_strip(terms, a, a_row, panel, S::cols, static_cast<T>(s.scale), bias, scores, S::cols);
       for (int64_t r = 0; r < some; ++r) to[first + r] = scores[(first + r) * S::cols + r];
     }

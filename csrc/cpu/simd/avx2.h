@@ -22,8 +22,8 @@ struct Simd<float> {
   using V = F32;
   static constexpr int width = 8, tile_rows = 6, tile_vectors = 2;  // 12 of 16 registers hold a tile of scores
   static V broadcast(float x) { return _mm256_set1_ps(x); }
-  static unsigned above(V a, V b) {  // a bit where a > b
-    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+  static unsigned passes(V a, V b) {  // a bit where a > b, or where one is NaN
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
   }
   static float max(V v) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -55,7 +55,9 @@ struct Simd<double> {
   using V = F64;
   static constexpr int width = 4, tile_rows = 6, tile_vectors = 2;
   static V broadcast(double x) { return _mm256_set1_pd(x); }
-  static unsigned above(V a, V b) { return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ))); }
+  static unsigned passes(V a, V b) {
+    return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_NLE_UQ)));
+  }
   static double max(V v) {
     const __m128d m = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_max_sd(m, _mm_unpackhi_pd(m, m)));

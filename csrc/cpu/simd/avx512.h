@@ -22,7 +22,8 @@ struct Simd<float> {
   using V = F32;
   static constexpr int width = 16, tile_rows = 6, tile_vectors = 4;  // 24 of 32 registers hold a tile of scores
   static V broadcast(float x) { return _mm512_set1_ps(x); }
-  static unsigned above(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }  // a bit where a > b
+  // A bit where a > b, or where one is NaN.
+  static unsigned passes(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
   static float max(V v) {
     const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_maskz_extractf32x8_ps(0xff, v, 1));
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
@@ -53,7 +54,7 @@ struct Simd<double> {
   using V = F64;
   static constexpr int width = 8, tile_rows = 6, tile_vectors = 4;
   static V broadcast(double x) { return _mm512_set1_pd(x); }
-  static unsigned above(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
+  static unsigned passes(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_NLE_UQ); }
   static double max(V v) {
     const __m256d h = _mm256_max_pd(_mm512_castpd512_pd256(v), _mm512_maskz_extractf64x4_pd(0xf, v, 1));
     const __m128d m = _mm_max_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));

@@ -15,7 +15,7 @@ struct Simd {
   using V = T;
   static constexpr int width = 1, tile_rows = 4, tile_vectors = 4;
   static V broadcast(T x) { return x; }
-  static unsigned above(V a, V b) { return a > b; }
+  static unsigned passes(V a, V b) { return !(a <= b); }
   static T max(V v) { return v; }
   static void zip(V a, V b, V& low, V& high) {
     low = a;
