@@ -18,7 +18,7 @@ from torch.func import grad, jvp, vmap
 import fusionsum as fs
 from conftest import DTYPES, NARROW
 from eager import PHI, Passing
-from fusionsum.autograd import search
+from fusionsum.autograd import schema, search
 
 # torch's own, on its first use of forward AD and of inductor
 pytestmark = [
@@ -220,7 +220,7 @@ def test_opcheck(wants, exclude):
     given, _ = exclusion(exclude)
     leaves = [x.requires_grad_(i in wants) for i, x in enumerate(sides(requires_grad=False))]
     checked = fs.scores.check_search(*leaves[:2], fusion_weights=leaves[2], key_bias=leaves[3], exclude=given)
-    arguments = search._arguments(checked)
+    arguments = schema.side_arguments(checked)
     torch.library.opcheck(torch.ops.fusionsum.top_k.default, (*arguments, 3))
     torch.library.opcheck(torch.ops.fusionsum.ranks.default, (*arguments, torch.tensor([2, 0, 6])))
 
@@ -244,6 +244,31 @@ def test_compile(backend):
             found, wanted = compiled(*given), step(*given)
         torch.testing.assert_close(found, wanted)
         torch.testing.assert_close(torch.autograd.grad(found[0], x), torch.autograd.grad(wanted[0], x))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [[1, 2], [], [0]],
+        ((1,), range(2, 4), ()),
+        [torch.tensor([1]), torch.tensor([2, 3], dtype=torch.int16), torch.tensor([])],
+        [np.array([1]), np.array([3, 2]), [4, 4]],
+    ],
+    ids=["lists", "tuples", "tensors", "arrays"],
+)
+def test_compile_with_ids_per_query(given):
+    torch._dynamo.reset()
+    targets = torch.tensor([2, 0, 6])
+
+    def step(q, k):
+        values, indices = fs.top_k(q, k, 6, exclude=given)
+        return torch.where(values.isfinite(), values, 0), indices, fs.ranks(q, k, targets, exclude=given)
+
+    x = [torch.randn(3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)]
+    found, wanted = torch.compile(step, backend="aot_eager", fullgraph=True)(*x), step(*x)
+    assert all(map(torch.equal, found, wanted))
+    for grads in zip(torch.autograd.grad(found[0].sum(), x), torch.autograd.grad(wanted[0].sum(), x), strict=True):
+        torch.testing.assert_close(*grads)
 
 
 class Index(torch.nn.Module):
@@ -325,3 +350,46 @@ def test_the_gradient_of_many_equal_keys_goes_to_those_found():
     values.sum().backward()
     assert k.grad.sum(1).tolist() == [6, 6, 0, 0, 0, 0]
     assert np.array_equal(q.grad.numpy(), np.full((2, 3), 2))
+
+
+# ---- some queries at a time ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exclude", EXCLUSIONS)
+@pytest.mark.parametrize("most", [1, 40, 10**6])
+def test_gradients_do_not_depend_on_how_many_keys_are_gathered(most, exclude, monkeypatch):
+    """Nor on the number of threads: the same bits."""
+    leaves = sides((2, 1), 33, 7, 4, dtype=torch.float32)
+    given, _ = exclusion(exclude, 33)
+    best = Best((2, 1), 5, exclude=given, key_activations="tanh")
+    wanted = gradients(best, leaves)
+    monkeypatch.setattr(search, "MOST_GATHERED", most)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            found.append(gradients(best, leaves))
+            torch.testing.assert_close(found[-1], wanted)
+            assert all(map(torch.equal, found[-1], found[0]))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_gradient_gathers_few_keys_at_a_time(monkeypatch):
+    """No tensor that it makes is larger than the limit or an argument."""
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            made = [x for x in torch.utils._pytree.tree_leaves(found) if isinstance(x, torch.Tensor)]
+            self.entries = max([self.entries, *(x.numel() for x in made)])
+            return found
+
+    leaves = sides((1, 1), 50, 30, 16)
+    loss = Best((1, 1), 20)(*leaves).sum()
+    monkeypatch.setattr(search, "MOST_GATHERED", 900)
+    with Largest() as mode:
+        loss.backward()
+    assert 800 <= mode.entries <= 50 * 20  # not 50 x 20 x 16

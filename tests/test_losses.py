@@ -197,7 +197,7 @@ def gradients(case, options):
         options["positives"] == "any", options["symmetric"], options["label_smoothing"], options["reduction"], 0
     )
     stats = evaluate("softmax_stats", *given, checked.any, checked.symmetric, checked.totals)
-    upstream = [np.ones(np.shape(x)) for x in combine(np, *stats, checked)]
+    upstream = [np.ones(np.shape(x)) for x in combine(*stats, checked)]
     return evaluate("softmax_grad", *given, checked.any, *coefficients(np, *stats, checked, upstream), (True,) * 4)
 
 
@@ -374,17 +374,14 @@ def test_memory_maps_are_arrays(rng, tmp_path):
 
 
 @pytest.mark.parametrize("options", EVERY, ids=str)
-def test_the_combination_is_the_same_in_torch(options, rng):
-    """And its derivative by autograd agrees with the coefficients, wherever a loss is counted."""
+def test_coefficients_are_the_same_in_torch(options, rng):
     case = pairs.with_labels(pairs.sides(rng, rows=5, columns=9), rng)
     checked = Options(
         options["positives"] == "any", options["symmetric"], options["label_smoothing"], options["reduction"], 1
     )
     stats = evaluate("softmax_stats", *case.read(), checked.any, checked.symmetric, True)
     tensors = [None if x is None else torch.tensor(x) for x in stats]
-    outputs = combine(np, *stats, checked)
-    for got, want in zip(combine(torch, *tensors, checked), outputs, strict=True):
-        close(got, torch.as_tensor(want))
+    outputs = combine(*stats, checked)
     upstream = [np.asarray(rng.standard_normal(np.shape(x))) for x in outputs]
     upstream[-1] = None
     found = coefficients(torch, *tensors, checked, [None if u is None else torch.tensor(u) for u in upstream])

@@ -137,13 +137,16 @@ def kind(x: Any) -> str:
 
 def check_array(name: str, x: Any, first_name: str, first: Any) -> None:
     """Raise an error unless x is a plain array of the framework and on the device of the call's first array."""
-    if not isinstance(x, np.ndarray) and not is_tensor(x):
+    of_torch = is_tensor(x)
+    if not of_torch and not isinstance(x, np.ndarray):
         raise TypeError(f"{name}: expected a numpy.ndarray or torch.Tensor, got {type(x).__name__}")
-    if isinstance(x, np.ma.MaskedArray):
+    if not of_torch and isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected a plain array, got a masked one; say what is absent by `present`")
+    if x is first:
+        return
     if kind(x) != kind(first):
         raise TypeError(f"{name}: expected a {kind(first)} like {first_name}, got a {kind(x)}; convert one of them")
-    if is_tensor(x) and x.device != first.device:
+    if of_torch and x.device != first.device:
         raise ValueError(f"{name}: is on {x.device}, expected {first.device}, where {first_name} is")
 
 
@@ -156,9 +159,11 @@ def check_operand(name: str, x: Any, first_name: str, first: Any) -> None:
 
 def check_activations(name: str, activations: Sequence[Any]) -> None:
     """Raise an error unless every entry is None or the name of an activation."""
-    known = ", ".join(repr(activation) for activation in reference.ACTIVATIONS)
     for m, activation in enumerate(activations):
-        if not (activation is None or isinstance(activation, str)):
+        if activation is None:
+            continue
+        known = ", ".join(repr(activation) for activation in reference.ACTIVATIONS)
+        if not isinstance(activation, str):
             raise TypeError(f"{name}[{m}]: expected one of {known}, got {type(activation).__name__}")
         if activation not in reference.ACTIVATIONS:
             raise ValueError(f"{name}[{m}]: expected one of {known}, got {activation!r}")
@@ -166,15 +171,18 @@ def check_activations(name: str, activations: Sequence[Any]) -> None:
 
 def check_choice(name: str, given: Any, known: Sequence[str]) -> None:
     """Raise an error unless the argument is one of these words."""
+    if isinstance(given, str) and given in known:
+        return
     valid = " or ".join(filter(None, [", ".join(map(repr, known[:-1])), repr(known[-1])]))
     if not isinstance(given, str):
         raise TypeError(f"{name}: expected {valid}, got {type(given).__name__}")
-    if given not in known:
-        raise ValueError(f"{name}: expected {valid}, got {given!r}")
+    raise ValueError(f"{name}: expected {valid}, got {given!r}")
 
 
 def broadcast(shape: tuple[int, ...], name: str, other: tuple[int, ...], before: str) -> tuple[int, ...]:
-    """Broadcast a shape with that of one more operand."""
+    """Broadcast a shape, () before the first operand, with that of one more."""
+    if shape in ((), other):
+        return other
     try:
         return reference.broadcast_shape(shape, other)
     except ValueError:

@@ -123,22 +123,8 @@ def contrastive_loss(
     >>> fs.contrastive_loss(images, texts, labels=np.array([0, 7]), key_labels=np.array([7, 0]), reduction="none")
     (array([1.31326169, 1.31326169]), array([1.31326169, 1.31326169]))
     """
-    scores = check(
-        queries,
-        keys,
-        fusion_weights=fusion_weights,
-        logit_scale=logit_scale,
-        key_bias=key_bias,
-        labels=labels,
-        key_labels=key_labels,
-        exclude=exclude,
-        activations=activations,
-        key_activations=key_activations,
-        present=present,
-        key_present=key_present,
-        absent=absent,
-        group=group,
-    )
+    sides = queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias
+    scores = check(*sides, logit_scale, 0.0, labels, key_labels, exclude, group)
     check_choice("positives", positives, ("mean", "any"))
     check_choice("reduction", reduction, REDUCTIONS)
     options = Options(
@@ -152,7 +138,7 @@ def contrastive_loss(
         return adopt_autograd().losses.contrastive_loss(scores, options)
     of_queries, of_keys = evaluate("softmax_stats", *scores.read(), options.any, options.symmetric, options.totals)
     with np.errstate(all="ignore"):  # infinities and NaN give no warnings, as in the kernels and torch
-        return arrange([_rounded(x, scores) for x in combine(np, of_queries, of_keys, options)], options)
+        return arrange([_rounded(x, scores) for x in combine(of_queries, of_keys, options, scores.diagonal)], options)
 
 
 def sigmoid_loss(
@@ -215,22 +201,8 @@ def sigmoid_loss(
     >>> round(float(fs.sigmoid_loss(images, texts, logit_scale=4.0, logit_bias=-2.0)), 6)  # 2 log(1 + exp(-2))
     0.253856
     """
-    scores = check(
-        queries,
-        keys,
-        fusion_weights=fusion_weights,
-        logit_scale=logit_scale,
-        logit_bias=logit_bias,
-        labels=labels,
-        key_labels=key_labels,
-        exclude=exclude,
-        activations=activations,
-        key_activations=key_activations,
-        present=present,
-        key_present=key_present,
-        absent=absent,
-        group=group,
-    )
+    sides = queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, None
+    scores = check(*sides, logit_scale, logit_bias, labels, key_labels, exclude, group)
     check_choice("reduction", reduction, REDUCTIONS)
     if is_tensor(scores.queries[0]):
         return adopt_autograd().losses.sigmoid_loss(scores, reduction)

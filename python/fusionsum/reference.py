@@ -290,8 +290,9 @@ def softmax_stats(*arguments: Any) -> tuple[np.ndarray, np.ndarray | None]:
     """Statistics of each row of scores, (5, B), and if `symmetric` of each column, (5, C); None else. All in float64.
 
     0: log-sum-exp over the valid pairs; 1: mean score of the positive pairs, or if `any` their log-sum-exp; 2: how many are
-    positive; 3: if `totals` the sum over the valid pairs, else 0; 4: how many are valid. Without pairs a log-sum-exp is
-    -inf and a mean 0. Arguments: a Scores, any, symmetric, totals.
+    positive; 3 and 4: if `totals` the sum over the valid pairs whose score is not -inf, and how many they are, else 0.
+    Without pairs a log-sum-exp is -inf and a mean 0. A log-sum-exp is NaN if a score of its row is, else +inf if one is.
+    Kernels keep this contract, of which the losses are made. Arguments: a Scores, any, symmetric, totals.
     """
     *scores, any, symmetric, totals = arguments
     pairs = _Pairs(*scores)
@@ -299,9 +300,10 @@ def softmax_stats(*arguments: Any) -> tuple[np.ndarray, np.ndarray | None]:
     def stats(s: np.ndarray, valid: np.ndarray, positive: np.ndarray) -> np.ndarray:
         positives = positive.sum(axis=1)
         mean = np.where(positive, s, 0).sum(axis=1) / np.maximum(positives, 1)
-        total = np.where(valid, s, 0).sum(axis=1) if totals else np.zeros(len(s))
+        counted = valid & (s != -np.inf) & totals
+        total = np.where(counted, s, 0).sum(axis=1)
         of_positives = _log_sum_exp(s, positive) if any else mean
-        return np.stack([_log_sum_exp(s, valid), of_positives, positives, total, valid.sum(axis=1)])
+        return np.stack([_log_sum_exp(s, valid), of_positives, positives, total, counted.sum(axis=1)])
 
     s = pairs.scores.astype(np.float64)
     return stats(s, pairs.valid, pairs.positive), stats(s.T, pairs.valid.T, pairs.positive.T) if symmetric else None
@@ -313,14 +315,15 @@ def softmax_grad(*arguments: Any) -> tuple[Any, ...]:
 
     Gamma, the gradient of the scores, is made of coefficients of the rows, (5, B), and of the columns, (5, C) or None.
     0: log-sum-exp; 1: coefficient of the softmax; 2: log-sum-exp of the positives, if `any`; 3: coefficient of the
-    positives; 4: what every valid pair loses, for label smoothing. Arguments: a Scores, any, query_coefs, key_coefs, needs.
+    positives; 4: what every valid pair loses whose score is not -inf, for label smoothing. Arguments: a Scores, any,
+    query_coefs, key_coefs, needs.
     """
     *scores, any, query_coefs, key_coefs, needs = arguments
     pairs = _Pairs(*scores)
 
     def gamma(s: np.ndarray, valid: np.ndarray, positive: np.ndarray, coefs: np.ndarray) -> np.ndarray:
         lse, of_softmax, positive_lse, of_positives, of_all = coefs[:, :, None]
-        found = of_softmax * np.exp(s - lse) - of_all
+        found = of_softmax * np.exp(s - lse) - np.where(s == -np.inf, 0, of_all)
         found -= np.where(positive, of_positives * (np.exp(s - positive_lse) if any else 1), 0)
         return np.where(valid, found, 0)
 

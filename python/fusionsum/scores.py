@@ -12,8 +12,10 @@ compilers pass; `Scores.read` and `Search.read` look at values: they make floats
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -64,18 +66,17 @@ class Scores(NamedTuple):
         """The arrays whose dtypes decide that of the results: factors and weights."""
         return _operands(self)
 
+    @property
+    def diagonal(self) -> bool:
+        """Tell whether key b is the one positive of query b, and nothing is excluded."""
+        return self.query_labels is None and self.query_ids is None and self.exclude is None
+
     def read(self) -> Scores:
         """Read the values: floats for scalars, int32 codes for labels and ids, plain arrays for memory maps."""
-        labels, key_labels = _codes("labels", self.query_labels, self.key_labels)
-        ids, key_ids = _codes("exclude", self.query_ids, self.key_ids)
-        return _plain(self)._replace(
-            logit_scale=_number(self.logit_scale),
-            logit_bias=_number(self.logit_bias),
-            query_labels=labels,
-            key_labels=key_labels,
-            query_ids=ids,
-            key_ids=key_ids,
-        )
+        labels = _codes("labels", self.query_labels, self.key_labels)
+        ids = _codes("exclude", self.query_ids, self.key_ids)
+        scalars = _number(self.logit_scale), _number(self.logit_bias)
+        return Scores._make((*_plain(self[:9]), *scalars, *labels, *ids, _plain(self.exclude)))
 
 
 class Search(NamedTuple):
@@ -101,9 +102,10 @@ class Search(NamedTuple):
 
     def read(self) -> Search:
         """Read the values: ids of keys to leave out become int64, ascending within a query, each of them once."""
-        if self.excluded_offsets is None:
-            return _plain(self)
-        offsets, ids = (_integers(x).astype(np.int64) for x in (self.excluded_offsets, self.excluded_ids))
+        plain = Search(*_plain(tuple(self)))
+        if plain.excluded_offsets is None:
+            return plain
+        offsets, ids = (_integers(x).astype(np.int64) for x in (plain.excluded_offsets, plain.excluded_ids))
         rows, columns = len(self.queries[0]), len(self.keys[0])
         if offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 0).any():
             raise ValueError(
@@ -113,7 +115,7 @@ class Search(NamedTuple):
         _check_below("exclude", ids, columns, "the number of keys")
         places = np.unique(np.repeat(np.arange(rows), np.diff(offsets)) * columns + ids)
         offsets = np.searchsorted(places, np.arange(rows + 1) * columns)
-        return _plain(self)._replace(excluded_offsets=offsets, excluded_ids=places % max(columns, 1))
+        return plain._replace(excluded_offsets=offsets, excluded_ids=places % max(columns, 1))
 
 
 def evaluate(name: str, *arguments: Any) -> Any:
@@ -137,26 +139,26 @@ def evaluate(name: str, *arguments: Any) -> Any:
 def check(
     queries: Any,
     keys: Any,
-    *,
-    fusion_weights: Any = None,
-    logit_scale: Any = 1.0,
-    logit_bias: Any = 0.0,
-    key_bias: Any = None,
-    labels: Any = None,
-    key_labels: Any = None,
-    exclude: Any = None,
     activations: Any = None,
     key_activations: Any = None,
     present: Any = None,
     key_present: Any = None,
     absent: Any = "one",
+    fusion_weights: Any = None,
+    key_bias: Any = None,
+    logit_scale: Any = 1.0,
+    logit_bias: Any = 0.0,
+    labels: Any = None,
+    key_labels: Any = None,
+    exclude: Any = None,
     group: Any = None,
 ) -> Scores:
     """Return the call of a loss, normalised but unread; for an invalid one, raise an error that names the argument."""
-    sides = queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias
-    shared, rows, columns, first = _check_sides(*sides, group)
-    for name, scalar in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
-        _check_scalar(name, scalar, *first)
+    shared, rows, columns, first = _check_sides(
+        queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias, group
+    )
+    _check_scalar("logit_scale", logit_scale, *first)
+    _check_scalar("logit_bias", logit_bias, *first)
     if labels is None and key_labels is None:
         if columns < rows:
             raise ValueError(
@@ -186,20 +188,20 @@ def check(
 def check_search(
     queries: Any,
     keys: Any,
-    *,
-    fusion_weights: Any = None,
-    key_bias: Any = None,
-    exclude: Any = None,
     activations: Any = None,
     key_activations: Any = None,
     present: Any = None,
     key_present: Any = None,
     absent: Any = "one",
+    fusion_weights: Any = None,
+    key_bias: Any = None,
+    exclude: Any = None,
     group: Any = None,
 ) -> Search:
     """Return the call of a search, normalised but unread; for an invalid one, raise an error that names the argument."""
-    sides = queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias
-    shared, rows, columns, first = _check_sides(*sides, group)
+    shared, rows, columns, first = _check_sides(
+        queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias, group
+    )
     offsets = ids = None
     if (
         isinstance(exclude, tuple)
@@ -212,7 +214,7 @@ def check_search(
     elif isinstance(exclude, (tuple, list)):
         if len(exclude) != rows:
             raise ValueError(f"exclude: expected {rows} sequences of ids, one per query, got {len(exclude)}")
-        offsets, ids = _listed(exclude)
+        offsets, ids = _listed(exclude, first[1])
         exclude = None
     elif exclude is not None:
         valid = "a boolean array, a list of ids per query or a pair of arrays (offsets, ids)"
@@ -304,16 +306,16 @@ def _check_sides(
 def _check_factors(name: str, given: Any, first: tuple[str, Any]) -> tuple[tuple[Any, ...], tuple[int, int]]:
     """Check one side; return its factors, broadcast to one shape, and that shape."""
     several = isinstance(given, (tuple, list))
-    factors = list(given) if several else [given]
+    factors = tuple(given) if several else (given,)
     if not 1 <= len(factors) <= reference.MAX_FACTORS:
         raise ValueError(f"{name}: expected 1 to {reference.MAX_FACTORS} arrays, got {len(factors)}")
-    labels = [f"{name}[{m}]" for m in range(len(factors))] if several else [name]
     shape: tuple[int, ...] = ()
-    for m, (label, x) in enumerate(zip(labels, factors, strict=True)):
+    for m, x in enumerate(factors):
+        label = f"{name}[{m}]" if several else name
         check_operand(label, x, *first)
         if not 1 <= x.ndim <= 2:
             raise ValueError(f"{label}: expected two dims, rows and terms, got shape {tuple(x.shape)}")
-        shape = broadcast(shape, label, tuple(x.shape), ", ".join(labels[:m]))
+        shape = broadcast(shape, label, tuple(x.shape), ", ".join([f"{name}[{i}]" for i in range(m)]))
     if len(shape) != 2:
         raise ValueError(f"{name}: expected two dims, rows and terms, got shape {shape}")
     return tuple(_expanded(x, shape) for x in factors), (shape[0], shape[1])
@@ -321,6 +323,8 @@ def _check_factors(name: str, given: Any, first: tuple[str, Any]) -> tuple[tuple
 
 def _masks(name: str, given: Any, side: str, factors: Sequence[Any]) -> list[Any]:
     """Check the masks of one side; return one or None per factor, each of shape (rows,)."""
+    if given is None:
+        return [None] * len(factors)
     found = per_factor(name, given, len(factors), ())
     for m, (mask, factor) in enumerate(zip(found, factors, strict=True)):
         if mask is not None:
@@ -343,7 +347,7 @@ def _check_length(name: str, x: Any, length: int, meaning: str) -> None:
 def _check_integers(name: str, x: Any, length: int | None, of: str, first: tuple[str, Any]) -> None:
     """Raise an error unless x is a vector of integers; without a length, of any."""
     check_array(name, x, *first)
-    if not reference.dtype_name(x).startswith(("int", "uint")):
+    if not _is_integer(x):
         raise TypeError(f"{name}: expected an integer dtype, got {reference.dtype_name(x)}")
     if length is not None:
         _check_length(name, x, length, f"as many as {of}" if " " not in of else of)
@@ -389,17 +393,15 @@ def _operands(call: Scores | Search) -> tuple[Any, ...]:
     return (*call.queries, *call.keys, *([] if call.fusion_weights is None else [call.fusion_weights]))
 
 
-def _plain(call: Any) -> Any:
-    """View memory maps as arrays; the native module takes no subclasses."""
-
-    def view(x: Any) -> Any:
-        return tuple(map(view, x)) if isinstance(x, tuple) else x.view(np.ndarray) if isinstance(x, np.ndarray) else x
-
-    return call._replace(**{name: view(x) for name, x in call._asdict().items()})
+def _plain(x: Any) -> Any:
+    """View memory maps as arrays, in tuples too; the native module takes no subclasses."""
+    if type(x) is tuple:
+        return tuple([_plain(entry) for entry in x])
+    return x.view(np.ndarray) if isinstance(x, np.ndarray) else x
 
 
 def _number(x: Any) -> float:
-    return float(x if isinstance(x, numbers.Real) else x.item())
+    return x if type(x) is float else float(x if isinstance(x, numbers.Real) else x.item())
 
 
 def _integers(x: Any) -> np.ndarray:
@@ -424,20 +426,28 @@ def _codes(name: str, queries: Any, keys: Any) -> tuple[Any, Any]:
     return codes[: len(queries)], codes[len(queries) :]
 
 
-def _listed(exclude: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Concatenate the ids of each query; return the offsets and them."""
-    lists = []
+def _listed(exclude: Sequence[Any], first: Any) -> tuple[Any, Any]:
+    """Concatenate the ids of each query; return the offsets and them, of the framework of the call's first array."""
+    xp = sys.modules["torch"] if is_tensor(first) else np
+    lists = [xp.zeros(0, dtype=xp.int64)]
     for b, ids in enumerate(exclude):
         if not isinstance(ids, (list, tuple, range, np.ndarray)) and not is_tensor(ids):
             raise TypeError(f"exclude[{b}]: expected a sequence of integers, the ids of keys, got {type(ids).__name__}")
-        listed = _integers(ids)
+        # To a compiler, lists are constants and arrays are tensors.
+        listed = (
+            _integers(ids) if xp is np else xp.as_tensor(list(ids) if isinstance(ids, range) else ids, device="cpu")
+        )
         if listed.ndim != 1:
-            raise ValueError(f"exclude[{b}]: expected one dim, got shape {listed.shape}")
-        if listed.dtype.kind not in "iu" and listed.size:
-            raise TypeError(f"exclude[{b}]: expected integers, the ids of keys, got {listed.dtype}")
-        lists.append(listed.astype(np.int64))
-    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-    return offsets, np.concatenate([np.zeros(0, np.int64), *lists])
+            raise ValueError(f"exclude[{b}]: expected one dim, got shape {tuple(listed.shape)}")
+        if not _is_integer(listed) and listed.shape[0]:
+            raise TypeError(f"exclude[{b}]: expected integers, the ids of keys, got {reference.dtype_name(listed)}")
+        lists.append(xp.asarray(listed, dtype=xp.int64))
+    offsets = list(itertools.accumulate([x.shape[0] for x in lists]))
+    return xp.asarray(offsets, dtype=xp.int64), xp.concatenate(lists)
+
+
+def _is_integer(x: Any) -> bool:
+    return reference.dtype_name(x).startswith(("int", "uint"))
 
 
 def _check_below(name: str, integers: np.ndarray, limit: int, meaning: str) -> None:

@@ -45,6 +45,7 @@ def top_k(
         The keys that a query leaves out: where a boolean array (B, C) is True; or for each query a sequence of their
         numbers, in a list or tuple of B of them; or the tuple of two integer arrays (offsets, ids), where query b leaves
         out ``ids[offsets[b] : offsets[b + 1]]``. A tuple of two arrays is always the latter; for two queries, give a list.
+        A compiler takes the numbers in lists for constants, and compiles anew for others; it takes arrays for any.
     activations, key_activations, present, key_present, absent, group
         As for `contrastive_loss`.
 
@@ -74,19 +75,8 @@ def top_k(
     >>> fs.top_k(np.array([[3.0, 1.0]]), keys, 2, exclude=[[2]])
     (array([[3., 1.]]), array([[0, 1]]))
     """
-    search = check_search(
-        queries,
-        keys,
-        fusion_weights=fusion_weights,
-        key_bias=key_bias,
-        exclude=exclude,
-        activations=activations,
-        key_activations=key_activations,
-        present=present,
-        key_present=key_present,
-        absent=absent,
-        group=group,
-    )
+    sides = queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias
+    search = check_search(*sides, exclude, group)
     k = check_k(k, search.keys[0].shape[0])
     if is_tensor(search.queries[0]):
         return adopt_autograd().search.top_k(search, k)
@@ -147,19 +137,8 @@ def ranks(
     >>> fs.ranks(queries, keys, np.array([0, 1]), exclude=[[], [0]], ties="optimistic")
     array([1, 1])
     """
-    search = check_search(
-        queries,
-        keys,
-        fusion_weights=fusion_weights,
-        key_bias=key_bias,
-        exclude=exclude,
-        activations=activations,
-        key_activations=key_activations,
-        present=present,
-        key_present=key_present,
-        absent=absent,
-        group=group,
-    )
+    sides = queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias
+    search = check_search(*sides, exclude, group)
     check_choice("ties", ties, TIES)
     check_targets(targets, search, first_name(queries))
     if is_tensor(search.queries[0]):

@@ -135,6 +135,8 @@ def _viewed(x: Any) -> Any:
 def _needed(found: Sequence[Any], logit_scale: float, needs: Needs) -> list[Tensor]:
     """Keep what is needed. The sides' gradients come as those through S0, of which S is logit_scale times as much."""
     d_queries, d_keys, *others = found
-    sides = [d if d is None else torch.as_tensor(d).mul_(logit_scale) for d in (d_queries, d_keys)]
-    others = [d if d is None else torch.as_tensor(d, dtype=torch.float64) for d in others]
-    return [d for d, need in zip([*sides, *others], needs, strict=True) if need]
+    sides = [d if d is None else torch.as_tensor(d) for d in (d_queries, d_keys)]
+    if logit_scale != 1:
+        sides = [d if d is None else d.mul_(logit_scale) for d in sides]
+    wanted = [d for d, need in zip([*sides, *others], needs, strict=True) if need]
+    return [torch.scalar_tensor(d, dtype=torch.float64) if isinstance(d, float) else torch.as_tensor(d) for d in wanted]

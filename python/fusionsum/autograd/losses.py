@@ -73,19 +73,20 @@ class _Contrastive:
         """Return how many tensors are kept."""
         return 1 + self.options.symmetric
 
-    @np.errstate(all="ignore")  # infinities and NaN give no warnings, as in torch
     def evaluate(self, scores: Scores) -> tuple[Any, list[Tensor]]:
         """Evaluate the outputs, float64 arrays, and what is kept, for scores that are read."""
         of_queries, of_keys = tensors.softmax_stats(
             scores, self.options.any, self.options.symmetric, self.options.totals
         )
         kept = [torch.from_numpy(x) for x in (of_queries, of_keys) if x is not None]
-        return combine(np, of_queries, of_keys, self.options), kept
+        return combine(of_queries, of_keys, self.options, scores.diagonal), kept
 
-    def gradients(self, xp: Any, upstream: Any, needed: list[bool], rows: int, kept: Any, differentiate: Any) -> Any:
+    def gradients(
+        self, xp: Any, upstream: Any, needed: list[bool], scores: Scores, kept: Any, differentiate: Any
+    ) -> Any:
         """Evaluate those of the gradients that are `needed`; `upstream` has one array, or None, per output."""
         of_queries, of_keys, *_ = [*(x.numpy() if xp is np else x for x in kept), None]
-        coefs = coefficients(xp, of_queries, of_keys, self.options, upstream)
+        coefs = coefficients(xp, of_queries, of_keys, self.options, upstream, scores.diagonal)
         return differentiate("softmax_grad", *coefs, self.options.any, needed)
 
 
@@ -120,14 +121,17 @@ class _Sigmoid:
         of_queries, found = tensors.sigmoid_stats_and_grad(coefs, scores, self.keep)
         return [combine_sigmoid(of_queries, self.reduction)], found
 
-    def gradients(self, xp: Any, upstream: Any, needed: list[bool], rows: int, kept: Any, differentiate: Any) -> Any:
+    def gradients(
+        self, xp: Any, upstream: Any, needed: list[bool], scores: Scores, kept: Any, differentiate: Any
+    ) -> Any:
         """Evaluate those of the gradients that are `needed`; `upstream` has the one of the output."""
         # Where a second derivative may follow, only the operation can raise the error that there is none.
         if not torch.is_grad_enabled() and all(has or not need for has, need in zip(self.keep, needed, strict=True)):
             wanted = [need for has, need in zip(self.keep, needed, strict=True) if has]
             by = float(upstream[0]) if xp is np else upstream[0]  # a tensor times an array warns
             return [d * by for d, need in zip(kept, wanted, strict=True) if need]
-        return differentiate("sigmoid_grad", coefficients_sigmoid(xp, upstream[0], rows, self.reduction), needed)
+        coefs = coefficients_sigmoid(xp, upstream[0], scores.queries[0].shape[0], self.reduction)
+        return differentiate("sigmoid_grad", coefs, needed)
 
 
 # ---- gradients: of the queries' side, the keys' side, logit_scale, and key_bias or logit_bias ------------------------
@@ -150,11 +154,12 @@ def _gradients(
     loss: Any, xp: Any, grads: Sequence[Any], needs: Sequence[Any], scores: Scores, kept: Any, differentiate: Any
 ) -> Scores:
     """Gradients of the fields of `scores`, None for all but some, from those of the outputs and of what was kept."""
-    upstream = [d if d is None else d.double() for d in grads[: len(grads) - len(kept)]]
-    if xp is np:
-        upstream = [d if d is None else d.numpy()[()] for d in upstream]
+    if xp is np:  # a number or a vector of float64
+        upstream = [d if d is None else d.double().numpy() if d.ndim else d.item() for d in grads]
+    else:
+        upstream = [d if d is None else d.double() for d in grads]
     needed = _needed(needs, loss.bias)
-    found = iter(loss.gradients(xp, upstream, needed, scores.queries[0].shape[0], kept, differentiate))
+    found = iter(loss.gradients(xp, upstream, needed, scores, kept, differentiate))
     d_queries, d_keys, d_scale, d_bias = [next(found) if need else None for need in needed]
 
     queries, keys = sides(scores)
@@ -176,11 +181,14 @@ def _evaluated(loss: Any, options: Sequence[Any], scores: Scores) -> Sequence[Te
     found = [x for x in given if isinstance(x, Tensor)]
     if not routing.is_plain(found):
         outputs = apply(loss.name, *schema.side_arguments(_as_tensors(scores)), *options)
-    elif routing.records(found):
-        outputs = _Recorded.apply(loss, scores, *given)
-    else:
-        return _rounded(loss.evaluate(scores.read())[0], scores)
-    return outputs[: len(loss.shapes(0, 0))]
+        return outputs[: len(loss.shapes(0, 0))]
+    if routing.records(found):
+        read = scores.read()
+        values = arrays(read)
+        # Integers have no gradients, and were read once.
+        places = [i for i, x in enumerate(given) if isinstance(x, Tensor) and not isinstance(values[i], np.ndarray)]
+        return _record(loss, scores, read, places, *[given[i] for i in places])
+    return _rounded(loss.evaluate(scores.read())[0], scores)
 
 
 def _result_dtype(scores: Scores) -> torch.dtype:
@@ -190,7 +198,8 @@ def _result_dtype(scores: Scores) -> torch.dtype:
 
 def _rounded(outputs: Sequence[Any], scores: Scores) -> list[Tensor]:
     dtype = _result_dtype(scores)
-    return [torch.tensor(x, dtype=dtype) for x in outputs]
+    # torch.tensor takes 4 us for a number
+    return [torch.tensor(x, dtype=dtype) if np.ndim(x) else torch.scalar_tensor(x, dtype=dtype) for x in outputs]
 
 
 def _as_tensors(scores: Scores) -> Scores:
@@ -208,38 +217,45 @@ def _as_tensors(scores: Scores) -> Scores:
 
 
 class _Recorded(torch.autograd.Function):
-    """A loss as plain autograd records it; saves its arguments, and what the loss keeps."""
+    """A loss as plain autograd records it: of scores, the same read, the places of its tensors among `arrays`, and these.
+
+    It saves the tensors, and what the loss keeps.
+    """
 
     @staticmethod
-    def forward(ctx: Any, loss: Any, scores: Scores, *given: Any) -> tuple[Tensor, ...]:
-        read = scores.read()
+    def forward(
+        ctx: Any, loss: Any, scores: Scores, read: Scores, places: Sequence[int], *given: Tensor
+    ) -> tuple[Tensor, ...]:
         outputs, kept = loss.evaluate(read)
-        values = [None if isinstance(x, Tensor) else x for x in arrays(read)]
-        of_tensors = [None if isinstance(v, np.ndarray) else x for x, v in zip(given, values, strict=True)]
-        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in of_tensors), *kept)
-        ctx.loss, ctx.read = loss, with_arrays(read, values)
-        return *_rounded(outputs, scores), *kept
+        ctx.save_for_backward(*given, *kept)
+        values = [None if isinstance(x, Tensor) else x for x in arrays(read)]
+        ctx.loss, ctx.read, ctx.places = loss, with_arrays(read, values), places
+        return tuple(_rounded(outputs, scores))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         if all(d is None for d in grads):
             return (None,) * len(ctx.needs_input_grad)
-        saved, values = ctx.saved_tensors, arrays(ctx.read)
-        given, kept = saved[: len(values)], saved[len(values) :]
-        needs = with_arrays(ctx.read, ctx.needs_input_grad[2:])
-        # Of scalars there are both the tensors and their values; of labels and ids, which were read once, the codes.
-        scores = with_arrays(ctx.read, [v if x is None else x for x, v in zip(given, values, strict=True)])
+        places, saved = ctx.places, ctx.saved_tensors
+        kept = saved[len(places) :]
+        values, needed = [*arrays(ctx.read)], [False] * len(arrays(ctx.read))
+        for place, x, need in zip(places, saved, ctx.needs_input_grad[-len(places) :], strict=False):
+            values[place], needed[place] = x, need
+        scores, needs = with_arrays(ctx.read, values), with_arrays(ctx.read, needed)
         found = [x for x in (*grads, *saved) if x is not None]
         if routing.is_plain(found) and not routing.records(found):
-            read = with_arrays(ctx.read, [x if v is None else v for x, v in zip(given, values, strict=True)])
-            with np.errstate(all="ignore"):
-                gradients = _gradients(ctx.loss, np, grads, needs, scores, kept, _by_kernels(read))
+            read = scores._replace(logit_scale=ctx.read.logit_scale, logit_bias=ctx.read.logit_bias)
+            gradients = _gradients(ctx.loss, np, grads, needs, scores, kept, _by_kernels(read))
         else:
             of_scores = schema.side_arguments(_as_tensors(scores))
             gradients = _gradients(ctx.loss, torch, grads, needs, scores, kept, _by_operations(of_scores))
-        return None, None, *arrays(gradients)
+        flat = arrays(gradients)
+        return None, None, None, None, *[flat[place] for place in places]
+
+
+# Past the Python of Function.apply, as in ``routing.py``.
+_record = super(torch.autograd.Function, _Recorded).apply
 
 
 def _by_kernels(read: Scores) -> Callable[..., list[Tensor]]:
@@ -278,7 +294,8 @@ def _record_loss(kind: Any) -> None:
         *inputs, kept = rest
         of_scores, options = _split(inputs)
         scores, loss = schema.scores_of(of_scores), kind(*options)
-        found = _gradients(loss, torch, grads, needs, scores, kept, _by_operations(of_scores))
+        upstream = grads[: len(grads) - len(kept)]
+        found = _gradients(loss, torch, upstream, needs, scores, kept, _by_operations(of_scores))
         nothing = [None] * (WEIGHTS - 2), [None] * len(options)
         return list(found.queries), list(found.keys), *nothing[0], *found[WEIGHTS:], *nothing[1]
 

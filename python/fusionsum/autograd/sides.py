@@ -8,7 +8,6 @@ arguments (``schema.py``).
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -73,10 +72,12 @@ def arrays(call: Scores | Search) -> tuple[Any, ...]:
 
 def with_arrays(call: Any, given: Sequence[Any]) -> Any:
     """Return the call with these in the places of its `arrays`."""
-    ends = list(itertools.accumulate(map(len, (call.queries, call.keys, call.present, call.key_present)), initial=0))
-    groups = [tuple(given[start:end]) for start, end in itertools.pairwise(ends)]
+    given, queries = tuple(given), len(call.queries)
+    factors = queries + len(call.keys)
+    of_sides = given[:queries], given[queries:factors]
+    masks = given[factors : factors + queries], given[factors + queries : 2 * factors]
     names = call.activations, call.key_activations
-    return type(call)(*groups[:2], *names, *groups[2:], call.absent, *given[ends[-1] :])
+    return type(call)(*of_sides, *names, *masks, call.absent, *given[2 * factors :])
 
 
 def wide(call: Scores | Search) -> torch.dtype:
