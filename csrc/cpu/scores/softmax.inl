@@ -30,6 +30,15 @@ inline void add_positive(Statistics& to, double score, bool any) {
   }
 }
 
+// exp(x) for x up to kMargin, and 0 below the least that stays normal when a coefficient multiplies it: subnormal
+// numbers take dozens of times as long on some processors (all pairs at logit_scale 200: six times the whole), and no
+// sum whose largest term is 1 or more sees them.
+template <class V>
+FUSIONSUM_INLINE V exp_or_zero(V x) {
+  const V lowest = V{} + Scalar<V>(sizeof(Scalar<V>) == 8 ? -640 : -64);
+  return select(x < lowest, V{}, exp_of_negative(at_least(x, lowest)).e);
+}
+
 // Brings the keys' references to what was seen of them in earlier strips.
 template <class T>
 void begin_keys(const Scores& s, const Keys<T>& keys) {
@@ -69,7 +78,7 @@ void softmax_row(const Scores& s, int64_t b, const Keys<T>& keys, T* row) {
       const V old = L::load(keys.reference + j), score = L::load(row + j), by = score - old;
       const V raised = select(by > margin, at_most(score, L::broadcast(kHighest<T>)), old);
       L::store(keys.reference + j, raised);
-      L::store(keys.sum + j, L::load(keys.sum + j) * exp_of_negative(old - raised).e);
+      L::store(keys.sum + j, L::load(keys.sum + j) * exp_or_zero(old - raised));
     }
   }
 
@@ -77,10 +86,9 @@ void softmax_row(const Scores& s, int64_t b, const Keys<T>& keys, T* row) {
   V sum{};
   for (int64_t j = 0; j < keys.padded; j += L::width) {
     const V score = L::load(row + j);
-    sum = sum + exp_of_negative(at_most(score - reference, margin)).e;
+    sum = sum + exp_or_zero(at_most(score - reference, margin));
     if (s.symmetric)
-      L::store(keys.sum + j,
-               L::load(keys.sum + j) + exp_of_negative(at_most(score - L::load(keys.reference + j), margin)).e);
+      L::store(keys.sum + j, L::load(keys.sum + j) + exp_or_zero(at_most(score - L::load(keys.reference + j), margin)));
   }
   query.sum += static_cast<double>(L::sum(sum));
   for (int64_t j = 0; highest == kInfinity<T> && j < keys.count; ++j) {
@@ -122,10 +130,10 @@ void softmax_gamma(const Scores& s, int64_t b, const Keys<T>& keys, T* row) {
   const V lowest = L::broadcast(kLowest<T>);
   for (int64_t j = 0; j < keys.padded; j += L::width) {
     const V score = L::load(row + j);
-    V gamma = softmax * exp_of_negative(score - lse).e;
+    V gamma = softmax * exp_or_zero(score - lse);
     V smooth = smoothing;
     if (s.key_coefs) {
-      gamma = madd(L::load(keys.coef[kSoftmax] + j), exp_of_negative(score - L::load(keys.coef[kLse] + j)).e, gamma);
+      gamma = madd(L::load(keys.coef[kSoftmax] + j), exp_or_zero(score - L::load(keys.coef[kLse] + j)), gamma);
       smooth = smooth + L::load(keys.coef[kSmoothing] + j);
     }
     L::store(row + j, gamma - select(score < lowest, V{}, smooth));
