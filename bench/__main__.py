@@ -67,8 +67,9 @@ def benchmark(options: argparse.Namespace) -> Path:
     with tqdm(total=sum(len(row.phases) for row in chosen), unit="phase", mininterval=1.0) as bar:
         for row in chosen:
             result["rows"].append(measure.measure(row, where, options.pairs, threads, not options.quick, bar))
-    result["machine"]["load_after"] = os.getloadavg()
-    return report.write(result, options.out)
+            result["machine"]["load_after"] = os.getloadavg()
+            path = report.write(result, options.out)  # after each row: what is measured outlives a row that fails
+    return path
 
 
 def main(argv: list[str] | None = None) -> int:
