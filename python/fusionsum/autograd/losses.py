@@ -91,7 +91,10 @@ class _Contrastive:
 
 
 class _Sigmoid:
-    """Keeps the gradients that the caller says, of a sum or mean: one pass finds them with the loss."""
+    """Keeps the gradients that the caller says, of a sum or mean: one pass finds them with the loss.
+
+    Where the kernels are called it hands them over once, so there is one instance for each call.
+    """
 
     name = "sigmoid_loss"
     schema = "str reduction, bool[] keep"
@@ -128,8 +131,13 @@ class _Sigmoid:
         # Where a second derivative may follow, only the operation can raise the error that there is none.
         if not torch.is_grad_enabled() and all(has or not need for has, need in zip(self.keep, needed, strict=True)):
             wanted = [need for has, need in zip(self.keep, needed, strict=True) if has]
-            by = float(upstream[0]) if xp is np else upstream[0]  # a tensor times an array warns
-            return [d * by for d, need in zip(kept, wanted, strict=True) if need]
+            found = [d for d, need in zip(kept, wanted, strict=True) if need]
+            if xp is not np:  # operations change nothing
+                return [d * upstream[0] for d in found]
+            # Handed over as they lie, for a copy would double the memory; of `data`, whose changes autograd does not see.
+            # A second call for the same graph finds none and computes them anew.
+            self.keep = [False] * len(needed)
+            return [d.data.mul_(float(upstream[0])) for d in found]
         coefs = coefficients_sigmoid(xp, upstream[0], scores.queries[0].shape[0], self.reduction)
         return differentiate("sigmoid_grad", coefs, needed)
 
