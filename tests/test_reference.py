@@ -212,7 +212,7 @@ def test_statistics_of_scores(pairing, absent, scale, rng):
         assert (found[1] is None) == (not symmetric)
         for got, want in zip(found, wanted[any], strict=True):
             if got is not None:
-                want = want * np.array([1, 1, 1, totals, 1])[:, None]
+                want = want * np.array([1, 1, 1, totals, totals])[:, None]
                 assert np.array_equal(np.isinf(got), np.isinf(want))
                 check_scaled(np.where(np.isinf(got), 0, got), np.where(np.isinf(want), 0, want))
 
