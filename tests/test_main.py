@@ -156,7 +156,7 @@ def test_the_verbs_from_files_to_predictions(tmp_path, capsys):
     assert command.main(["evaluate", str(run)]) == 0
     assert "reaches accuracy" in capsys.readouterr().out
     assert {"config.yaml", "log.csv", "metrics.json", "report.html"} <= {path.name for path in run.iterdir()}
-    assert "seeds: 1" in (run / "config.yaml").read_text()
+    assert "  seeds:\n  - 0\n" in (run / "config.yaml").read_text()
     assert command.main(["predict", str(run), "--manifest", str(tmp_path / "classification.csv")]) == 0
     assert len((run / "predictions.csv").read_text().splitlines()) == 1 + made_up.ROWS
     asked = ["--queries", str(tmp_path / "classification.csv"), "--gallery", str(tmp_path / "classification.csv")]

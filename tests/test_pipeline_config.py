@@ -28,6 +28,11 @@ BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
         (IMAGE | {"train": {"epochs": "many"}}, "train.epochs: expected int, got 'many'"),
         (IMAGE | {"train": {"epochs": True}}, "train.epochs: expected int, got True"),
         (IMAGE | {"train": {"epochs": 0}}, "train.epochs: expected more than 0, got 0"),
+        (IMAGE | {"train": {"seeds": 0}}, "train.seeds: expected more than 0, or a list of seeds, got 0"),
+        (IMAGE | {"train": {"seeds": []}}, "train.seeds: expected different numbers, none negative, got ()"),
+        (IMAGE | {"train": {"seeds": [3, 3]}}, "train.seeds: expected different numbers"),
+        (IMAGE | {"train": {"seeds": [-1]}}, "train.seeds: expected different numbers, none negative"),
+        (IMAGE | {"train": {"seeds": "many"}}, "train.seeds[0]: expected int, got 'many'"),
         (IMAGE | {"train": {"learning_rate": True}}, "train.learning_rate: expected float"),
         (IMAGE | {"train": {"modality_dropout": 1.0}}, "train.modality_dropout: expected at least 0 and less than 1"),
         (IMAGE | {"data": {"test_share": -0.1}}, "data.test_share: expected at least 0 and less than 1, got -0.1"),
@@ -92,13 +97,16 @@ def test_overrides(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("modalities: {photo: {kind: image, size: 16}}", encoding="utf-8")
     made = config.load(path, ["modalities.photo.size=32", "train.seeds=2", "baselines=[mlp]", "fusion.rank=3"])
-    assert (made.modalities["photo"].size, made.train.seeds, made.baselines) == (32, 2, ("mlp",))
+    assert (made.modalities["photo"].size, made.train.seeds, made.baselines) == (32, (0, 1), ("mlp",))
     assert made.fusion == config.Fusion("LowRankFusion", {"rank": 3})
     assert "size: 16" in path.read_text()
     with pytest.raises(ConfigError, match=r"expected a\.b=value, got 'train.seeds'"):
         config.load(path, ["train.seeds"])
     with pytest.raises(ConfigError, match="unknown key 'seed'; did you mean 'seeds'"):
         config.load(path, ["train.seed=3"])
+    assert config.load(path, ["train.seeds=[7, 11]"]).train.seeds == (7, 11)
+    with pytest.raises(ConfigError, match=r"--set train\.epochs: '\[' is no YAML"):
+        config.load(path, ["train.epochs=["])
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\xff", None])

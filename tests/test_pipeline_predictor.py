@@ -71,7 +71,7 @@ def test_from_files_to_predictions(folder, tmp_path, task):
             for values in metrics.values():
                 assert len(values) == 2 and np.isfinite(values).all()
     names = {path.name for path in (run / "checkpoints").iterdir()}
-    assert {"fused-0.pt", "fused-0.csv", "image-alone-1.pt", "0.fitted"} <= names
+    assert {"fused-0.safetensors", "fused-0.csv", "image-alone-1.safetensors", "0.json"} <= names
     with (run / "log.csv").open(encoding="utf-8") as file:
         log = list(csv.DictReader(file))
     assert {(row["model"], row["seed"]) for row in log} == {(m, str(s)) for m in predictor.models for s in range(2)}
@@ -141,8 +141,9 @@ def test_a_killed_run_resumes_to_the_same_bits(folder, tmp_path, monkeypatch, ki
     else:
         MultimodalPredictor(given).fit(out=run, progress=False)
     monkeypatch.setattr(step4, "step", real)
-    with pytest.raises(CheckpointError, match="is a run already"):
-        MultimodalPredictor(given).fit(out=run, progress=False)
+    if killed_after > 2:  # in the first epoch nothing is lost
+        with pytest.raises(CheckpointError, match="is a run already"):
+            MultimodalPredictor(given).fit(out=run, progress=False)
     assert same(MultimodalPredictor(given).fit(out=run, resume=True, progress=False), whole)
     other = made_up.config(folder, baselines=["mlp"], train={"learning_rate": 0.5})
     with pytest.raises(CheckpointError, match=r"another configuration .*train\.learning_rate: 0\.01 and 0\.5"):
@@ -285,7 +286,9 @@ def test_a_saved_predictor_is_a_run_that_resumes(folder, tmp_path, monkeypatch, 
         given = made_up.config(folder, **sections | {"train": sections["train"] | train})
         return MultimodalPredictor(given).fit(folder / "classification.csv", run, resume=True, progress=False)
 
-    with pytest.raises(CheckpointError, match=r"another configuration .*train\.epochs: 3 and 4"):
+    with pytest.raises(CheckpointError, match=r"another configuration .*train\.patience: 2 and 3"):
+        resumed(patience=3)
+    with pytest.raises(CheckpointError, match="holds no optimizer"):
         resumed(epochs=4)
     with monkeypatch.context() as context:
         context.setattr(step4, "step", lambda *a: pytest.fail("training started"))

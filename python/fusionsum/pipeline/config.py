@@ -6,8 +6,10 @@ What lives here: the sections, YAML in and out, ``--set a.b=c``. What lives else
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -66,9 +68,12 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Train:
-    """The loop: one model per seed. `patience` counts epochs without a better validation loss; 0 never stops early."""
+    """The loop: one model per seed. `patience` counts epochs without a better validation loss; 0 never stops early.
 
-    seeds: int = 5
+    `seeds`: a list of them, or how many: 3 stands for 0, 1, 2.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     epochs: int = 60
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -179,7 +184,7 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
     --------
     >>> config = from_mapping({"modalities": {"photo": {"kind": "image"}}, "train": {"seeds": 3}})
     >>> config.train.seeds, config.train.batch_size
-    (3, 64)
+    ((0, 1, 2), 64)
     >>> from_mapping({"modalities": {"photo": {"kind": "image"}}, "train": {"seed": 3}})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
@@ -205,10 +210,19 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
         task=_section(Task, given.get("task"), "task"),
         fusion=_fusion(given["fusion"]) if "fusion" in given else Fusion(),
         baselines=_convert(given.get("baselines", BASELINES), tuple[str, ...], "baselines"),
-        train=_section(Train, given.get("train"), "train"),
+        train=_section(Train, _with_seeds(given.get("train")), "train"),
     )
     _check(config)
     return config
+
+
+def _with_seeds(given: Any) -> Any:
+    """Return the section ``train`` with a list of seeds where it says how many."""
+    if not isinstance(given, Mapping) or type(given.get("seeds")) is not int:
+        return given
+    if given["seeds"] < 1:
+        raise ConfigError(f"train.seeds: expected more than 0, or a list of seeds, got {given['seeds']}")
+    return {**given, "seeds": list(range(given["seeds"]))}
 
 
 def _fusion(given: Any) -> Fusion:
@@ -244,7 +258,9 @@ def _check(config: Config) -> None:
         )
     _positive(config.task, "task", ["dim"])
     train, data = config.train, config.data
-    _positive(train, "train", ["seeds", "epochs", "batch_size", "learning_rate", "clip", "threads"])
+    distinct = len(set(train.seeds)) == len(train.seeds) > 0 and min(train.seeds) >= 0
+    _expect(distinct, train, "train", "seeds", "different numbers, none negative")
+    _positive(train, "train", ["epochs", "batch_size", "learning_rate", "clip", "threads"])
     _expect(math.isfinite(train.learning_rate), train, "train", "learning_rate", "a finite number")
     _expect(0 <= train.weight_decay < math.inf, train, "train", "weight_decay", "at least 0 and finite")
     _expect(train.patience >= 0, train, "train", "patience", "at least 0")
@@ -279,9 +295,14 @@ def to_mapping(config: Config) -> dict[str, Any]:
     }
 
 
-def to_yaml(config: Config) -> str:
-    """Return a configuration as YAML, every default filled in."""
-    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+def to_yaml(config: Config, folder: Path | None = None) -> str:
+    """Return a configuration as YAML, every default filled in; its paths relative to a folder, if one is given."""
+    mapping = to_mapping(config)
+    if folder is not None:
+        for key in ("manifest", "cache"):
+            with contextlib.suppress(ValueError):  # on another drive
+                mapping["data"][key] = os.path.relpath(mapping["data"][key], folder)
+    return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -317,7 +338,10 @@ def _override(given: Any, override: str) -> dict[str, Any]:
     for name in path:
         place[name] = dict(place[name]) if isinstance(place.get(name), Mapping) else {}
         place = place[name]
-    place[last] = yaml.safe_load(text)
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {text!r} is no YAML: {' '.join(str(error).split())}") from None
     return result
 
 

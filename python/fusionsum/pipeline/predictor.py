@@ -6,10 +6,11 @@ a run (``run.py``); the report of an `Evaluation` (``report.py``).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from scipy.special import softmax
 from torch import nn
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+from .checkpoint import Checkpoint, History
 from .config import Config, from_mapping, load, to_mapping
 from .errors import ConfigError, ManifestError
 from .evaluate import GIVEN, Condition, Evaluation, Measured, coverage, measure, outputs, over_seeds
@@ -29,11 +32,13 @@ from .manifest import Manifest, splits, write_csv
 from .preprocess import Gathered, column, fit, gather_rows
 from .pretrained import EXTRACTORS
 from .retrieve import Retrieved, listed, search
-from .run import History, Run, write_checkpoint
-from .train import Rows, train
+from .run import Run, write_checkpoint
+from .train import Rows, loaded, train
 
-# Keys that may differ between the start of a training and its resumption: the weights do not depend on them.
-CIRCUMSTANCES = {"data": ("manifest", "workers", "cache"), "train": ("seeds", "threads")}
+# Keys that may differ between the start of a training and its resumption: the weights do not depend on them, or, with
+# more epochs, go on from what they were.
+CIRCUMSTANCES = {"data": ("manifest", "workers", "cache"), "train": ("seeds", "epochs", "threads")}
+LOG = logging.getLogger("fusionsum")
 FOUND = 10  # targets that a prediction of retrieval lists
 
 
@@ -126,6 +131,7 @@ class MultimodalPredictor:
         manifest: str | Path | None = None,
         out: str | Path | None = None,
         resume: bool = False,
+        overwrite: bool = False,
         progress: bool = True,
     ) -> MultimodalPredictor:
         """Train every model with every seed.
@@ -137,9 +143,12 @@ class MultimodalPredictor:
         out : str or pathlib.Path, optional
             The run's folder. Without one nothing is written, and an interrupted training is lost.
         resume : bool, optional
-            Whether `out` may be a run already, which is then continued: with the same final weights, to the bit.
+            Whether `out` may be a run already, which is then continued: with the same final weights, to the bit. With
+            more seeds or epochs than it has, it gets these too.
+        overwrite : bool, optional
+            Whether `out` may be a run already, whose files are then deleted once the rows are checked.
         progress : bool, optional
-            Whether to show bars.
+            Whether to show bars, on a terminal.
 
         Returns
         -------
@@ -149,46 +158,77 @@ class MultimodalPredictor:
         Raises
         ------
         ManifestError, ConfigError, CheckpointError
-            For bad input, before training starts; for a folder that is the run of another training.
+            For bad input, before training starts; for a folder that is the run of another training, or another process's.
+        ArithmeticError
+            If a model's loss is not finite.
         """
         run = None if out is None else Run(out)
-        path = Path(manifest or self.config.data.manifest).resolve()
-        data = dataclasses.replace(
-            self.config.data, manifest=str(path), cache=str(Path(self.config.data.cache).resolve())
-        )
-        self.config = dataclasses.replace(self.config, data=data)
-        if run is not None and not resume:
-            run.must_be_new()
-        gathered = gather_rows(self.config, path, progress=progress)
-        plans = [self._plan(gathered, seed) for seed in range(self.config.train.seeds)]
-        identity = self._identity(path)
-        if run is not None:
-            run.must_be_of(identity)
-            run.write_config(self.config)
+        with contextlib.nullcontext() if run is None else run.claimed():
+            if run is not None and not resume:
+                run.must_be_new(overwrite)
+            path = Path(manifest or self.config.data.manifest).resolve()
+            cache = str(Path(self.config.data.cache).resolve())
+            data = dataclasses.replace(self.config.data, manifest=str(path), cache=cache)
+            self.config = dataclasses.replace(self.config, data=data)
+            gathered = gather_rows(self.config, path, progress=progress)
+            identity = self._identity(path)
+            drawn = {} if run is None or not resume else run.drawn(self.config.train.seeds)
+            plans = {seed: self._plan(gathered, seed, drawn.get(seed)) for seed in self.config.train.seeds}
+            if run is not None:
+                if resume:
+                    run.must_be_of(identity, self.config.train)
+                else:
+                    run.clear()
+                run.write_config(self.config)
+            try:
+                self._train(gathered, plans, identity, run, progress)
+            except ArithmeticError as error:
+                if run is not None:
+                    run.fail(str(error))
+                raise
+            self.gathered, self.identity = gathered, identity
+            if run is not None:
+                run.write_log(self.histories)
+        return self
+
+    def _train(
+        self,
+        gathered: Gathered,
+        plans: Mapping[int, tuple[dict[str, Any], dict[str, torch.Tensor]]],
+        identity: dict[str, Any],
+        run: Run | None,
+        progress: bool,
+    ) -> None:
+        """Train every model of every seed of `plans`."""
         settings = self.config.train
-        steps = sum(settings.epochs * -(-len(chosen["train"]) // settings.batch_size) for _, chosen in plans)
+        steps = sum(settings.epochs * -(-len(chosen["train"]) // settings.batch_size) for _, chosen in plans.values())
         with (
             contained(settings.threads),
-            tqdm(total=len(self.models) * steps, unit="step", disable=not progress) as bar,
+            logging_redirect_tqdm([LOG]),
+            tqdm(total=len(self.models) * steps, unit="step", disable=None if progress else True) as bar,
         ):
-            for seed, (state, chosen) in enumerate(plans):
+            for seed, (state, chosen) in plans.items():
                 rows = self.rows(gathered, state)
+                if run is not None:
+                    run.write_seed(seed, state)
                 for name in self.models:
                     bar.set_description(f"seed {seed}, {name}")
                     torch.manual_seed(seed)
                     model = self.model(name, state)
-                    checkpoint = None if run is None else run.checkpoint(name, seed)
+                    place = None if run is None else run.checkpoint(name, seed)
                     query = [m for m in input_modalities(self.config) if m in _query_encoders(model)]
-                    self.histories[name, seed] = train(
-                        model, self.config.task.kind, rows, chosen, settings, identity, query, checkpoint, bar
-                    )
+                    try:
+                        history = train(
+                            model, self.config.task.kind, rows, chosen, settings, identity, query, place, bar
+                        )
+                    except ArithmeticError as error:
+                        raise ArithmeticError(f"seed {seed}, {name}: {error}") from None
+                    self.histories[name, seed] = history
                     self.states[name, seed] = state | {"model": model.state_dict()}
-                if run is not None:
-                    run.write_fitted(seed, state)
-        self.gathered, self.identity = gathered, identity
-        if run is not None:
-            run.write_log(self.histories)
-        return self
+                    losses = ", ".join(
+                        f"{k.replace('_', ' ')} {history[-1][k]:.4g}" for k in history[-1] if "loss" in k
+                    )
+                    LOG.info("seed %s, %s: %s epochs, %s", seed, name, len(history), losses)
 
     def _identity(self, path: Path) -> dict[str, Any]:
         """Return everything that the weights depend on: the manifest's hash, and all keys but the `CIRCUMSTANCES`."""
@@ -198,9 +238,20 @@ class MultimodalPredictor:
         del identity["title"], identity["baselines"]
         return identity | {"manifest": hashlib.sha256(path.read_bytes()).hexdigest()}
 
-    def _plan(self, gathered: Gathered, seed: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Split the rows for a seed; return the statistics of its training rows, and the rows' numbers by split."""
-        parts = splits(gathered.manifest, self.config.data, seed)
+    def _plan(
+        self, gathered: Gathered, seed: int, drawn: Mapping[str, Sequence[str]] | None
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Split the rows for a seed, or take the split that its run has `drawn`.
+
+        Returns
+        -------
+        dict
+            What the seed's models have in common: the ids of its ``split``, and the statistics of its training rows.
+        dict of str to Tensor
+            The numbers of the rows by split.
+        """
+        ids = gathered.manifest.column("id")
+        parts = splits(gathered.manifest, self.config.data, seed) if drawn is None else numbered(ids, drawn)
         for part in ("train", *self.config.data.test):
             if not len(parts[part]):
                 raise ConfigError(f"data: no row is in the split {part!r}")
@@ -225,7 +276,9 @@ class MultimodalPredictor:
             name: fit(name, modality, gathered.items[name].of(parts["train"]))
             for name, modality in self.modalities.items()
         }
-        return {"task": task, "fitted": fitted}, {name: torch.from_numpy(part) for name, part in parts.items()}
+        split = {name: [ids[i] for i in part] for name, part in parts.items()}
+        state = {"split": split, "task": task, "fitted": fitted}
+        return state, {name: torch.from_numpy(part) for name, part in parts.items()}
 
     def model(self, name: str, state: Mapping[str, Any]) -> Any:
         """Make a model, with the weights of `state` if there are any."""
@@ -234,7 +287,7 @@ class MultimodalPredictor:
         dim = dims.get(kind, self.config.task.dim)
         model = build(self.config, name, self.modalities, state["fitted"], dim)
         if "model" in state:
-            model.load_state_dict(state["model"])
+            loaded(model, state["model"])
         return model
 
     # Step 5 ----------------------------------------------------------------------------------------------------------
@@ -262,22 +315,23 @@ class MultimodalPredictor:
         """
         self._must_be_fitted()
         config, split = self.config, GIVEN
-        classes = tuple(self.states[FUSED, 0]["task"].get("classes", ()))
+        classes = tuple(self.states[FUSED, config.train.seeds[0]]["task"].get("classes", ()))
         if manifest is None:
             if not config.data.test:
                 raise ConfigError("data.test: expected the name of a split or more to evaluate, got []")
-            gathered = self.gathered or gather_rows(config, Path(config.data.manifest), progress=progress)
-            self.gathered, tests, split = gathered, config.data.test, config.data.split
-            parts = [splits(gathered.manifest, config.data, seed) for seed in range(config.train.seeds)]
+            gathered = self._own_rows(progress)
+            tests, split = config.data.test, config.data.split
+            ids = gathered.manifest.column("id")
+            parts = [numbered(ids, self.states[FUSED, seed]["split"]) for seed in config.train.seeds]
         else:
             gathered = gather_rows(config, Path(manifest), progress=progress)
             if classes:
                 _check_classes(gathered.manifest, classes)
             tests = (GIVEN,)
-            parts = [{GIVEN: np.arange(len(gathered.manifest))}] * config.train.seeds
+            parts = [{GIVEN: np.arange(len(gathered.manifest))}] * len(config.train.seeds)
         measured: dict[str, list[Measured]] = {test: [] for test in tests}
         with contained(config.train.threads):
-            for seed, of_split in enumerate(parts):
+            for seed, of_split in zip(config.train.seeds, parts, strict=True):
                 state = self.states[FUSED, seed]
                 rows, scale = self.rows(gathered, state), state["task"].get("scale", 1.0)
                 models = {name: self.model(name, self.states[name, seed]) for name in self.models}
@@ -302,6 +356,24 @@ class MultimodalPredictor:
             coverage={name: coverage(items.index, parts[0], tests) for name, items in gathered.items.items()},
         )
 
+    def _own_rows(self, progress: bool) -> Gathered:
+        """Return the rows of the training; raise ManifestError if their manifest is gone or has changed since."""
+        if self.gathered is None:
+            path = Path(self.config.data.manifest)
+            if not path.is_file():
+                raise ManifestError(
+                    [f"{path}: the manifest of the training is not there; give other rows (--manifest)"]
+                )
+            if self.identity is not None and hashlib.sha256(path.read_bytes()).hexdigest() != self.identity["manifest"]:
+                raise ManifestError(
+                    [
+                        f"{path}: has changed since the training, whose splits and labels are the old one's: restore it, "
+                        f"or evaluate all of its rows (--manifest {path.name})"
+                    ]
+                )
+            self.gathered = gather_rows(self.config, path, progress=progress)
+        return self.gathered
+
     @torch.no_grad()
     def predict(
         self, manifest: str | Path, out: str | Path | None = None, progress: bool = True
@@ -324,7 +396,7 @@ class MultimodalPredictor:
             the best targets.
         """
         self._must_be_fitted()
-        state = self.states[FUSED, 0]
+        state = self.states[FUSED, self.config.train.seeds[0]]
         gathered = gather_rows(self.config, Path(manifest), labelled=False, progress=progress)
         rows = self.rows(gathered, state, labelled=False)
         everything = torch.arange(len(gathered.manifest))
@@ -378,7 +450,7 @@ class MultimodalPredictor:
         self._must_be_fitted()
         if self.config.task.kind != "retrieval":
             raise ConfigError(f"task.kind: expected 'retrieval', got {self.config.task.kind!r}")
-        state, target = self.states[FUSED, 0], self.config.task.target
+        state, target = self.states[FUSED, self.config.train.seeds[0]], self.config.task.target
         asked, given = (
             gather_rows(self.config, Path(path), labelled=False, progress=progress, only=only)
             for path, only in ((queries, input_modalities(self.config)), (gallery, target))
@@ -405,40 +477,79 @@ class MultimodalPredictor:
 
     # The folder ------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> None:
-        """Write the configuration and every model to a folder that `load` reads, as `fit` does with `out`."""
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write the configuration and every model to a folder that `load` reads, as `fit` does with `out`.
+
+        Raises
+        ------
+        CheckpointError
+            If the folder is a run already, unless it may be overwritten.
+        """
         self._must_be_fitted()
         run = Run(folder)
-        run.write_config(self.config)
-        for (name, seed), state in self.states.items():
-            write_checkpoint(
-                run.checkpoint(name, seed), self.identity, state["model"], self.histories[name, seed], True
-            )
-            run.write_fitted(seed, {key: state[key] for key in ("task", "fitted")})
-        run.write_log(self.histories)
+        with run.claimed():
+            run.must_be_new(overwrite)
+            run.clear()
+            run.write_config(self.config)
+            epochs = self.config.train.epochs
+            for (name, seed), state in self.states.items():
+                history = self.histories[name, seed]
+                done = Checkpoint(self.identity, state["model"], history, epochs, True, len(history) < epochs)
+                write_checkpoint(run.checkpoint(name, seed), done)
+                run.write_seed(seed, {key: value for key, value in state.items() if key != "model"})
+            run.write_log(self.histories)
 
     @classmethod
-    def load(cls, folder: str | Path) -> MultimodalPredictor:
+    def load(cls, folder: str | Path, trust_encoder: bool = False) -> MultimodalPredictor:
         """Read a run's folder.
+
+        Parameters
+        ----------
+        folder : str or pathlib.Path
+        trust_encoder : bool, optional
+            Whether to import the modules that the run's configuration names, ``encoder: package.module:Class``, which
+            executes them.
 
         Raises
         ------
         ConfigError, CheckpointError
-            If the folder is not a run, or its training is not done.
+            If the folder is not a run, its training is not done, or it names a module that is not trusted.
         """
         run = Run(folder)
-        predictor = cls(run.config())
-        for seed in range(predictor.config.train.seeds):
-            fitted, checkpoints = run.read(predictor.models, seed)
-            for name, state in checkpoints.items():
-                predictor.states[name, seed] = fitted | {"model": state["model"]}
-                predictor.histories[name, seed] = state["history"]
-                predictor.identity = state.get("identity")
+        config = run.config()
+        for name, modality in config.modalities.items():
+            if ":" in modality.encoder and not trust_encoder:
+                raise ConfigError(
+                    f"modalities.{name}.encoder: {folder} asks to import {modality.encoder!r}, which executes it: say so "
+                    f"if you trust it (--trust-encoder, trust_encoder=True)"
+                )
+        predictor = cls(config)
+        for seed in config.train.seeds:
+            shared, checkpoints = run.read(predictor.models, seed)
+            for name, checkpoint in checkpoints.items():
+                predictor.states[name, seed] = shared | {"model": checkpoint.model}
+                predictor.histories[name, seed] = checkpoint.history
+                predictor.identity = checkpoint.identity
         return predictor
 
     def _must_be_fitted(self) -> None:
         if not self.states:
             raise RuntimeError("the predictor is not trained: call fit or load first")
+
+
+def numbered(ids: Sequence[str], split: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+    """Return the numbers of the rows of each part of a split, int64; ids that no row has are left out.
+
+    Examples
+    --------
+    >>> numbered(["a", "b", "c"], {"train": ["a", "c"], "test": ["b", "gone"]})["test"]
+    array([1])
+    """
+    number = {name: i for i, name in enumerate(ids)}
+    return {
+        part: np.array([number[name] for name in names if name in number], dtype=np.int64)
+        for part, names in split.items()
+    }
 
 
 def _check_classes(manifest: Manifest, classes: Sequence[str]) -> None:
@@ -448,7 +559,7 @@ def _check_classes(manifest: Manifest, classes: Sequence[str]) -> None:
         raise ManifestError(problems)
 
 
-@contextmanager
+@contextlib.contextmanager
 def contained(threads: int) -> Iterator[None]:
     """Let torch use so many threads; restore its generator and its number of threads afterwards.
 

@@ -113,7 +113,7 @@ def write_report(folder: str | Path, evaluation: Evaluation, notes: Sequence[str
         messages=evaluation.messages,
         config=to_yaml(config),
         retrieval=config.task.kind == "retrieval",
-        seeds=config.train.seeds,
+        seeds=len(config.train.seeds),
         drawn=evaluation.split == "by-seed",
         given=evaluation.split == GIVEN,
     )

@@ -1,8 +1,8 @@
 """Step 4: the training loop, with early stopping and checkpoints that resume to the same bits.
 
 What lives here: one model's training on rows in memory; the losses. What lives elsewhere: the models and seeds to train
-(``predictor.py``), the checkpoint's file (``run.py``). All randomness is torch's global generator, whose state is part of
-a checkpoint.
+(``predictor.py``), the checkpoint's file (``checkpoint.py``). All randomness is torch's global generator, whose state is
+part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from torch.nn.functional import cross_entropy, mse_loss
 from tqdm import tqdm
 
 from ..losses import contrastive_loss
+from . import checkpoint as files
+from .checkpoint import Checkpoint, History
 from .config import Train
+from .errors import CheckpointError
 from .fuse import Inputs, TwoTowers
 from .preprocess import Column
-from .run import History, read_checkpoint, write_checkpoint
+from .run import write_checkpoint
 
 EVALUATED = 512  # rows at a time where no gradient is kept
 
@@ -147,28 +150,33 @@ def train(
     """
     loss, optim = loss_of(kind), optimizer(model, settings)
     steps = -(-len(chosen["train"]) // settings.batch_size)
-    schedule: Any = torch.optim.lr_scheduler.ConstantLR(optim, factor=1.0)
-    if settings.schedule == "one-cycle":
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optim, settings.learning_rate, total_steps=settings.epochs * steps
-        )
-    history: History = []
-    best: dict[str, Any] = {"loss": float("inf"), "epoch": 0, "weights": None}
-    done = False
+    known = None
     if checkpoint is not None and checkpoint.exists():
-        state = read_checkpoint(checkpoint, identity)
-        model.load_state_dict(state["model"])
-        history, done = state["history"], state["done"]
-        if not done:
-            optim.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-            torch.set_rng_state(state["generator"])
-            best = state["best"]
-    if bar is not None:
-        bar.update(len(history) * steps)
+        known = files.read(checkpoint).checked(checkpoint, identity, settings)
+    history: History = known.history if known else []
+    best: dict[str, Any] = {"loss": float("inf"), "epoch": 0, "weights": None}
+    extended = known is not None and known.done and not known.stopped and settings.epochs > known.epochs
+    over = known is not None and known.done and not extended
+    again = extended and settings.schedule == "one-cycle"  # a cycle is over: the next one is a warm restart
+    if known and again:
+        optim.load_state_dict(known.loop["optimizer"])
+    schedule = _schedule(optim, settings, steps, len(history) if again else 0)
+    if known:
+        loaded(model, known.model)
+    if known and not over:
+        if not again:
+            optim.load_state_dict(known.loop["optimizer"])
+            schedule.load_state_dict(known.loop["schedule"])
+        torch.set_rng_state(known.loop["generator"])
+        best = known.loop["best"]
+        if "last" in known.loop:
+            best["weights"] = known.model
+            loaded(model, known.loop["last"])
+    _shorten(bar, (settings.epochs if over else len(history)) * steps)  # what an earlier process has done
+    stopped = known is not None and known.stopped
     board = _board(checkpoint)
     for epoch in range(len(history) + 1, settings.epochs + 1):
-        if done:
+        if over:
             break
         model.train()
         total = 0.0
@@ -192,26 +200,50 @@ def train(
             raise ArithmeticError(f"epoch {epoch}: the loss is not finite; try a lower train.learning_rate")
         history.append(entry)
         stopped = bool(best["epoch"]) and epoch - best["epoch"] >= settings.patience
-        done = stopped or epoch == settings.epochs
-        if done and best["weights"] is not None:
-            model.load_state_dict(best["weights"])
+        over = stopped or epoch == settings.epochs
+        loop = {"optimizer": optim.state_dict(), "schedule": schedule.state_dict(), "generator": torch.get_rng_state()}
+        loop["best"] = {**best, "weights": None} if over else best
+        if over and best["weights"] is not None:
+            loop["last"] = copy.deepcopy(model.state_dict())
+            loaded(model, best["weights"])
         if board is not None:
             for name, value in entry.items():
                 board.add_scalar(name, value, epoch)
         if checkpoint is not None:
-            state = {
-                "optimizer": optim.state_dict(),
-                "schedule": schedule.state_dict(),
-                "generator": torch.get_rng_state(),
-                "best": {**best, "weights": None} if done else best,
-            }
-            write_checkpoint(checkpoint, identity, model.state_dict(), history, done, state)
+            weights = model.state_dict()
+            state = Checkpoint(
+                dict(identity), weights, history, settings.epochs, over, stopped, {} if stopped else loop
+            )
+            write_checkpoint(checkpoint, state)
+        if over:
+            _shorten(bar, (settings.epochs - epoch) * steps)  # what early stopping saves
     if board is not None:
         board.close()
-    if bar is not None:
-        bar.update((settings.epochs - len(history)) * steps)  # the steps that early stopping saved
     model.eval()
     return history
+
+
+def loaded(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load a model's weights; raise CheckpointError if they are those of another model."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's weights do not fit the configuration: {error}") from None
+
+
+def _shorten(bar: tqdm | None, steps: int) -> None:
+    """Take steps out of a bar that need not be taken, so that its rate does not count them."""
+    if bar is not None:
+        bar.total -= steps
+        bar.refresh()
+
+
+def _schedule(optim: torch.optim.Optimizer, settings: Train, steps: int, past: int) -> Any:
+    """Return the schedule of the learning rate over the epochs that are not `past`."""
+    if settings.schedule == "one-cycle":
+        total = (settings.epochs - past) * steps
+        return torch.optim.lr_scheduler.OneCycleLR(optim, settings.learning_rate, total_steps=max(total, 1))
+    return torch.optim.lr_scheduler.ConstantLR(optim, factor=1.0)
 
 
 def _board(checkpoint: Path | None) -> Any:
