@@ -218,7 +218,7 @@ def test_evaluation_on_another_manifest(folder, tmp_path):
     path = made_up.write(tmp_path / "m.csv", made_up.rows(tmp_path, 6))
     evaluation = predictor.evaluate(path, progress=False)
     assert list(evaluation.results) == ["given"]
-    assert (evaluation.split, evaluation.manifest, evaluation.rows) == ("given", "m.csv", 6)
+    assert (evaluation.split, evaluation.manifest.path.name, evaluation.rows) == ("given", "m.csv", 6)
     rows = made_up.rows(tmp_path, 6)
     rows[2]["label"] = "white"
     with pytest.raises(ManifestError, match=r"m\.csv:4, column 'label': no training row is 'white'"):

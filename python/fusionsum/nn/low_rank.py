@@ -5,7 +5,9 @@ What lives elsewhere: what all layers share (``layer.py``), layers that pool and
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from ..api import fusion_sum
 from .checks import as_activations, as_choice
-from .layer import FusionLayer, Masks, product
+from .layer import FusionLayer, Masks, activated, product, subsets
 
 
 class LowRankFusion(FusionLayer):
@@ -131,6 +133,27 @@ class LowRankFusion(FusionLayer):
         ]
         fused = fusion_sum(self.fusion_weights, *factors, activations=self.activations, present=present, dim=-2)
         return fused if self.fusion_bias is None else fused + self.fusion_bias
+
+    def _parts(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> dict[tuple[int, ...], Tensor]:
+        """Multiply out ``prod_m (c_m + g_m)``: c_m is a factor of features of 0 (1 if missing), g_m what x_m adds to it."""
+        activations = self.activations
+        names = [activations] * len(inputs) if activations is None or isinstance(activations, str) else activations
+        constant, given = [], []
+        for x, linear, mask, activation in zip(inputs, self.factors, present, names, strict=True):
+            sizes = (self.rank, self.output_dim)
+            zero = activated(activation, linear(torch.zeros_like(x)).unflatten(-1, sizes))
+            added = activated(activation, linear(x).unflatten(-1, sizes)) - zero
+            gone = None if mask is None else ~mask[..., None, None]
+            constant.append(zero if gone is None else zero.masked_fill(gone, 1))
+            given.append(added if gone is None else added.masked_fill(gone, 0))
+        parts: dict[tuple[int, ...], Tensor] = {}
+        for chosen in subsets(len(given)):
+            factors = [given[m] if m in chosen else constant[m] for m in range(len(given))]
+            parts[chosen] = self.fusion_weights * functools.reduce(operator.mul, factors)
+        if self.fusion_bias is not None:
+            bias = self.fusion_bias.expand(*parts[()].shape[:-2], 1, self.output_dim)
+            parts[()] = torch.cat([parts[()], bias], dim=-2)
+        return parts
 
     def _reference_shapes(self) -> dict[str, tuple[int, ...]]:
         if len(self.input_dims) != 3:

@@ -23,7 +23,6 @@ _PACKAGES = (
         "scipy",
         "num2words",
         "tqdm",
-        "matplotlib",
         "yaml",
         "PIL",
         "soundfile",

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..backend import native
 from ..nn import LowRankFusion
+from .compare import interval
 from .config import load
 from .datasets import digits_sum
-from .evaluate import Evaluation, interval
+from .evaluate import Evaluation
 from .fuse import FUSED, FusionModel
 from .predictor import MultimodalPredictor, contained
 from .report import label, verdicts, write_report

@@ -48,6 +48,12 @@ class Manifest:
         """Return the cells of a column, all empty if the manifest has none of this name."""
         return [row.get(name, "") for row in self.rows]
 
+    def groups(self) -> np.ndarray:
+        """Return the number of each row's group, (N,); a row without one is a group of its own."""
+        names = [group or f"\0{i}" for i, group in enumerate(self.column("group"))]
+        number = {group: k for k, group in enumerate(dict.fromkeys(names))}
+        return np.array([number[group] for group in names])
+
 
 def read(path: Path) -> Manifest:
     """Read a manifest: ``.jsonl``, one object a line, or CSV with a header.
@@ -223,13 +229,11 @@ def splits(manifest: Manifest, data: Data, seed: int) -> dict[str, np.ndarray]:
     if data.splits is not None:
         column = np.array(manifest.column("split"))
         return {name: np.flatnonzero(column == name) for name in data.splits}
-    groups = [group or f"\0{i}" for i, group in enumerate(manifest.column("group"))]
-    number = {group: k for k, group in enumerate(dict.fromkeys(groups))}
-    of_row = np.array([number[group] for group in groups])
-    sizes = np.bincount(of_row, minlength=len(number))
+    of_row = manifest.groups()
+    sizes = np.bincount(of_row)
     room = {2: data.test_share * len(manifest), 1: data.validation_share * len(manifest)}
-    place = np.zeros(len(number), dtype=np.int64)
-    for group in np.random.default_rng(seed).permutation(len(number)):
+    place = np.zeros(len(sizes), dtype=np.int64)
+    for group in np.random.default_rng(seed).permutation(len(sizes)):
         for part in room:
             if sizes[group] <= room[part]:
                 room[part] -= sizes[group]

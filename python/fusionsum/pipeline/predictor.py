@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from .checkpoint import Checkpoint, History
 from .config import Config, from_mapping, load, to_mapping
 from .errors import ConfigError, ManifestError
-from .evaluate import GIVEN, Condition, Evaluation, Measured, coverage, measure, outputs, over_seeds
+from .evaluate import GIVEN, Condition, Evaluation, Measured, coverage, measure, outputs
 from .features import encoder_class
 from .fuse import FUSED, build, input_modalities, layer, parameter_count, trained_models
 from .kinds import Modality, Vector
@@ -337,22 +337,18 @@ class MultimodalPredictor:
                 models = {name: self.model(name, self.states[name, seed]) for name in self.models}
                 for test in tests:
                     chosen = torch.from_numpy(of_split[test])
-                    measured[test].append(measure(config, models, rows, chosen, scale))
+                    measured[test].append(
+                        measure(config, models, rows, chosen, scale, explained=seed == config.train.seeds[0])
+                    )
         return Evaluation(
             config=config,
-            results={test: over_seeds(of_seeds) for test, of_seeds in measured.items()},
+            measured=measured,
             split=split,
-            manifest=gathered.manifest.path.name,
-            rows=len(gathered.manifest),
+            manifest=gathered.manifest,
             messages=gathered.messages,
             parameters={name: parameter_count(model) for name, model in models.items()},
             histories=dict(self.histories),
             classes=classes,
-            labels={test: [m.labels for m in of_seeds] for test, of_seeds in measured.items()},
-            probabilities={
-                test: [m.probabilities for m in of_seeds if m.probabilities is not None]
-                for test, of_seeds in measured.items()
-            },
             coverage={name: coverage(items.index, parts[0], tests) for name, items in gathered.items.items()},
         )
 

@@ -215,6 +215,19 @@ def without(manifest: Manifest, problems: Sequence[Problem], on_error: str) -> t
     return manifest.take(kept), kept, messages
 
 
+def item_numbers(indices: Sequence[np.ndarray]) -> np.ndarray:
+    """Return a number for each row of several modalities' items, equal for equal items; -1 if all are missing.
+
+    Examples
+    --------
+    >>> item_numbers([np.array([5, 5, 7, -1]), np.array([1, 1, -1, -1])]).tolist()
+    [1, 1, 2, -1]
+    """
+    rows = np.stack(indices, axis=1)
+    _, numbers = np.unique(rows, axis=0, return_inverse=True)
+    return np.where((rows < 0).all(axis=1), -1, numbers.reshape(-1))
+
+
 @dataclass(frozen=True)
 class Gathered:
     """Step 1's result: the manifest's usable rows, their items by modality, and a line for each row left out."""
@@ -225,9 +238,7 @@ class Gathered:
 
     def target_numbers(self, target: Sequence[str]) -> np.ndarray:
         """Return a number for each row's items of the target modalities, equal for equal items; -1 if all are missing."""
-        indices = np.stack([self.items[name].index for name in target], axis=1)
-        _, numbers = np.unique(indices, axis=0, return_inverse=True)
-        return np.where((indices < 0).all(axis=1), -1, numbers.reshape(-1))
+        return item_numbers([self.items[name].index for name in target])
 
 
 def gather_rows(
