@@ -30,7 +30,7 @@ IDENTITY = {"train": {"patience": 4}, "manifest": "m"}
 WEIGHTS = {"weight": torch.arange(3.0)}
 HISTORY = [{"epoch": 1, "train_loss": 0.5}, {"epoch": 2, "train_loss": 0.25}]
 SETTINGS = Train(epochs=2)
-SEED = {"split": {"train": ["a"], "test": ["b"]}, "task": {"classes": ["a", "b"]}, "fitted": {}}
+SEED = {"split": {"train": ["a"], "test": ["b"]}, "task": {"classes": ["a", "b"]}, "fitted": {}, "offsets": {}}
 
 
 @pytest.fixture
@@ -78,6 +78,9 @@ def test_a_run_that_is_not_done_or_not_there_is_refused(run, tmp_path):
     with pytest.raises(CheckpointError, match="is a run already"):
         run.must_be_new()
     run.must_be_new(overwrite=True)
+    run.write_seed(0, {key: value for key, value in SEED.items() if key != "offsets"})  # the last thing of a seed
+    with pytest.raises(CheckpointError, match="the training of seed 0 is not done: --resume"):
+        run.read(["image alone"], 0)
     nowhere = Run(tmp_path / "nowhere")
     nowhere.must_be_new()
     nowhere.must_be_of(IDENTITY, SETTINGS)

@@ -69,7 +69,9 @@ def trained(settings=SETTINGS, checkpoint=None, identity=IDENTITY, bar=None):
     torch.manual_seed(1)
     rows, chosen = task()
     model = FusionModel({"a": Encoder(), "b": Encoder()}, Sum())
-    history = train.train(model, "classification", rows, chosen, settings, identity, ["a", "b"], checkpoint, bar)
+    history = train.train(
+        model, train.loss_of("classification"), rows, chosen, settings, identity, ["a", "b"], checkpoint, bar
+    )
     return model, history
 
 

@@ -49,21 +49,63 @@ class Data:
         return None if self.split == "by-seed" else tuple(dict.fromkeys(("train", "validation", *self.test)))
 
 
+# By kind of task, the metrics that models can be compared by; the first is the default. Retrieval is compared by recall.
+METRICS = {
+    "classification": ("accuracy", "balanced_accuracy", "macro_f1", "average_precision"),
+    "multilabel": ("macro_f1", "micro_f1", "average_precision", "subset_accuracy"),
+    "regression": ("mae", "pearson"),
+    "retrieval": (),
+}
+TUNED = ("balanced_accuracy", "macro_f1", "micro_f1")  # metrics that a decision threshold is tuned for
+
+
 @dataclass(frozen=True)
 class Task:
-    """The task. Retrieval finds the modalities of `target` by all other modalities, in a space of `dim` dimensions."""
+    """The task. Retrieval finds the modalities of `target` by all other modalities, in a space of `dim` dimensions.
 
-    kind: Literal["classification", "regression", "retrieval"] = "classification"
+    `metric`: one of `METRICS`, what models are compared by and a decision threshold is tuned for. `class_weights`:
+    ``none``, ``balanced``, or a weight by class. `separator`: between the labels of a cell of multi-label classification.
+    """
+
+    kind: Literal["classification", "multilabel", "regression", "retrieval"] = "classification"
     target: tuple[str, ...] = ()
     dim: int = 64
+    metric: str = ""
+    class_weights: str | dict[str, float] = "none"
+    threshold: Literal["auto", "half"] = "auto"
+    separator: str = "|"
+
+    @property
+    def compared_by(self) -> str:
+        """The metric that models are compared by, empty for retrieval's recall at 10."""
+        return self.metric or next(iter(METRICS[self.kind]), "")
+
+    @property
+    def tuned(self) -> bool:
+        """Whether a decision threshold is tuned."""
+        return self.threshold == "auto" and self.kind in ("classification", "multilabel") and self.compared_by in TUNED
+
+
+# Options that a layer needs or that suit features of 64 dimensions, where a configuration names none.
+LAYER_OPTIONS: dict[str, dict[str, Any]] = {
+    "LowRankFusion": {"rank": 16},
+    "ConcatMLP": {"dimensions": [128]},
+    "LinearSum": {"mm_dim": 128},
+    "BLOCK": {"mm_dim": 64, "chunks": 8, "rank": 4},
+    "MFB": {"mm_dim": 128},
+    "MFH": {"mm_dim": 128},
+    "MLB": {"mm_dim": 128},
+    "MUTAN": {"mm_dim": 64, "rank": 8},
+    "TuckerFusion": {"mm_dim": 64},
+}
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """A layer of `fusionsum.nn` and the options of its constructor."""
+    """A layer of `fusionsum.nn` and the options of its constructor; those of `LAYER_OPTIONS` where it is given none."""
 
     layer: str = "LowRankFusion"
-    options: dict[str, Any] = field(default_factory=lambda: {"rank": 16})
+    options: dict[str, Any] = field(default_factory=lambda: dict(LAYER_OPTIONS["LowRankFusion"]))
 
 
 @dataclass(frozen=True)
@@ -110,8 +152,12 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         if value not in options:
             raise ConfigError(f"{key}: {unknown('choice', str(value), options)}")
         return value
-    if origin is types.UnionType:
+    if origin is types.UnionType and type(None) in options:
         return None if value is None else _convert(value, options[0], key)
+    if origin is types.UnionType:
+        return _convert(value, options[isinstance(value, Mapping)], key)  # a name, or a mapping
+    if origin is dict and isinstance(value, Mapping):
+        return {str(name): _convert(item, options[1], f"{key}.{name}") for name, item in value.items()}
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
@@ -236,7 +282,7 @@ def _fusion(given: Any) -> Fusion:
     for option in options:
         if not isinstance(option, str):
             raise ConfigError(f"fusion: expected names of options, got {option!r}")
-    return Fusion(layer, options)
+    return Fusion(layer, LAYER_OPTIONS.get(layer, {}) | options)
 
 
 def _check(config: Config) -> None:
@@ -257,6 +303,18 @@ def _check(config: Config) -> None:
             f"data.test: expected [test], for data.split: by-seed draws {', '.join(DRAWN)}; got {list(config.data.test)}"
         )
     _positive(config.task, "task", ["dim"])
+    if config.task.metric and config.task.metric not in METRICS[config.task.kind]:
+        raise ConfigError(f"task.metric: {unknown('metric', config.task.metric, METRICS[config.task.kind])}")
+    weights = config.task.class_weights
+    if weights != "none":
+        weighted = config.task.kind in ("classification", "multilabel")
+        _expect(weighted, config.task, "task", "class_weights", f"none, for {config.task.kind} has no classes")
+        known = isinstance(weights, dict) or weights == "balanced"
+        _expect(known, config.task, "task", "class_weights", "none, balanced, or {class: weight}")
+        for name, weight in weights.items() if isinstance(weights, dict) else ():
+            if not 0 < weight < math.inf:
+                raise ConfigError(f"task.class_weights.{name}: expected more than 0 and finite, got {weight}")
+    _expect(len(config.task.separator) > 0, config.task, "task", "separator", "a character or more")
     train, data = config.train, config.data
     distinct = len(set(train.seeds)) == len(train.seeds) > 0 and min(train.seeds) >= 0
     _expect(distinct, train, "train", "seeds", "different numbers, none negative")

@@ -91,7 +91,7 @@ class FusionModel(nn.Module):
 
     def fuse(self, features: Sequence[Tensor], masks: Sequence[Tensor], zero_fill: bool = False) -> Tensor:
         """Return (B, output_dim); with `zero_fill` missing features are 0 even if the head takes ``present``."""
-        if all(bool(mask.all()) for mask in masks):
+        if not torch.compiler.is_exporting() and all(bool(mask.all()) for mask in masks):
             return self.head(*features)
         if self.takes_present and not zero_fill:
             return self.head(*features, present=masks)

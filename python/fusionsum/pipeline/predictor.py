@@ -10,34 +10,40 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import softmax
 from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .checkpoint import Checkpoint, History
 from .config import Config, from_mapping, load, to_mapping
-from .errors import ConfigError, ManifestError
-from .evaluate import GIVEN, Condition, Evaluation, Measured, coverage, measure, outputs
+from .errors import ConfigError, ManifestError, unknown
+from .evaluate import GIVEN, Condition, Evaluation, Measured, combine, coverage, measure, outputs
+from .export import export
 from .features import encoder_class
-from .fuse import FUSED, build, input_modalities, layer, parameter_count, trained_models
+from .fuse import ALONE, FUSED, build, combined_models, input_modalities, layer, parameter_count, trained_models
 from .kinds import Modality, Vector
-from .manifest import Manifest, splits, write_csv
+from .labels import check_classes, encode, learn, predicted, tuned_offsets
+from .manifest import splits, write_csv
 from .preprocess import Gathered, column, fit, gather_rows
 from .pretrained import EXTRACTORS
 from .retrieve import Retrieved, listed, search
 from .run import Run, write_checkpoint
-from .train import Rows, loaded, train
+from .train import Rows, contained, loaded, loss_of, losses, train
 
 # Keys that may differ between the start of a training and its resumption: the weights do not depend on them, or, with
 # more epochs, go on from what they were.
-CIRCUMSTANCES = {"data": ("manifest", "workers", "cache"), "train": ("seeds", "epochs", "threads")}
+CIRCUMSTANCES = {
+    "data": ("manifest", "workers", "cache"),
+    "task": ("metric", "threshold"),
+    "train": ("seeds", "epochs", "threads"),
+}
 LOG = logging.getLogger("fusionsum")
 FOUND = 10  # targets that a prediction of retrieval lists
 
@@ -104,18 +110,13 @@ class MultimodalPredictor:
 
     # Step 1 ----------------------------------------------------------------------------------------------------------
 
-    def _labels(self, gathered: Gathered, task: Mapping[str, Any], labelled: bool) -> torch.Tensor:
+    def _labels(self, gathered: Gathered, learnt: dict[str, Any], labelled: bool) -> torch.Tensor:
         """Return the labels as the task's numbers; of rows to predict, retrieval's targets only."""
         if self.config.task.kind == "retrieval" and gathered.items.keys() >= set(self.config.task.target):
             return torch.from_numpy(gathered.target_numbers(self.config.task.target))
         if not labelled:
             return torch.zeros(len(gathered.manifest))
-        cells = gathered.manifest.column("label")
-        if self.config.task.kind == "classification":
-            number = {label: k for k, label in enumerate(task["classes"])}
-            return torch.tensor([number[cell] for cell in cells])
-        values = np.array(cells, dtype=np.float64)
-        return torch.from_numpy((values - task["mean"]) / task["scale"]).float()
+        return encode(self.config.task, learnt, gathered.manifest.column("label"))
 
     def rows(self, gathered: Gathered, state: Mapping[str, Any], labelled: bool = True) -> Rows:
         """Return the tensors of gathered rows, scaled and coded by the statistics of the training rows in `state`."""
@@ -209,6 +210,7 @@ class MultimodalPredictor:
         ):
             for seed, (state, chosen) in plans.items():
                 rows = self.rows(gathered, state)
+                loss = loss_of(self.config.task.kind, state["task"].get("weights"))
                 if run is not None:
                     run.write_seed(seed, state)
                 for name in self.models:
@@ -218,17 +220,29 @@ class MultimodalPredictor:
                     place = None if run is None else run.checkpoint(name, seed)
                     query = [m for m in input_modalities(self.config) if m in _query_encoders(model)]
                     try:
-                        history = train(
-                            model, self.config.task.kind, rows, chosen, settings, identity, query, place, bar
-                        )
+                        history = train(model, loss, rows, chosen, settings, identity, query, place, bar)
                     except ArithmeticError as error:
                         raise ArithmeticError(f"seed {seed}, {name}: {error}") from None
                     self.histories[name, seed] = history
                     self.states[name, seed] = state | {"model": model.state_dict()}
-                    losses = ", ".join(
-                        f"{k.replace('_', ' ')} {history[-1][k]:.4g}" for k in history[-1] if "loss" in k
-                    )
-                    LOG.info("seed %s, %s: %s epochs, %s", seed, name, len(history), losses)
+                    LOG.info("seed %s, %s: %s epochs, %s", seed, name, len(history), losses(history[-1]))
+                shared = state | {"offsets": self._offsets(rows, chosen["validation"], seed)}
+                for name in self.models:
+                    self.states[name, seed] |= shared
+                if run is not None:
+                    run.write_seed(seed, shared)
+
+    def _offsets(self, rows: Rows, chosen: torch.Tensor, seed: int) -> dict[str, list[float] | None]:
+        """Return by model the offsets of its decisions, tuned on the validation rows (`labels.tuned_offsets`)."""
+        task = self.config.task
+        if not task.tuned or not len(chosen):
+            return {}
+        models = {name: self.model(name, self.states[name, seed]) for name in self.models}
+        made = {name: outputs(model, rows, chosen)[Condition()] for name, model in models.items()}
+        alone = [made[name] for name in made if name.endswith(ALONE)]
+        made |= {name: combine(name, task.kind, alone) for name in combined_models(self.config) if alone}
+        labels = rows.labels[chosen].numpy()
+        return {name: tuned_offsets(task, output.values, labels) for name, output in made.items()}
 
     def _identity(self, path: Path) -> dict[str, Any]:
         """Return everything that the weights depend on: the manifest's hash, and all keys but the `CIRCUMSTANCES`."""
@@ -259,19 +273,13 @@ class MultimodalPredictor:
             raise ConfigError(
                 "train.patience: there are no rows of the split 'validation' to stop early by; set it to 0"
             )
-        labels = [gathered.manifest.rows[i].get("label", "") for i in parts["train"]]
-        task: dict[str, Any] = {}
-        if self.config.task.kind == "classification":
-            # A drawn split may lack a rare class in training, so all labels count. In a manifest's split, a label that
-            # training lacks is a mistake.
-            every = gathered.manifest.column("label")
-            task["classes"] = sorted(set(labels if self.config.data.split == "manifest" else every))
-            _check_classes(gathered.manifest, task["classes"])
-            if len(task["classes"]) < 2:
-                raise ConfigError(f"task: classification needs two classes or more, got {task['classes']}")
-        elif self.config.task.kind == "regression":
-            values = np.array(labels, dtype=np.float64)
-            task |= {"mean": float(values.mean()), "scale": float(values.std()) or 1.0}
+        cells = gathered.manifest.column("label")
+        trained = [cells[i] for i in parts["train"]]
+        # A drawn split may lack a rare class in training, so all labels count. In a manifest's split, a label that training
+        # lacks is a mistake.
+        task = learn(self.config.task, trained, trained if self.config.data.split == "manifest" else cells)
+        if "classes" in task:
+            check_classes(self.config.task, gathered.manifest, task["classes"])
         fitted = {
             name: fit(name, modality, gathered.items[name].of(parts["train"]))
             for name, modality in self.modalities.items()
@@ -283,8 +291,8 @@ class MultimodalPredictor:
     def model(self, name: str, state: Mapping[str, Any]) -> Any:
         """Make a model, with the weights of `state` if there are any."""
         kind = self.config.task.kind
-        dims = {"classification": len(state["task"].get("classes", ())), "regression": 1}
-        dim = dims.get(kind, self.config.task.dim)
+        learnt = state["task"]
+        dim = len(learnt["classes"]) if "classes" in learnt else 1 if kind == "regression" else self.config.task.dim
         model = build(self.config, name, self.modalities, state["fitted"], dim)
         if "model" in state:
             loaded(model, state["model"])
@@ -326,7 +334,7 @@ class MultimodalPredictor:
         else:
             gathered = gather_rows(config, Path(manifest), progress=progress)
             if classes:
-                _check_classes(gathered.manifest, classes)
+                check_classes(config.task, gathered.manifest, classes)
             tests = (GIVEN,)
             parts = [{GIVEN: np.arange(len(gathered.manifest))}] * len(config.train.seeds)
         measured: dict[str, list[Measured]] = {test: [] for test in tests}
@@ -338,7 +346,7 @@ class MultimodalPredictor:
                 for test in tests:
                     chosen = torch.from_numpy(of_split[test])
                     measured[test].append(
-                        measure(config, models, rows, chosen, scale, explained=seed == config.train.seeds[0])
+                        measure(config, models, rows, chosen, scale, state["offsets"], seed == config.train.seeds[0])
                     )
         return Evaluation(
             config=config,
@@ -404,17 +412,12 @@ class MultimodalPredictor:
         with contained(self.config.train.threads):
             output = outputs(self.model(FUSED, state), rows, everything, gallery)[Condition()]
         predictions: list[dict[str, Any]] = [{"id": name} for name in ids]
-        if self.config.task.kind == "classification":
-            classes = state["task"]["classes"]
-            for row, probabilities in zip(predictions, softmax(output.values, axis=1), strict=True):
-                row["predicted"] = classes[probabilities.argmax()]
-                row |= {f"p({label})": round(float(p), 6) for label, p in zip(classes, probabilities, strict=True)}
-        elif self.config.task.kind == "regression":
-            for row, value in zip(predictions, output.values[:, 0].tolist(), strict=True):
-                row["predicted"] = value * state["task"]["scale"] + state["task"]["mean"]
-        elif gallery is not None and len(gallery[1]):
-            scores, found = search(output, FOUND)
-            for row, of_row in zip(predictions, listed([ids[i] for i in gallery[1]], scores, found), strict=True):
+        if gallery is None:
+            found = predicted(self.config.task, state["task"], output.values, state["offsets"].get(FUSED))
+            predictions = [row | of_row for row, of_row in zip(predictions, found, strict=True)]
+        elif len(gallery[1]):
+            scores, places = search(output, FOUND)
+            for row, of_row in zip(predictions, listed([ids[i] for i in gallery[1]], scores, places), strict=True):
                 row |= of_row
         if out is not None:
             write_csv(Path(out), predictions)
@@ -470,6 +473,70 @@ class MultimodalPredictor:
             found=found,
             own=np.array([own.get(name, -1) for name in asked.manifest.column("id")]),
         )
+
+    def chosen(self, model: str = FUSED, seed: int | None = None) -> tuple[str, int, str]:
+        """Choose one of the trained models by the validation loss.
+
+        Parameters
+        ----------
+        model : str, optional
+            A model's name; ``best`` for that of the least validation loss, the mean over seeds.
+        seed : int, optional
+            None for that of the model's least validation loss, or the first if there are no validation rows.
+
+        Returns
+        -------
+        model : str
+        seed : int
+        reason : str
+            Why this one, in words.
+        """
+        self._must_be_fitted()
+        seeds = self.config.train.seeds
+        loss = {key: _validation_loss(history, self.config.train.patience) for key, history in self.histories.items()}
+        means = {name: sum(loss[name, s] for s in seeds) / len(seeds) for name in self.models}
+        known = all(map(math.isfinite, means.values()))
+        best = min(means, key=means.__getitem__) if known else FUSED
+        reasons = []
+        if model == "best":
+            model = best
+            reasons.append("the model of the least validation loss" if known else "no validation rows to choose by")
+        elif model not in self.models:
+            raise ConfigError(f"--model: {unknown('model', model, [*self.models, 'best'])}")
+        elif best != model:
+            reasons.append(f"{best!r} has a lower validation loss, {means[best]:.4g} against {means[model]:.4g}")
+        if seed is None:
+            seed = min(seeds, key=lambda s: loss[model, s]) if known else seeds[0]
+            if len(seeds) > 1:
+                reasons.append(f"{'the best' if known else 'the first'} of {len(seeds)} seeds")
+        elif seed not in seeds:
+            raise ConfigError(f"--seed: expected one of {', '.join(map(str, seeds))}, got {seed}")
+        return model, seed, "; ".join(reasons) or "as it was asked for"
+
+    def export(self, folder: str | Path, form: str = "onnx", model: str = FUSED, seed: int | None = None) -> list[Path]:
+        """Write a model for other programs, and ``preprocessing.json``, which says how items become its inputs.
+
+        Parameters
+        ----------
+        folder : str or pathlib.Path
+            Made if it does not exist.
+        form : str, optional
+            ``onnx``, or ``torch`` for what `torch.export.load` reads.
+        model, seed
+            As in `chosen`.
+
+        Returns
+        -------
+        list of pathlib.Path
+            The files: one model, or retrieval's query and target; the description.
+        """
+        model, seed, _ = self.chosen(model, seed)
+        state = self.states[model, seed]
+        offsets = state["offsets"].get(model)
+        with contained(self.config.train.threads):
+            return export(
+                Path(folder), form, self.config, self.model(model, state).eval(), self.modalities, state, offsets
+            )
 
     # The folder ------------------------------------------------------------------------------------------------------
 
@@ -548,26 +615,10 @@ def numbered(ids: Sequence[str], split: Mapping[str, Sequence[str]]) -> dict[str
     }
 
 
-def _check_classes(manifest: Manifest, classes: Sequence[str]) -> None:
-    labels = enumerate(manifest.column("label"))
-    problems = [f"{manifest.where(i, 'label')}: no training row is {x!r}" for i, x in labels if x not in classes]
-    if problems:
-        raise ManifestError(problems)
-
-
-@contextlib.contextmanager
-def contained(threads: int) -> Iterator[None]:
-    """Let torch use so many threads; restore its generator and its number of threads afterwards.
-
-    On small batches a second thread saves nothing, and costs tenfold where another process wants its core.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_num_threads(before)
+def _validation_loss(history: History, patience: int) -> float:
+    """Return the validation loss of a training's final weights, the best ones if it has patience; inf without rows."""
+    losses = [entry.get("validation_loss", math.inf) for entry in history]
+    return min(losses) if patience else losses[-1]
 
 
 def _query_encoders(model: nn.Module) -> set[str]:

@@ -1,7 +1,7 @@
 """A run: the folder of one training. Its files are named and placed here, and it is locked while one trains in it.
 
 ``config.yaml`` (resolved), ``checkpoints/MODEL-SEED.safetensors`` and ``.csv`` (its log), ``checkpoints/SEED.json``
-(the seed's split, the statistics of its training rows, its decision thresholds), ``log.csv`` (of all models),
+(the seed's split, the statistics of its training rows, its decision offsets), ``log.csv`` (of all models),
 ``failed.txt`` (why a training ended without a model). What lives elsewhere: what is in a checkpoint (``checkpoint.py``);
 TensorBoard's files (``train.py``); ``metrics.json``, ``plots/`` and ``report.html`` (``report.py``).
 """
@@ -110,7 +110,7 @@ class Run:
         self._failed.unlink(missing_ok=True)
 
     def write_seed(self, seed: int, state: Mapping[str, Any]) -> None:
-        """Write what a seed's models have in common: ``split``, ``task``, ``fitted``, ``thresholds``."""
+        """Write what a seed's models have in common: ``split``, ``task``, ``fitted``; ``offsets`` once all are trained."""
         files.write_json(self._seed(seed), state)
 
     def write_log(self, histories: Mapping[tuple[str, int], History]) -> None:
@@ -148,7 +148,10 @@ class Run:
         for model, state in checkpoints.items():
             if not state.done:
                 raise CheckpointError(f"{self.folder}: the training of {model!r}, seed {seed}, is not done: --resume")
-        return files.read_json(self._seed(seed)), checkpoints
+        shared = files.read_json(self._seed(seed))
+        if "offsets" not in shared:
+            raise CheckpointError(f"{self.folder}: the training of seed {seed} is not done: --resume")
+        return shared, checkpoints
 
 
 def write_checkpoint(path: Path, state: Checkpoint) -> None:

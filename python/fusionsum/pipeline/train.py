@@ -7,9 +7,11 @@ part of a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from tqdm import tqdm
 
 from ..losses import contrastive_loss
@@ -29,6 +31,7 @@ from .fuse import Inputs, TwoTowers
 from .preprocess import Column
 from .run import write_checkpoint
 
+LOG = logging.getLogger("fusionsum")
 EVALUATED = 512  # rows at a time where no gradient is kept
 
 
@@ -54,10 +57,17 @@ def contrastive(model: TwoTowers, embedded: tuple[Tensor, Tensor], labels: Tenso
     return contrastive_loss(*embedded, fusion_weights=model.fusion_weights, exclude=(labels, labels))
 
 
-def loss_of(kind: str) -> Callable[[Any, Any, Tensor], Tensor]:
-    """Return a task's loss, a function of the model, the model's output and the labels."""
+def loss_of(kind: str, weights: Sequence[float] | None = None) -> Callable[[Any, Any, Tensor], Tensor]:
+    """Return a task's loss, a function of the model, the model's output and the labels.
+
+    `weights`: one a class; of a label of multi-label classification, for the rows that have it.
+    """
+    weighted = None if weights is None else torch.tensor(weights, dtype=torch.float32)
     losses: dict[str, Callable[[Any, Any, Tensor], Tensor]] = {
-        "classification": lambda model, logits, labels: cross_entropy(logits, labels),
+        "classification": lambda model, logits, labels: cross_entropy(logits, labels, weight=weighted),
+        "multilabel": lambda model, logits, labels: binary_cross_entropy_with_logits(
+            logits, labels, pos_weight=weighted
+        ),
         "regression": lambda model, values, labels: mse_loss(values.squeeze(-1), labels),
         "retrieval": contrastive,
     }
@@ -107,7 +117,7 @@ def mean_loss(model: nn.Module, loss: Callable[..., Tensor], rows: Rows, chosen:
 
 def train(
     model: nn.Module,
-    kind: str,
+    loss: Callable[[Any, Any, Tensor], Tensor],
     rows: Rows,
     chosen: Mapping[str, Tensor],
     settings: Train,
@@ -121,8 +131,8 @@ def train(
     Parameters
     ----------
     model : torch.nn.Module
-    kind : str
-        The task.
+    loss : callable
+        As `loss_of` returns it.
     rows : Rows
     chosen : mapping of str to Tensor
         The numbers of the rows to train on, ``train``, and to validate on, ``validation``, which may be empty.
@@ -148,7 +158,7 @@ def train(
     ArithmeticError
         If the loss is not finite.
     """
-    loss, optim = loss_of(kind), optimizer(model, settings)
+    optim = optimizer(model, settings)
     steps = -(-len(chosen["train"]) // settings.batch_size)
     known = None
     if checkpoint is not None and checkpoint.exists():
@@ -199,6 +209,7 @@ def train(
         if not all(map(math.isfinite, entry.values())):
             raise ArithmeticError(f"epoch {epoch}: the loss is not finite; try a lower train.learning_rate")
         history.append(entry)
+        LOG.debug("epoch %s: %s", epoch, losses(entry))
         stopped = bool(best["epoch"]) and epoch - best["epoch"] >= settings.patience
         over = stopped or epoch == settings.epochs
         loop = {"optimizer": optim.state_dict(), "schedule": schedule.state_dict(), "generator": torch.get_rng_state()}
@@ -221,6 +232,26 @@ def train(
         board.close()
     model.eval()
     return history
+
+
+def losses(entry: Mapping[str, float]) -> str:
+    """Return the losses of an epoch in words."""
+    return ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in entry.items() if "loss" in key)
+
+
+@contextlib.contextmanager
+def contained(threads: int) -> Iterator[None]:
+    """Let torch use so many threads; restore its generator and its number of threads afterwards.
+
+    On small batches a second thread saves nothing, and costs tenfold where another process wants its core.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def loaded(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
