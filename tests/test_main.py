@@ -243,7 +243,8 @@ def folder(tmp_path):
     except ModuleNotFoundError as error:
         missing(str(error))
     made_up.folder(tmp_path)
-    given = made_up.config(tmp_path, baselines=[], train={"seeds": 1, "epochs": 2})
+    text = made_up.MODALITIES["text"] | {"length": 16}  # which cuts none
+    given = made_up.config(tmp_path, baselines=[], train={"seeds": 1, "epochs": 2}, modalities={"text": text})
     (tmp_path / "colours.yaml").write_text(yaml.safe_dump(given))
     return tmp_path
 

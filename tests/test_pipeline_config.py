@@ -22,7 +22,7 @@ BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
     "given, message",
     [
         ([], "expected a mapping of sections"),
-        ({}, "modalities: expected a mapping"),
+        ({"modalities": []}, "modalities: expected a mapping"),
         (IMAGE | {"trian": {}}, "unknown section 'trian'; did you mean 'train'?"),
         (IMAGE | {"train": {"epoch": 3}}, "train: unknown key 'epoch'; did you mean 'epochs'?"),
         (IMAGE | {"train": {"epochs": "many"}}, "train.epochs: expected int, got 'many'"),
@@ -66,7 +66,7 @@ BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
             {"modalities": {"photo": {"kind": "image", "sise": 3}}},
             "modalities.photo: unknown key 'sise'; did you mean 'size'?",
         ),
-        ({"modalities": {"photo": {"kind": "image", "size": 0}}}, "modalities.photo.size: expected more than 0"),
+        ({"modalities": {"photo": {"kind": "image", "size": 0}}}, "modalities.photo.size: expected 1 to 4096, got 0"),
         ({"modalities": {"a photo": {"kind": "image"}}}, "modalities: expected names of letters"),
     ],
 )
@@ -90,6 +90,7 @@ def test_a_configuration_comes_back_from_its_yaml(tmp_path):
     assert config.differences(config.to_mapping(made), config.to_mapping(again)) == [
         f"data.manifest: 'manifest.csv' and {str(tmp_path / 'manifest.csv')!r}",
         f"data.cache: '.fusionsum-cache' and {str(tmp_path / '.fusionsum-cache')!r}",
+        f"data.code: '.' and {str(tmp_path)!r}",
     ]
 
 

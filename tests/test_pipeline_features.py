@@ -77,10 +77,12 @@ def test_look_up():
         features.encoder_class("image", "cnm")
     with pytest.raises(ValueError, match="did you mean 'minilm'"):
         features.encoder_class("text", "miniln", tuple(pretrained.EXTRACTORS["text"]))
-    assert features.encoder_class("image", "collections:OrderedDict").__name__ == "OrderedDict"
+    assert features.encoder_class("image", "torch.nn:Flatten") is torch.nn.Flatten
     for name in ("collections:None_", "no_such_module:Encoder"):
         with pytest.raises(ValueError, match=f"encoder '{name}'"):
             features.encoder_class("image", name)
+        with pytest.raises(ValueError, match=f"encoder '{name}': (Attribute|ModuleNotFound)Error"):
+            features.find(name)
 
 
 @pytest.mark.parametrize("kind, name", [(k, n) for k, names in pretrained.EXTRACTORS.items() for n in names])

@@ -8,7 +8,7 @@ from conftest import missing
 try:
     from fusionsum.pipeline import items
     from fusionsum.pipeline.config import from_mapping
-    from fusionsum.pipeline.manifest import read
+    from fusionsum.pipeline.sources import read
 except ModuleNotFoundError as error:
     missing(str(error))
 

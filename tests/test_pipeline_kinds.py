@@ -94,7 +94,7 @@ def test_training_items_are_standardised(kind):
         modality = kinds.Audio(seconds=0.1, rate=8000, mels=8)
         items = [modality.decode(made_up.wav(rng.normal(size=800), 8000)) for _ in range(20)]
     else:
-        modality = kinds.Table(columns=("a", "b"))
+        modality = kinds.Table(columns=("a", "b"), categories=())
         items = [modality.decode(modality.content(None, (str(x), "7"))) for x in rng.normal(5, 3, 20)]
     fitted = preprocess.fit("x", modality, items)
     tensor = modality.tensor(items, fitted).double()

@@ -97,8 +97,9 @@ def made(scores, kind="classification", split="manifest", groups=None, metric="a
     config = from_mapping({"modalities": {"a": {"kind": "text"}, "b": {"kind": "text"}}, "task": {"kind": kind} | task})
     sign = -1 if metric == "mae" else 1
     size, seeds = len(scores["fused"][0]), len(scores["fused"])
-    rows = [{"id": f"r{i}", "label": "a", "group": "" if groups is None else str(groups[i])} for i in range(size)]
-    manifest = Manifest(Path("m.csv"), ("id", "label", "group"), rows, list(range(2, size + 2)))
+    cells = {"id": [f"r{i}" for i in range(size)], "label": ["a"] * size}
+    cells["group"] = [""] * size if groups is None else list(map(str, groups))
+    manifest = Manifest("m.csv", Path(), cells, range(2, size + 2))
     measured = [
         Measured(
             {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import nn as fusion_layers
 from .config import Config
 from .errors import unknown
-from .features import encoder_class
+from .features import make
 from .kinds import Modality
 
 Inputs = Mapping[str, tuple[Tensor, Tensor]]  # by modality: items (B, ...), and whether they are there (B,) bool
@@ -170,8 +170,7 @@ def build(
     """
 
     def encoder(modality: str) -> nn.Module:
-        chosen = modalities[modality]
-        return encoder_class(chosen.kind, chosen.encoder)(fitted[modality], chosen.features)
+        return make(modalities[modality], fitted[modality])
 
     def model(inputs: Sequence[str], head: str) -> FusionModel:
         encoders = {modality: encoder(modality) for modality in inputs}

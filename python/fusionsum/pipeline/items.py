@@ -9,15 +9,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import soundfile
-from PIL import Image as PillowImage
-from PIL import ImageOps
 
 from .config import Config
-from .kinds import Audio, Image, Text
+from .kinds import Audio, Image, Table, Text, is_number
 from .manifest import Manifest
 
 SIDE = 240  # pixels of a picture on the page, at most
@@ -30,36 +28,36 @@ def shown(config: Config, manifest: Manifest, row: int, modalities: Sequence[str
     for name in modalities:
         modality = config.modalities[name]
         columns = modality.columns_of(name)
-        cells = [manifest.rows[row][column] for column in columns]
-        if not any(cells):
+        if not any(manifest.present(column)[row] for column in columns):
             continue
-        path = manifest.path.parent / cells[0]
-        content: Any = None
+        cells = tuple(manifest.column(column)[row] for column in columns)
+        content: Any = cells[0]
         if isinstance(modality, Image):
-            content = _picture(path)
+            content = _picture(modality.content(manifest.folder, cells), modality)
         elif isinstance(modality, Audio):
-            content = _sound(path, modality)
+            content = _sound(modality.content(manifest.folder, cells), modality)
         elif isinstance(modality, Text):
             content = cells[0] if len(cells[0]) <= LONGEST else f"{cells[0][:LONGEST]}…"
-        else:
-            content = [(column, f"{float(cell):.4g}") for column, cell in zip(columns, cells, strict=True)]
+        elif isinstance(modality, Table):
+            content = [
+                (column, f"{float(cell):.4g}" if is_number(cell) else cell)
+                for column, cell in zip(columns, cells, strict=True)
+            ]
         parts.append((modality.kind, name, content))
-    return {"id": manifest.rows[row]["id"], "parts": parts}
+    return {"id": manifest.column("id")[row], "parts": parts}
 
 
-def _picture(path: Path) -> str:
-    with PillowImage.open(path) as file:
-        picture = ImageOps.exif_transpose(file).convert("RGBA")
+def _picture(content: bytes, modality: Image) -> str:
+    picture, file = replace(modality, size=SIDE).picture(content), io.BytesIO()
     picture.thumbnail((SIDE, SIDE))
-    file = io.BytesIO()
     picture.save(file, "WEBP", quality=85)
     return _address("image/webp", file)
 
 
-def _sound(path: Path, modality: Audio) -> str:
+def _sound(content: bytes, modality: Audio) -> str:
     """Return the sound as the model hears it: one channel, cut to its seconds, at its rate."""
     file = io.BytesIO()
-    soundfile.write(file, modality.waveform(path.read_bytes()), modality.rate, format="FLAC")
+    soundfile.write(file, modality.waveform(content), modality.rate, format="FLAC")
     return _address("audio/flac", file)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -21,16 +20,18 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from . import sources
 from .checkpoint import Checkpoint, History
 from .config import Config, from_mapping, load, to_mapping
 from .errors import ConfigError, ManifestError, unknown
 from .evaluate import GIVEN, Condition, Evaluation, Measured, combine, coverage, measure, outputs
 from .export import export
-from .features import encoder_class
+from .features import encoder_class, find, known
 from .fuse import ALONE, FUSED, build, combined_models, input_modalities, layer, parameter_count, trained_models
+from .infer import complete
 from .kinds import Modality, Vector
 from .labels import check_classes, encode, learn, predicted, tuned_offsets
-from .manifest import splits, write_csv
+from .manifest import Manifest, splits, write_csv
 from .preprocess import Gathered, column, fit, gather_rows
 from .pretrained import EXTRACTORS
 from .retrieve import Retrieved, listed, search
@@ -40,11 +41,12 @@ from .train import Rows, contained, loaded, loss_of, losses, train
 # Keys that may differ between the start of a training and its resumption: the weights do not depend on them, or, with
 # more epochs, go on from what they were.
 CIRCUMSTANCES = {
-    "data": ("manifest", "workers", "cache"),
+    "data": ("manifest", "workers", "cache", "cache_limit", "code"),
     "task": ("metric", "threshold"),
     "train": ("seeds", "epochs", "threads"),
 }
 LOG = logging.getLogger("fusionsum")
+IN_MEMORY = ""  # the manifest of a training on rows in memory
 FOUND = 10  # targets that a prediction of retrieval lists
 
 
@@ -83,6 +85,14 @@ class MultimodalPredictor:
             config = load(Path(config))
         elif not isinstance(config, Config):
             config = from_mapping(config)
+        self.states: dict[tuple[str, int], dict[str, Any]] = {}
+        self.histories: dict[tuple[str, int], History] = {}
+        self.identity: dict[str, Any] | None = None
+        self.gathered: Gathered | None = None
+        self._configure(config)
+
+    def _configure(self, config: Config) -> None:
+        """Take a configuration and check what it names; one without modalities is completed by the rows of `fit`."""
         self.config = config
         self.modalities: dict[str, Modality] = {}
         for name, modality in config.modalities.items():
@@ -91,6 +101,7 @@ class MultimodalPredictor:
                 if modality.encoder in frozen:
                     self.modalities[name] = Vector(features=modality.features)
                 else:
+                    find(modality.encoder, config.data.code)
                     encoder_class(modality.kind, modality.encoder, tuple(frozen))
                     self.modalities[name] = modality
             except ValueError as error:
@@ -103,10 +114,6 @@ class MultimodalPredictor:
             except ValueError as error:
                 raise ConfigError(str(error)) from None
         self.models = trained_models(config)
-        self.states: dict[tuple[str, int], dict[str, Any]] = {}
-        self.histories: dict[tuple[str, int], History] = {}
-        self.identity: dict[str, Any] | None = None
-        self.gathered: Gathered | None = None
 
     # Step 1 ----------------------------------------------------------------------------------------------------------
 
@@ -121,7 +128,8 @@ class MultimodalPredictor:
     def rows(self, gathered: Gathered, state: Mapping[str, Any], labelled: bool = True) -> Rows:
         """Return the tensors of gathered rows, scaled and coded by the statistics of the training rows in `state`."""
         columns = {
-            name: column(self.modalities[name], items, state["fitted"][name]) for name, items in gathered.items.items()
+            name: column(name, self.modalities[name], items, state["fitted"][name])
+            for name, items in gathered.items.items()
         }
         return Rows(columns, self._labels(gathered, state["task"], labelled))
 
@@ -129,7 +137,7 @@ class MultimodalPredictor:
 
     def fit(
         self,
-        manifest: str | Path | None = None,
+        manifest: Any = None,
         out: str | Path | None = None,
         resume: bool = False,
         overwrite: bool = False,
@@ -139,8 +147,9 @@ class MultimodalPredictor:
 
         Parameters
         ----------
-        manifest : str or pathlib.Path, optional
-            Instead of the configuration's ``data.manifest``.
+        manifest : optional
+            Rows of any kind that `sources.read` takes, a file, a DataFrame, a data set, dicts, instead of the
+            configuration's ``data.manifest``.
         out : str or pathlib.Path, optional
             The run's folder. Without one nothing is written, and an interrupted training is lost.
         resume : bool, optional
@@ -167,12 +176,17 @@ class MultimodalPredictor:
         with contextlib.nullcontext() if run is None else run.claimed():
             if run is not None and not resume:
                 run.must_be_new(overwrite)
-            path = Path(manifest or self.config.data.manifest).resolve()
-            cache = str(Path(self.config.data.cache).resolve())
-            data = dataclasses.replace(self.config.data, manifest=str(path), cache=cache)
-            self.config = dataclasses.replace(self.config, data=data)
-            gathered = gather_rows(self.config, path, progress=progress)
-            identity = self._identity(path)
+            source = Path(self.config.data.manifest) if manifest is None else manifest
+            named = str(Path(source).resolve()) if isinstance(source, str | Path) else IN_MEMORY
+            cache, code = (str(Path(folder).resolve()) for folder in (self.config.data.cache, self.config.data.code))
+            data = dataclasses.replace(self.config.data, manifest=named, cache=cache, code=code)
+            rows = sources.read(source, data.names)
+            config, notes = complete(dataclasses.replace(self.config, data=data), rows)
+            for note in notes:
+                LOG.info("inferred: %s", note)
+            self._configure(config)
+            gathered = gather_rows(self.config, rows, progress=progress)
+            identity = self._identity(rows)
             drawn = {} if run is None or not resume else run.drawn(self.config.train.seeds)
             plans = {seed: self._plan(gathered, seed, drawn.get(seed)) for seed in self.config.train.seeds}
             if run is not None:
@@ -244,13 +258,13 @@ class MultimodalPredictor:
         labels = rows.labels[chosen].numpy()
         return {name: tuned_offsets(task, output.values, labels) for name, output in made.items()}
 
-    def _identity(self, path: Path) -> dict[str, Any]:
+    def _identity(self, rows: Manifest) -> dict[str, Any]:
         """Return everything that the weights depend on: the manifest's hash, and all keys but the `CIRCUMSTANCES`."""
         identity = to_mapping(self.config)
         for section, keys in CIRCUMSTANCES.items():
             identity[section] = {k: v for k, v in identity[section].items() if k not in keys}
         del identity["title"], identity["baselines"]
-        return identity | {"manifest": hashlib.sha256(path.read_bytes()).hexdigest()}
+        return identity | {"manifest": rows.digest()}
 
     def _plan(
         self, gathered: Gathered, seed: int, drawn: Mapping[str, Sequence[str]] | None
@@ -293,20 +307,23 @@ class MultimodalPredictor:
         kind = self.config.task.kind
         learnt = state["task"]
         dim = len(learnt["classes"]) if "classes" in learnt else 1 if kind == "regression" else self.config.task.dim
-        model = build(self.config, name, self.modalities, state["fitted"], dim)
+        try:
+            model = build(self.config, name, self.modalities, state["fitted"], dim)
+        except ValueError as error:  # an encoder of one's own cannot be made, or does not take the items
+            raise ConfigError(str(error)) from None
         if "model" in state:
             loaded(model, state["model"])
         return model
 
     # Step 5 ----------------------------------------------------------------------------------------------------------
 
-    def evaluate(self, manifest: str | Path | None = None, progress: bool = True) -> Evaluation:
+    def evaluate(self, manifest: Any = None, progress: bool = True) -> Evaluation:
         """Measure every model, with all modalities and with each withheld.
 
         Parameters
         ----------
-        manifest : str or pathlib.Path, optional
-            Other rows, all of them for evaluation; without it, the test splits of the training's manifest.
+        manifest : optional
+            Other rows, as in `fit`, all of them for evaluation; without it, the test splits of the training's manifest.
         progress : bool, optional
             Whether to show bars.
 
@@ -332,7 +349,7 @@ class MultimodalPredictor:
             ids = gathered.manifest.column("id")
             parts = [numbered(ids, self.states[FUSED, seed]["split"]) for seed in config.train.seeds]
         else:
-            gathered = gather_rows(config, Path(manifest), progress=progress)
+            gathered = gather_rows(config, manifest, training=False, progress=progress)
             if classes:
                 check_classes(config.task, gathered.manifest, classes)
             tests = (GIVEN,)
@@ -367,27 +384,28 @@ class MultimodalPredictor:
             if not path.is_file():
                 raise ManifestError(
                     [f"{path}: the manifest of the training is not there; give other rows (--manifest)"]
+                    if self.config.data.manifest
+                    else ["the rows of the training were in memory: give them, or others, to evaluate"]
                 )
-            if self.identity is not None and hashlib.sha256(path.read_bytes()).hexdigest() != self.identity["manifest"]:
+            rows = sources.read(path, self.config.data.names)
+            if self.identity is not None and rows.digest() != self.identity["manifest"]:
                 raise ManifestError(
                     [
                         f"{path}: has changed since the training, whose splits and labels are the old one's: restore it, "
                         f"or evaluate all of its rows (--manifest {path.name})"
                     ]
                 )
-            self.gathered = gather_rows(self.config, path, progress=progress)
+            self.gathered = gather_rows(self.config, rows, progress=progress)
         return self.gathered
 
     @torch.no_grad()
-    def predict(
-        self, manifest: str | Path, out: str | Path | None = None, progress: bool = True
-    ) -> list[dict[str, Any]]:
+    def predict(self, manifest: Any, out: str | Path | None = None, progress: bool = True) -> list[dict[str, Any]]:
         """Predict with the fused model of the first seed.
 
         Parameters
         ----------
-        manifest : str or pathlib.Path
-            Rows with an id and modalities; they need no label and no split. Retrieval finds among their targets.
+        manifest
+            Rows, as in `fit`, with modalities; they need no label and no split. Retrieval finds among their targets.
         out : str or pathlib.Path, optional
             A CSV file to write.
         progress : bool, optional
@@ -401,7 +419,7 @@ class MultimodalPredictor:
         """
         self._must_be_fitted()
         state = self.states[FUSED, self.config.train.seeds[0]]
-        gathered = gather_rows(self.config, Path(manifest), labelled=False, progress=progress)
+        gathered = gather_rows(self.config, manifest, labelled=False, training=False, progress=progress)
         rows = self.rows(gathered, state, labelled=False)
         everything = torch.arange(len(gathered.manifest))
         ids = gathered.manifest.column("id")
@@ -424,14 +442,14 @@ class MultimodalPredictor:
         return predictions
 
     @torch.no_grad()
-    def retrieve(self, queries: str | Path, gallery: str | Path, k: int = FOUND, progress: bool = True) -> Retrieved:
+    def retrieve(self, queries: Any, gallery: Any, k: int = FOUND, progress: bool = True) -> Retrieved:
         """Find a gallery's best targets for queries, by the fused model of the first seed.
 
         Parameters
         ----------
-        queries, gallery : str or pathlib.Path
-            Manifests: of rows with an id and the modalities to ask with, and of rows with an id and those to find. One may
-            serve as both.
+        queries, gallery
+            Rows, as in `fit`: those with an id and the modalities to ask with, and those with an id and the modalities to
+            find. One may serve as both.
         k : int, optional
             How many to find: fewer if the gallery has fewer distinct targets.
         progress : bool, optional
@@ -451,8 +469,8 @@ class MultimodalPredictor:
             raise ConfigError(f"task.kind: expected 'retrieval', got {self.config.task.kind!r}")
         state, target = self.states[FUSED, self.config.train.seeds[0]], self.config.task.target
         asked, given = (
-            gather_rows(self.config, Path(path), labelled=False, progress=progress, only=only)
-            for path, only in ((queries, input_modalities(self.config)), (gallery, target))
+            gather_rows(self.config, rows, labelled=False, training=False, only=only, progress=progress)
+            for rows, only in ((queries, input_modalities(self.config)), (gallery, target))
         )
         _, first, number = np.unique(given.target_numbers(target), return_index=True, return_inverse=True)
         with contained(self.config.train.threads):
@@ -581,7 +599,7 @@ class MultimodalPredictor:
         run = Run(folder)
         config = run.config()
         for name, modality in config.modalities.items():
-            if ":" in modality.encoder and not trust_encoder:
+            if ":" in modality.encoder and not (trust_encoder or known(modality.encoder)):
                 raise ConfigError(
                     f"modalities.{name}.encoder: {folder} asks to import {modality.encoder!r}, which executes it: say so "
                     f"if you trust it (--trust-encoder, trust_encoder=True)"

@@ -269,7 +269,7 @@ def _facts(evaluation: Evaluation, command: str | None) -> list[tuple[str, str]]
         ("task", task),
         ("fusion", f"{config.fusion.layer}({options})" if len(input_modalities(config)) > 1 else "none: one modality"),
         ("encoders", encoders),
-        ("rows", f"{evaluation.rows:,} of {evaluation.manifest.path.name}"),
+        ("rows", f"{evaluation.rows:,} of {evaluation.manifest.name}"),
         ("split", SPLITS[evaluation.split]),
         ("trained with", _seeds(evaluation)),
         ("evaluated", f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"),
@@ -444,7 +444,7 @@ def _explained(evaluation: Evaluation, split: str) -> dict[str, Any] | None:
 
 def _example(evaluation: Evaluation, example: Example, most: float) -> dict[str, Any]:
     config, manifest = evaluation.config, evaluation.manifest
-    given = manifest.rows[example.row].get("label", "")
+    given = manifest.column("label")[example.row]
     found = []
     if example.predicted is not None and example.rival is not None:
         answer, rival = (evaluation.classes[k] for k in (example.predicted, example.rival))

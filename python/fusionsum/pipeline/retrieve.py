@@ -115,8 +115,8 @@ def _facts(retrieved: Retrieved) -> list[tuple[str, str]]:
     distinct = len(retrieved.gallery)
     facts = [
         ("task", f"{query} → {target}"),
-        ("queries", f"{len(known):,} of {retrieved.queries.path.name}"),
-        ("gallery", f"{distinct:,} different items in {retrieved.rows:,} rows of {retrieved.gallery.path.name}"),
+        ("queries", f"{len(known):,} of {retrieved.queries.name}"),
+        ("gallery", f"{distinct:,} different items in {retrieved.rows:,} rows of {retrieved.gallery.name}"),
     ]
     if len(hits):
         k = retrieved.found.shape[1]
