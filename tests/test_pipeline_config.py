@@ -57,6 +57,7 @@ BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
         (BOTH | {"task": {"kind": "retrieval", "target": ["photo", "words"]}}, "task.target: retrieval needs"),
         (BOTH | {"task": {"kind": "retrieval", "target": ["word"]}}, "did you mean 'words'?"),
         (BOTH | {"task": {"target": ["words"]}}, "task.target: classification has none"),
+        (BOTH | {"task": {"positives": "label"}}, "task.positives: classification has none"),
         (
             {"modalities": {"photo": {"kind": "imag"}}},
             "modalities.photo.kind: unknown kind 'imag'; did you mean 'image'?",

@@ -200,6 +200,30 @@ def test_an_unknown_name_is_an_error_that_suggests_the_name(folder, monkeypatch,
     assert message in str(raised.value)
 
 
+def test_all_targets_of_a_label_are_right(folder, tmp_path):
+    """Each row's picture looks for the texts of its colour: other rows' are as right as its own."""
+    rows = [row | {"text": f"{row['label']} {row['id']}"} for row in made_up.rows(tmp_path)]
+    path = made_up.write(tmp_path / "m.csv", rows)
+    task = {"kind": "retrieval", "target": ["text"], "dim": 8}
+    found = {}
+    for positives in ("item", "label"):
+        given = made_up.config(
+            tmp_path,
+            task=task | {"positives": positives},
+            train={"seeds": 1, "epochs": 30, "patience": 0},
+            baselines=[],
+        )
+        predictor = MultimodalPredictor(given).fit(path, progress=False)
+        found[positives] = predictor.evaluate(progress=False).results["test"]["fused"]["all"]
+    name = "image+sound+size_to_text"
+    assert f"{name}_P@1" not in found["item"]
+    assert found["label"][f"{name}_P@1"] == found["label"][f"{name}_R@1"]
+    assert found["label"][f"{name}_mAP"][0] >= 0.7 > 0.6 >= found["item"][f"{name}_mAP"][0]
+    with pytest.raises(ManifestError, match="column 'label': is empty"):
+        blank = made_up.write(tmp_path / "blank.csv", [row | {"label": ""} for row in rows])
+        MultimodalPredictor(given).fit(blank, progress=False)
+
+
 def test_labels_that_training_does_not_have(folder, tmp_path):
     rows = made_up.rows(tmp_path)
     for row in rows[-3:]:

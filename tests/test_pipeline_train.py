@@ -214,18 +214,21 @@ def test_modality_dropout_never_takes_all_and_adds_none():
     assert abs(shares[0] - 0.25) <= 0.02 and abs(shares[1] - 0.5) <= 0.02  # both dropped, a quarter, counts as none
 
 
-def test_the_contrastive_loss_is_that_of_its_formula():
+@pytest.mark.parametrize("several", [False, True])
+def test_the_contrastive_loss_is_that_of_its_formula(several):
     class Towers:
         fusion_weights = torch.full((4,), 3.0, dtype=torch.float64)
 
+    Towers.several = several
     query, target = torch.randn(2, 5, 4, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 1, 3])
     total = 0.0
     for one, other in ((query, target), (target, query)):
         for i in range(5):
-            rivals = [j for j in range(5) if j == i or labels[j] != labels[i]]
+            own = [j for j in range(5) if labels[j] == labels[i]] if several else [i]
+            rivals = [j for j in range(5) if j in own or labels[j] != labels[i]]
             exponents = torch.stack([3 * one[i] @ other[j] for j in rivals])
-            total += (exponents.logsumexp(0) - 3 * one[i] @ other[i]).item()
+            total += (exponents.logsumexp(0) - 3 * (one[i] @ other[own].T).mean()).item()
     assert abs(train.contrastive(Towers(), (query, target), labels).item() - total / 10) <= 1e-12
 
 

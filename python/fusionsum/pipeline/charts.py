@@ -117,20 +117,23 @@ def strips(title: str, rows: Sequence[Strip], at: Mapping[float, str], low: floa
     def place(value: float) -> str:
         return f"{1.5 + 97 * (value - low) / span:.2f}%"
 
-    bottom = 20 + ROW * len(rows)
+    above = 20 if at else 0
+    bottom = above + ROW * len(rows)
     body = []
     for value in ticks(low, high):
-        body.append(Markup('<line class="grid" x1="{0}" x2="{0}" y1="18" y2="{1}"/>').format(place(value), bottom))
         edge = (value - low) / span
         anchor = "start" if edge < 0.03 else "end" if edge > 0.97 else "middle"
         body.append(_text(place(value), bottom + 16, f"{value:g}".replace("-", "−"), "soft", anchor))
     for value, name in at.items():
-        body.append(Markup('<line class="level" x1="{0}" x2="{0}" y1="18" y2="{1}"/>').format(place(value), bottom))
         anchor = "start" if value - low < 0.2 * span else "end" if high - value < 0.2 * span else "middle"
         body.append(_text(place(value), 12, name, "soft", anchor))
+    verticals = [("grid", place(value)) for value in ticks(low, high)] + [("level", place(value)) for value in at]
     for k, row in enumerate(rows):
-        top = 20 + ROW * k
+        top = above + ROW * k
         kind = "ours" if row.ours else "other"
+        for name, x in verticals:  # beside the marks only: a line through letters makes them hard to read
+            mark = Markup('<line class="{}" x1="{x}" x2="{x}" y1="{}" y2="{}"/>')
+            body.append(mark.format(name, top + 18, top + ROW - 4, x=x))
         body.append(_text("0", top + 14, _cut(row.name), kind))
         body.append(_text("100%", top + 14, row.text, kind, "end"))
         if row.bar is not None:

@@ -76,6 +76,9 @@ TUNED = ("balanced_accuracy", "macro_f1", "micro_f1")  # metrics that a decision
 class Task:
     """The task. Retrieval finds the modalities of `target` by all other modalities, in a space of `dim` dimensions.
 
+    `positives`: which targets are right for a query, in training and evaluation: the row's own ``item``, or those of all
+    rows of its ``label``.
+
     `metric`: one of `METRICS`, what models are compared by and a decision threshold is tuned for. `class_weights`:
     ``none``, ``balanced``, or a weight by class. `separator`: between the labels of a cell of multi-label classification.
     """
@@ -83,6 +86,7 @@ class Task:
     kind: Literal["classification", "multilabel", "regression", "retrieval"] = "classification"
     target: tuple[str, ...] = ()
     dim: int = 64
+    positives: Literal["item", "label"] = "item"
     metric: str = ""
     class_weights: str | dict[str, float] = "none"
     threshold: Literal["auto", "half"] = "auto"
@@ -329,6 +333,8 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"data.test: expected [test], for data.split: by-seed draws {', '.join(DRAWN)}; got {list(config.data.test)}"
         )
+    if config.task.positives == "label" and not retrieval:
+        raise ConfigError(f"task.positives: {config.task.kind} has none")
     _positive(config.task, "task", ["dim"])
     if config.task.metric and config.task.metric not in METRICS[config.task.kind]:
         raise ConfigError(f"task.metric: {unknown('metric', config.task.metric, METRICS[config.task.kind])}")

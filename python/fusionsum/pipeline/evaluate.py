@@ -197,10 +197,10 @@ def measure(
     kind = config.task.kind
     labels = rows.labels[chosen].numpy()
     gallery, gallery_labels = None, None
-    several = getattr(config.task, "positives", "item") == "label"
+    several = config.task.positives == "label"
     if kind == "retrieval":
         targets = item_numbers([rows.columns[name].index.numpy() for name in config.task.target])[chosen.numpy()]
-        _, first = np.unique(targets, return_index=True)
+        _, first = np.unique(np.stack([targets, labels]), axis=1, return_index=True)
         gallery = rows, chosen[torch.from_numpy(first)]
         gallery_labels = labels[first]
 

@@ -103,12 +103,16 @@ class FusionModel(nn.Module):
 
 
 class TwoTowers(nn.Module):
-    """Retrieval: a query and a target of unit length, scored in all pairs by ``sum_i fusion_weights[i] * q_i * t_i``."""
+    """Retrieval: a query and a target of unit length, scored in all pairs by ``sum_i fusion_weights[i] * q_i * t_i``.
 
-    def __init__(self, query: FusionModel, target: FusionModel, dim: int) -> None:
+    `several`: whether all targets of a query's label are right, or its own only.
+    """
+
+    def __init__(self, query: FusionModel, target: FusionModel, dim: int, several: bool = False) -> None:
         super().__init__()
         self.query = query
         self.target = target
+        self.several = several
         self.fusion_weights = nn.Parameter(torch.full((dim,), LOGIT_SCALE))
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -182,7 +186,7 @@ def build(
     fused = model(inputs, head)
     if config.task.kind != "retrieval":
         return fused
-    return TwoTowers(fused, model(list(config.task.target), FUSED), output_dim)
+    return TwoTowers(fused, model(list(config.task.target), FUSED), output_dim, config.task.positives == "label")
 
 
 def _head(config: Config, name: str, input_dims: Sequence[int], output_dim: int) -> nn.Module:

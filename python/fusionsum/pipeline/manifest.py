@@ -172,7 +172,7 @@ def check(
         Of all problems at once: missing columns, empty or duplicate ids, labels that are missing, NaN or not numbers,
         unknown or missing splits, groups that straddle splits, rows without any modality.
     """
-    supervised = labelled and task.kind != "retrieval"
+    supervised = labelled and (task.kind != "retrieval" or task.positives == "label")
     notes = _check_columns(manifest, columns, task, supervised, splits is not None, training)
     problems: list[str] = []
     first: dict[str, int] = {}

@@ -119,6 +119,8 @@ class MultimodalPredictor:
 
     def _labels(self, gathered: Gathered, learnt: dict[str, Any], labelled: bool) -> torch.Tensor:
         """Return the labels as the task's numbers; of rows to predict, retrieval's targets only."""
+        if labelled and self.config.task.positives == "label":
+            return torch.from_numpy(np.unique(gathered.manifest.column("label"), return_inverse=True)[1])
         if self.config.task.kind == "retrieval" and gathered.items.keys() >= set(self.config.task.target):
             return torch.from_numpy(gathered.target_numbers(self.config.task.target))
         if not labelled:

@@ -444,7 +444,7 @@ def _explained(evaluation: Evaluation, split: str) -> dict[str, Any] | None:
 
 def _example(evaluation: Evaluation, example: Example, most: float) -> dict[str, Any]:
     config, manifest = evaluation.config, evaluation.manifest
-    given = manifest.column("label")[example.row]
+    given = str(manifest.column("label")[example.row])
     found = []
     if example.predicted is not None and example.rival is not None:
         answer, rival = (evaluation.classes[k] for k in (example.predicted, example.rival))

@@ -48,12 +48,18 @@ class Rows:
 
 
 def contrastive(model: TwoTowers, embedded: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-    """Return the symmetric InfoNCE loss of a batch; rows of the same target are not each other's negatives.
+    """Return the symmetric InfoNCE loss of a batch.
+
+    Rows of the same label, which is the same target or, of a model of `several`, the manifest's label, are not each other's
+    negatives; in the latter case they are positives.
 
     References
     ----------
-    A. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3.
+    A. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3. P. Khosla
+    et al., "Supervised Contrastive Learning", NeurIPS 2020, eq. 2.
     """
+    if model.several:
+        return contrastive_loss(*embedded, fusion_weights=model.fusion_weights, labels=labels, key_labels=labels)
     return contrastive_loss(*embedded, fusion_weights=model.fusion_weights, exclude=(labels, labels))
 
 
