@@ -12,6 +12,7 @@ try:
     from torch import nn
 
     from fusionsum.pipeline import evaluate
+    from fusionsum.pipeline.config import from_mapping
     from fusionsum.pipeline.fuse import FusionModel
     from fusionsum.pipeline.preprocess import Column
     from fusionsum.pipeline.train import Rows
@@ -66,3 +67,17 @@ def test_a_withheld_modality_is_masked_or_zero():
     assert said["without a"] == ([200, 110, 120], [False, True, True])
     assert said["without a, zero-filled"] == ([0, 10, 20], [False, True, True])
     assert said["without c"] == said["all"]
+
+
+@pytest.mark.parametrize(
+    "task, metric",
+    [
+        ({}, "accuracy"),
+        ({"metric": "macro_f1"}, "macro_f1"),
+        ({"kind": "regression"}, "mae"),
+        ({"kind": "retrieval", "target": ["c"]}, "a+b_to_c_R@10"),
+    ],
+)
+def test_the_metric_that_models_are_compared_by(task, metric):
+    config = from_mapping({"modalities": {name: {"kind": "text"} for name in "abc"}, "task": task})
+    assert evaluate.headline(config) == metric

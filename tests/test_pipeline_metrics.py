@@ -194,12 +194,7 @@ def test_chance(rng):
     assert metrics.chance("a_to_b_mAP", labels, labels) is None
 
 
-def test_the_headline_and_which_way_is_better():
-    assert metrics.headline("classification", {}) == "accuracy"
-    assert metrics.headline("regression", {}) == "mae"
-    assert metrics.headline("classification", {}, chosen="macro_f1") == "macro_f1"
-    names = {"a_to_b_R@1": 0, "a_to_b_R@10": 0, "b_to_a_R@10": 0}
-    assert metrics.headline("retrieval", names, "b") == "a_to_b_R@10"
+def test_which_way_is_better():
     assert [metrics.better(m) for m in ("accuracy", "mae", "ece", "a_to_b_median_rank", "pearson")] == [
         1,
         -1,

@@ -28,7 +28,6 @@ from .metrics import (
     chance,
     classification_metrics,
     expected_hits,
-    headline,
     multilabel_metrics,
     regression_metrics,
     retrieval_metrics,
@@ -220,7 +219,7 @@ def measure(
         else:
             values, wanted = values * scale, labels.astype(np.float64) * scale
             found = regression_metrics(values[:, 0], wanted)
-        metric = headline(kind, found, chosen=_chosen(config))
+        metric = headline(config)
         decided = offset is not None and metric != "average_precision"
         return found, row_scores(metric, values + np.asarray(offset) if decided else values, wanted)
 
@@ -243,7 +242,7 @@ def measure(
                 found.setdefault(name, {})[str(condition)] = values
                 scores.setdefault(name, of_rows.astype(np.float64))  # with all modalities, which come first
     fused = every[FUSED][Condition()]
-    metric = headline(kind, found[FUSED]["all"], sides(config)[1], _chosen(config))
+    metric = headline(config)
     scores = {name: better(metric) * of_rows for name, of_rows in scores.items()}
     nothing = _of_chance(config, labels, gallery_labels, scale)
     if nothing is not None:
@@ -253,7 +252,9 @@ def measure(
         target = None
         if gallery is not None and fused.gallery is not None and gallery_labels is not None:
             target = fused.gallery, gallery_labels, gallery[1].numpy(), fused.fusion_weights
-        answered = answers(kind, chosen.numpy(), fused.values, labels, scale, target)
+        shift = offsets.get(FUSED)
+        values = fused.values if shift is None else fused.values + np.asarray(shift)
+        answered = answers(kind, chosen.numpy(), values, labels, scale, target)
         apart = explain(models[FUSED], rows, chosen, answered)
     return Measured(
         metrics=found,
@@ -280,9 +281,10 @@ def _decided(kind: str, values: np.ndarray, offset: Sequence[float] | None) -> n
     return shifted.argmax(axis=1) if kind == "classification" else None
 
 
-def _chosen(config: Config) -> str:
-    """Return the metric that the configuration wants models to be compared by, if it names one."""
-    return getattr(config.task, "metric", "")
+def headline(config: Config) -> str:
+    """Return the metric that models are compared by: the task's, or recall at 10 of the targets."""
+    query, target = sides(config)
+    return config.task.compared_by or f"{query}_to_{target}_R@10"
 
 
 def _of_chance(
@@ -291,7 +293,7 @@ def _of_chance(
     """Return the rows' scores of what needs no model; the training labels' mean is the labels' 0."""
     if gallery_labels is not None:
         return expected_hits(labels, gallery_labels, 10)
-    metric = headline(config.task.kind, {}, chosen=_chosen(config))
+    metric = headline(config)
     if config.task.kind == "classification":
         commonest = np.zeros((len(labels), labels.max() + 1))
         commonest[:, np.bincount(labels).argmax()] = 1
@@ -408,8 +410,7 @@ class Evaluation:
     @property
     def metric(self) -> str:
         """The metric that models are compared by."""
-        metrics = next(iter(self.results.values()))[FUSED]["all"]
-        return headline(self.config.task.kind, metrics, sides(self.config)[1], _chosen(self.config))
+        return headline(self.config)
 
     def differences(self, split: str, model: str = FUSED) -> dict[str, Difference]:
         """Return how much better a model is than each other and than `CHANCE`, in the metric that they are compared by.

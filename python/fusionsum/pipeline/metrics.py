@@ -6,7 +6,7 @@ lives elsewhere: the outputs (``evaluate.py``), intervals and tests between mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.special import softmax
@@ -356,13 +356,6 @@ def _of_ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     total = below.sum(axis=0).clip(min=1e-300)
     ratio = above.sum(axis=0) / total
     return (ratio + len(above) * (above - ratio * below) / total).mean(axis=1)
-
-
-def headline(kind: str, metrics: Mapping[str, object], target: str = "", chosen: str = "") -> str:
-    """Return the metric that models are compared by: the chosen, else accuracy, MAE, or recall at 10 of the targets."""
-    if kind == "retrieval":
-        return next(name for name in metrics if name.endswith(f"_to_{target}_R@10"))
-    return chosen or {"classification": "accuracy", "multilabel": "macro_f1"}.get(kind, "mae")
 
 
 def better(metric: str) -> int:

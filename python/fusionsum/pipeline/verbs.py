@@ -7,6 +7,7 @@ options (``fusionsum.__main__``), the work (``predictor.py`` and the steps).
 from __future__ import annotations
 
 import hashlib
+import shlex
 from pathlib import Path
 
 from .config import load
@@ -63,7 +64,8 @@ def evaluate(run: Path, manifest: Path | None, out: Path | None, trust_encoder: 
         out = run
         if manifest is not None:  # the run's own metrics and report stay
             out = run / "evaluations" / f"{manifest.stem}-{hashlib.sha256(manifest.read_bytes()).hexdigest()[:8]}"
-    write_report(out, evaluation)
+    words = ["fusionsum", "evaluate", str(run), *(["--manifest", str(manifest)] if manifest else [])]
+    write_report(out, evaluation, command=shlex.join(words))
     print("\n".join(verdicts(evaluation)))
     print(f"Written to {out / 'report.html'}.")
 
