@@ -123,7 +123,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusionsum", description="Multiplicative fusion of modalities.")
     parser.add_argument("--version", action="version", version=f"fusionsum {__version__}")
-    names = "{info,demo,prepare,train,evaluate,predict,retrieve,export}"
+    names = "{info,demo,prepare,train,evaluate,predict,retrieve,export,cache}"
     commands = parser.add_subparsers(dest="command", metavar=names, parser_class=_Parser)
 
     def add(name: str, about: str, *common: str) -> argparse.ArgumentParser:
@@ -195,6 +195,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--out", type=Path, required=True, help="folder of the files")
     verb.add_argument("--format", choices=["onnx", "torch"], default="onnx", dest="form", help="(%(default)s)")
+    verb = add("cache", "show what a cache of decoded items holds, clear it or make it smaller")
+    verb.add_argument("folder", type=Path, nargs="?", default=Path(".fusionsum-cache"), help="(%(default)s)")
+    verb.add_argument("--clear", action="store_true", help="delete it: everything is decoded again")
+    verb.add_argument("--limit", type=float, metavar="GB", help="delete what was not used for longest, down to this")
     return parser
 
 

@@ -198,8 +198,7 @@ class Cache:
                 database.execute(f"DELETE FROM arrays WHERE id IN ({old})", last)
                 database.execute(f"DELETE FROM entries WHERE id IN ({old})", last)
             database.commit()
-            database.execute("PRAGMA incremental_vacuum").fetchall()
-            database.commit()
+            database.executescript("PRAGMA incremental_vacuum")  # which `execute` takes but one step of
 
     @contextlib.contextmanager
     def _guarded(self, write: bool = False) -> Iterator[sqlite3.Connection | None]:

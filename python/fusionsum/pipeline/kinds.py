@@ -188,8 +188,8 @@ class Image(Modality):
         if self.range:
             low, high = self.range
         else:
-            finite = np.isfinite(values) if mode == "F" else True
-            low, high = (float(f(values, where=finite, initial=i)) for f, i in ((np.min, np.inf), (np.max, -np.inf)))
+            known = values[np.isfinite(values)] if mode == "F" else values
+            low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
             for top in (1.0, 255.0) if mode == "F" else (65535.0,):
                 if low >= 0 and high <= top:
                     low, high = 0.0, top

@@ -10,6 +10,7 @@ import hashlib
 import shlex
 from pathlib import Path
 
+from .cache import Cache
 from .config import load
 from .datasets import DATA_SETS
 from .datasets import prepare as prepare_data
@@ -103,3 +104,17 @@ def export(run: Path, out: Path, form: str, model: str, seed: int | None, trust_
     chosen, seed, reason = predictor.chosen(model, seed)
     written = predictor.export(out, form, chosen, seed)
     print(f"{chosen!r}, seed {seed} ({reason}), written to {' and '.join(map(str, written))}.")
+
+
+def cache(folder: Path, clear: bool, limit: float | None) -> None:
+    """Show what a cache holds, after clearing it or making it smaller."""
+    held = Cache(folder) if limit is None else Cache(folder, round(limit * 2**30))
+    if clear:
+        print(f"{held.clear() / 2**20:,.1f} MiB freed.")
+    elif limit is not None:
+        held.summary()
+        held.close()  # which brings it under its limit
+    for what, count, size in held.summary():
+        print(f"{what}: {count:,} items, {size / 2**20:,.1f} MiB")
+    print(f"{held.path}: {held.size() / 2**20:,.1f} MiB")
+    held.close()
