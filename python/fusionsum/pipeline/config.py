@@ -168,6 +168,8 @@ class Config:
 def _convert(value: Any, kind: Any, key: str) -> Any:
     """Return `value` as the annotated type `kind`, or raise ConfigError with the type that was expected."""
     origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
     if origin is Literal:
         if value not in options:
             raise ConfigError(f"{key}: {unknown('choice', str(value), options)}")

@@ -31,7 +31,8 @@ class Encoder(Protocol):
 
     ``fitted`` holds step 1's statistics of the training items: their ``shape``, and for texts the size of the
     ``vocabulary``. The encoder maps ``(B, *shape)`` to ``(B, features)``. A configuration in Python holds a class of one's
-    own, or a module, of which every model gets a copy, and a linear map behind it if it has another number of features;
+    own, or a module, of which every model gets a copy (pictures are floats in 0..1 for it), and a linear map behind it if
+    it has another number of features;
     one in YAML names a class, as ``package.module:Class``.
 
     Examples
@@ -205,9 +206,19 @@ def own(encoder: Any) -> Any:
     return name
 
 
+class _Unit(nn.Module):
+    """Pictures as floats in 0..1, which modules expect that were not written for this pipeline."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scale uint8 to floats."""
+        return images.float() / 255
+
+
 def _copied(module: nn.Module, fitted: Mapping[str, Any], features: int) -> nn.Module:
     """Return a copy of a module, with a linear map to the number of features if it has another."""
     copied = copy.deepcopy(module)
+    if fitted["dtype"] == "uint8":
+        copied = nn.Sequential(_Unit(), copied)
     width = _output(copied, fitted).shape[-1]
     return copied if width == features else nn.Sequential(copied, nn.Linear(width, features), nn.LayerNorm(features))
 
