@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,34 @@ from torch import Tensor, nn
 from ..api import fusion_sum
 from .checks import as_activations, as_choice
 from .layer import FusionLayer, Masks, activated, product, subsets
+
+
+def multiplied_out(
+    fusion_weights: Tensor,
+    maps: Iterable[nn.Module],
+    inputs: Sequence[Tensor],
+    present: Sequence[Tensor | None],
+    activations: str | Sequence[str | None] | None = None,
+) -> dict[tuple[int, ...], Tensor]:
+    """Multiply out ``fusion_weights * prod_m (c_m + g_m)``, for a layer's `contributions`.
+
+    c_m (rank, output_dim) is the factor of features of 0, or 1 where `present` says that the modality is missing, and g_m
+    is what the features add to it: the part of some modalities is the product of their g_m and the others' c_m.
+    """
+    names = [activations] * len(inputs) if activations is None or isinstance(activations, str) else activations
+    constant, given = [], []
+    for x, linear, mask, activation in zip(inputs, maps, present, names, strict=True):
+        zero, whole = (
+            activated(activation, linear(z).unflatten(-1, (len(fusion_weights), -1))) for z in (torch.zeros_like(x), x)
+        )
+        gone = None if mask is None else ~mask[..., None, None]
+        constant.append(zero if gone is None else zero.masked_fill(gone, 1))
+        given.append(whole - zero if gone is None else (whole - zero).masked_fill(gone, 0))
+    return {
+        chosen: fusion_weights
+        * functools.reduce(operator.mul, [given[m] if m in chosen else constant[m] for m in range(len(given))])
+        for chosen in subsets(len(given))
+    }
 
 
 class LowRankFusion(FusionLayer):
@@ -135,21 +163,7 @@ class LowRankFusion(FusionLayer):
         return fused if self.fusion_bias is None else fused + self.fusion_bias
 
     def _parts(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> dict[tuple[int, ...], Tensor]:
-        """Multiply out ``prod_m (c_m + g_m)``: c_m is a factor of features of 0 (1 if missing), g_m what x_m adds to it."""
-        activations = self.activations
-        names = [activations] * len(inputs) if activations is None or isinstance(activations, str) else activations
-        constant, given = [], []
-        for x, linear, mask, activation in zip(inputs, self.factors, present, names, strict=True):
-            sizes = (self.rank, self.output_dim)
-            zero = activated(activation, linear(torch.zeros_like(x)).unflatten(-1, sizes))
-            added = activated(activation, linear(x).unflatten(-1, sizes)) - zero
-            gone = None if mask is None else ~mask[..., None, None]
-            constant.append(zero if gone is None else zero.masked_fill(gone, 1))
-            given.append(added if gone is None else added.masked_fill(gone, 0))
-        parts: dict[tuple[int, ...], Tensor] = {}
-        for chosen in subsets(len(given)):
-            factors = [given[m] if m in chosen else constant[m] for m in range(len(given))]
-            parts[chosen] = self.fusion_weights * functools.reduce(operator.mul, factors)
+        parts = multiplied_out(self.fusion_weights, self.factors, inputs, present, self.activations)
         if self.fusion_bias is not None:
             bias = self.fusion_bias.expand(*parts[()].shape[:-2], 1, self.output_dim)
             parts[()] = torch.cat([parts[()], bias], dim=-2)
