@@ -81,6 +81,13 @@ def wav(samples, rate):
     return file.getvalue()
 
 
+def flac(samples, rate):
+    """Return the bytes of a sound's compressed file."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="FLAC")
+    return file.getvalue()
+
+
 def write(path, given):
     """Write rows as CSV and return the path."""
     with path.open("w", newline="", encoding="utf-8") as file:

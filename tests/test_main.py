@@ -7,15 +7,18 @@ What lives elsewhere: the demo and the pipeline behind its verbs (``test_pipelin
 from __future__ import annotations
 
 import csv
+import os
+import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 import fusionsum as fs
 import made_up
-from conftest import missing, require_native, run_python
+from conftest import PACKAGE, missing, require_native, run_python
 from fusionsum import __main__ as command
 from fusionsum import selftest
 
@@ -104,7 +107,9 @@ def test_self_test_runs_the_backend_in_use(both_backends):
         (["demo", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["bench"], "invalid choice: 'bench'"),  # the repository's, not the package's: python -m bench
-        (["train", "x.yaml"], "the following arguments are required: --out"),
+        (["train"], "the following arguments are required: config"),
+        (["train", "x.yaml", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["train", "x.yaml", "-q", "-v"], "not allowed with argument -q"),
         (["predict", "x"], "the following arguments are required: --manifest"),
         (["retrieve", "x", "--queries", "y"], "the following arguments are required: --gallery"),
         (
@@ -115,9 +120,11 @@ def test_self_test_runs_the_backend_in_use(both_backends):
     ],
 )
 def test_wrong_options(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        command.main(arguments)
-    assert stopped.value.code == 2
+    try:
+        status = command.main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
     assert message in capsys.readouterr().err
 
 
@@ -133,7 +140,7 @@ def test_wrong_options(arguments, message, capsys):
 def test_demo_options(options, wanted, monkeypatch):
     called = []
     monkeypatch.setattr(
-        command, "_reported", lambda verb, out, seeds, steps: called.append((str(out), seeds, steps)) or 0
+        command, "_reported", lambda *a, out, seeds, steps: called.append((str(out), seeds, steps)) or 0
     )
     assert command.main(["demo", *options]) == 0
     assert called == [wanted]
@@ -154,9 +161,9 @@ def test_the_verbs_from_files_to_predictions(tmp_path, capsys):
     assert command.main(train) == 0
     assert f"fusionsum evaluate {run}" in capsys.readouterr().out
     assert command.main(["evaluate", str(run)]) == 0
-    assert "reaches accuracy" in capsys.readouterr().out
+    assert "has the best accuracy" in capsys.readouterr().out
     assert {"config.yaml", "log.csv", "metrics.json", "report.html"} <= {path.name for path in run.iterdir()}
-    assert "seeds: 1" in (run / "config.yaml").read_text()
+    assert "  seeds:\n  - 0\n" in (run / "config.yaml").read_text()
     assert command.main(["predict", str(run), "--manifest", str(tmp_path / "classification.csv")]) == 0
     assert len((run / "predictions.csv").read_text().splitlines()) == 1 + made_up.ROWS
     asked = ["--queries", str(tmp_path / "classification.csv"), "--gallery", str(tmp_path / "classification.csv")]
@@ -200,7 +207,14 @@ def test_retrieve_writes_a_table_and_a_page(tmp_path, capsys):
         (["train", "config.yaml", "--out", "run", "--on-error", "skip"], "no such file"),
         (["train", "config.yaml", "--out", "run", "--set", "fusion=MLB"], "fusion: expected a mapping"),
         (["train", "config.yaml", "--out", "run", "--set", "train.weight_decay=-1"], "train.weight_decay: expected"),
-        (["evaluate", "none"], "none"),
+        (["train", "config.yaml", "--out", "run", "--set", "train.epochs=["], "--set train.epochs: '[' is no YAML"),
+        (["train", "config.yaml", "--out", "run", "--set", "train.learning_rate=nan"], "learning_rate: expected more"),
+        (["train", "config.yaml", "--out", "manifest.csv"], "manifest.csv: is a file: a run needs a folder"),
+        (["train", "config.yaml", "--out", "manifest.csv/run"], "manifest.csv/run: Not a directory"),
+        (["evaluate", "none"], "none: is no run: it has no config.yaml"),
+        (["predict", "none", "--manifest", "manifest.csv", "--out", "no/such/p.csv"], "--out: expected a file's name"),
+        (["predict", "none", "--manifest", "manifest.csv", "--out", "manifest.csv"], "manifest.csv is the manifest"),
+        (["predict", "none", "--manifest", "none.csv", "--out", "config.yaml"], "config.yaml is there already"),
     ],
 )
 def test_bad_input_is_one_message_and_status_1(arguments, message, tmp_path, monkeypatch, capsys):
@@ -217,6 +231,170 @@ def test_bad_input_is_one_message_and_status_1(arguments, message, tmp_path, mon
     assert message in said
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Made-up rows and their configuration, in files."""
+    try:
+        import yaml
+
+        import fusionsum.pipeline  # noqa: F401
+    except ModuleNotFoundError as error:
+        missing(str(error))
+    made_up.folder(tmp_path)
+    text = made_up.MODALITIES["text"] | {"length": 16}  # which cuts none
+    given = made_up.config(tmp_path, baselines=[], train={"seeds": 1, "epochs": 2}, modalities={"text": text})
+    (tmp_path / "colours.yaml").write_text(yaml.safe_dump(given))
+    return tmp_path
+
+
+def test_evaluation_on_other_rows_leaves_the_runs_own_report(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert command.main(["train", "colours.yaml"]) == 0
+    run = folder / "runs" / "colours"  # where no --out is given
+    assert "fusionsum evaluate runs/colours" in capsys.readouterr().out
+    assert command.main(["evaluate", str(run)]) == 0
+    before = (run / "metrics.json").read_text()
+    made_up.write(folder / "other.csv", made_up.rows(folder, 6))
+    assert command.main(["evaluate", str(run), "--manifest", "other.csv"]) == 0
+    assert (run / "metrics.json").read_text() == before
+    (place,) = (run / "evaluations").iterdir()
+    assert place.name.startswith("other-") and (place / "report.html").exists()
+    assert str(place / "report.html") in capsys.readouterr().out
+    with (folder / "classification.csv").open("a") as file:
+        file.write("\n")
+    assert command.main(["evaluate", str(run)]) == 1
+    assert "classification.csv: has changed since the training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, lines", [([], 1), (["-q"], 0), (["-v"], 3)])
+def test_a_log_holds_a_line_for_each_model_and_no_bars(folder, options, lines, capsys):
+    """Neither stream is a terminal here."""
+    assert command.main(["train", str(folder / "colours.yaml"), "--out", str(folder / "run"), *options]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == lines
+    if lines:
+        assert said[-1].startswith("seed 0, fused: 2 epochs, train loss ")
+
+
+def test_an_interrupted_training_says_how_to_go_on(folder, monkeypatch, capsys):
+    from fusionsum.pipeline import train as step4
+
+    real, taken = step4.step, []
+
+    def step(*arguments):
+        taken.append(1)
+        if len(taken) > 4:  # in the second epoch
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(step4, "step", step)
+    train = ["train", str(folder / "colours.yaml"), "--out", str(folder / "a run"), "--overwrite"]
+    assert command.main(train) == 130
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert f"fusionsum train {folder}/colours.yaml --out '{folder}/a run' --resume" in said.splitlines()
+    monkeypatch.setattr(step4, "step", real)
+    assert command.main([*train[:-1], "--resume"]) == 0
+
+
+def test_a_training_that_fails_leaves_no_run(folder, capsys):
+    train = ["train", str(folder / "colours.yaml"), "--out", str(folder / "run")]
+    assert command.main([*train, "--set", "train.learning_rate=1e30"]) == 1
+    assert "seed 0, fused: epoch 1: the loss is not finite; try a lower" in capsys.readouterr().err
+    assert command.main(["evaluate", str(folder / "run")]) == 1
+    assert "is no run, for its training failed: seed 0, fused" in capsys.readouterr().err
+    assert command.main(train) == 0
+    assert command.main(train) == 1
+    assert "replace it (--overwrite)" in capsys.readouterr().err
+    assert command.main([*train, "--overwrite", "--set", "train.epochs=1"]) == 0
+    assert command.main([*train, "--resume", "--set", "train.epochs=3", "--set", "train.seeds=[0, 7]"]) == 0
+    with (folder / "run" / "log.csv").open() as file:
+        assert [(row["seed"], row["epoch"]) for row in csv.DictReader(file)] == [(s, e) for s in "07" for e in "123"]
+
+
+@pytest.mark.parametrize("number, reason", [(28, "No space left on device"), (30, "Read-only file system")])
+def test_a_disk_that_is_full_or_read_only_is_one_message(folder, number, reason, monkeypatch, capsys):
+    from fusionsum.pipeline import checkpoint
+
+    def full(source, target):
+        raise OSError(number, reason, str(target))
+
+    monkeypatch.setattr(checkpoint, "os", types.SimpleNamespace(replace=full))
+    assert command.main(["train", str(folder / "colours.yaml"), "--out", str(folder / "run")]) == 1
+    said = capsys.readouterr().err
+    assert reason in said and str(folder / "run") in said and "Traceback" not in said
+
+
+def test_a_received_run_imports_nothing_unless_it_is_trusted(folder, monkeypatch, capsys):
+    code = f"""
+import torch
+open({str(folder / "executed")!r}, "w").close()
+class Encoder(torch.nn.Linear):
+    def __init__(self, fitted, features):
+        super().__init__(features, features)
+"""
+    (folder / "received.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    run = folder / "run"
+    assert command.main(["train", str(folder / "colours.yaml"), "--out", str(run)]) == 0
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("encoder: cnn", "encoder: received:Encoder", 1))
+    for verb in (["evaluate", str(run)], ["predict", str(run), "--manifest", str(folder / "classification.csv")]):
+        assert command.main(verb) == 1
+        assert "asks to import 'received:Encoder'" in capsys.readouterr().err
+        assert not (folder / "executed").exists()
+    assert command.main(["evaluate", str(run), "--trust-encoder"]) == 1
+    assert (folder / "executed").exists()
+
+
+def test_help_of_prepare_names_the_sets(capsys):
+    try:
+        import fusionsum.pipeline  # noqa: F401
+    except ModuleNotFoundError as error:
+        missing(str(error))
+    with pytest.raises(SystemExit):
+        command.main(["prepare", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("digits-sum", "openclipart", "tuxpaint"))
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"fusionsum {fs.__version__}\n"
+
+
+def process(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fusionsum", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def test_a_reader_that_goes_ends_the_process_quietly():
+    with process("info") as running:
+        running.stdout.close()  # as head -1 does
+        said = running.stderr.read()
+    assert (running.returncode, said) == (141, "")
+
+
+def test_ctrl_c_ends_a_process_with_its_status(folder):
+    """While it trains, or, had it been slow to start, while it imports."""
+    train = ["train", str(folder / "colours.yaml"), "--out", str(folder / "run"), "--set", "train.epochs=100000", "-v"]
+    with process(*train) as running:
+        line = running.stderr.readline()
+        running.send_signal(signal.SIGINT)
+        said = running.stderr.read()
+    assert line.startswith("epoch 1: train loss ")
+    assert running.returncode == 130
+    assert "--resume" in said and "Traceback" not in said
 
 
 def test_exit_status_of_the_process():

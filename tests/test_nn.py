@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 
 import fusionsum.nn as fnn
 from fusionsum.nn import GMF, MFB, MLB, CPBilinear, DistMult, LowRankFusion, TensorFusion, tensor
-from fusionsum.nn.layer import mapped_twice
+from fusionsum.nn.layer import mapped_twice, subsets
 from published import DIMS, F64, FEATURES, MM, ONE_EACH, OUTPUTS, ROWS, TABLE, Parameters, moved, parity
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -90,6 +90,42 @@ def test_what_is_missing_is_never_used(name):
     assert (grads[len(inputs) - 1][~heard] == 0).all()
     assert (grads[len(inputs) - 1][heard] != 0).any()
     torch.testing.assert_close(layer(*inputs)[heard], got[heard])
+
+
+@each_of_features
+@pytest.mark.parametrize("masked", [False, True])
+def test_contributions_add_up_to_the_output(name, masked):
+    entry = TABLE[name]
+    layer, inputs = entry.make(dtype=F64).eval(), entry.inputs()
+    present = [(torch.arange(ROWS) + m) % 3 != 0 for m in range(len(inputs))] if masked else None
+    parts = layer.contributions(*inputs, present=present)
+    assert list(parts) == subsets(len(inputs))
+    wanted = layer(*inputs, present=present)
+    torch.testing.assert_close(sum(part.sum(dim=-2) for part in parts.values()), wanted, rtol=1e-12, atol=1e-12)
+    for m, x in enumerate(inputs):
+        changed = layer.contributions(*inputs[:m], 2 * x, *inputs[m + 1 :], present=present)
+        for chosen, part in parts.items():
+            assert m in chosen or torch.equal(changed[chosen], part)
+            if present is not None and m in chosen:
+                assert (part[~present[m]].abs() <= 1e-12).all()
+
+
+def test_contributions_of_a_low_rank_fusion_are_its_product_multiplied_out():
+    layer, x, y = (
+        LowRankFusion((3, 4), 2, rank=5, dtype=F64),
+        torch.randn(6, 3, dtype=F64),
+        torch.randn(6, 4, dtype=F64),
+    )
+    parts = layer.contributions(x, y)
+    (wx, wy), (bx, by) = (
+        [f(z).reshape(-1, 5, 2) for f, z in zip(maps, (x, y), strict=True)]
+        for maps in (
+            [lambda z, f=f: z @ f.weight.T for f in layer.factors],
+            [lambda z, f=f: f.bias.expand(6, 10) for f in layer.factors],
+        )
+    )
+    for chosen, product in {(0,): wx * by, (1,): bx * wy, (0, 1): wx * wy}.items():
+        torch.testing.assert_close(parts[chosen], layer.fusion_weights * product)
 
 
 @each_of_features
@@ -226,7 +262,7 @@ def test_ddp(tmp_path):
     """Two fresh interpreters, each with half the rows of every layer's batch, against one with all rows."""
     code = """
 import copy, os, torch, torch.distributed as dist
-from fusionsum.nn.layer import mapped_twice
+from fusionsum.nn.layer import mapped_twice, subsets
 from published import ONE_EACH, TABLE
 
 torch.set_num_threads(1)

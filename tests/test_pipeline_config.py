@@ -22,12 +22,17 @@ BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
     "given, message",
     [
         ([], "expected a mapping of sections"),
-        ({}, "modalities: expected a mapping"),
+        ({"modalities": []}, "modalities: expected a mapping"),
         (IMAGE | {"trian": {}}, "unknown section 'trian'; did you mean 'train'?"),
         (IMAGE | {"train": {"epoch": 3}}, "train: unknown key 'epoch'; did you mean 'epochs'?"),
         (IMAGE | {"train": {"epochs": "many"}}, "train.epochs: expected int, got 'many'"),
         (IMAGE | {"train": {"epochs": True}}, "train.epochs: expected int, got True"),
         (IMAGE | {"train": {"epochs": 0}}, "train.epochs: expected more than 0, got 0"),
+        (IMAGE | {"train": {"seeds": 0}}, "train.seeds: expected more than 0, or a list of seeds, got 0"),
+        (IMAGE | {"train": {"seeds": []}}, "train.seeds: expected different numbers, none negative, got ()"),
+        (IMAGE | {"train": {"seeds": [3, 3]}}, "train.seeds: expected different numbers"),
+        (IMAGE | {"train": {"seeds": [-1]}}, "train.seeds: expected different numbers, none negative"),
+        (IMAGE | {"train": {"seeds": "many"}}, "train.seeds[0]: expected int, got 'many'"),
         (IMAGE | {"train": {"learning_rate": True}}, "train.learning_rate: expected float"),
         (IMAGE | {"train": {"modality_dropout": 1.0}}, "train.modality_dropout: expected at least 0 and less than 1"),
         (IMAGE | {"data": {"test_share": -0.1}}, "data.test_share: expected at least 0 and less than 1, got -0.1"),
@@ -52,6 +57,7 @@ BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
         (BOTH | {"task": {"kind": "retrieval", "target": ["photo", "words"]}}, "task.target: retrieval needs"),
         (BOTH | {"task": {"kind": "retrieval", "target": ["word"]}}, "did you mean 'words'?"),
         (BOTH | {"task": {"target": ["words"]}}, "task.target: classification has none"),
+        (BOTH | {"task": {"positives": "label"}}, "task.positives: classification has none"),
         (
             {"modalities": {"photo": {"kind": "imag"}}},
             "modalities.photo.kind: unknown kind 'imag'; did you mean 'image'?",
@@ -61,7 +67,7 @@ BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
             {"modalities": {"photo": {"kind": "image", "sise": 3}}},
             "modalities.photo: unknown key 'sise'; did you mean 'size'?",
         ),
-        ({"modalities": {"photo": {"kind": "image", "size": 0}}}, "modalities.photo.size: expected more than 0"),
+        ({"modalities": {"photo": {"kind": "image", "size": 0}}}, "modalities.photo.size: expected 1 to 4096, got 0"),
         ({"modalities": {"a photo": {"kind": "image"}}}, "modalities: expected names of letters"),
     ],
 )
@@ -85,6 +91,7 @@ def test_a_configuration_comes_back_from_its_yaml(tmp_path):
     assert config.differences(config.to_mapping(made), config.to_mapping(again)) == [
         f"data.manifest: 'manifest.csv' and {str(tmp_path / 'manifest.csv')!r}",
         f"data.cache: '.fusionsum-cache' and {str(tmp_path / '.fusionsum-cache')!r}",
+        f"data.code: '.' and {str(tmp_path)!r}",
     ]
 
 
@@ -92,13 +99,16 @@ def test_overrides(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("modalities: {photo: {kind: image, size: 16}}", encoding="utf-8")
     made = config.load(path, ["modalities.photo.size=32", "train.seeds=2", "baselines=[mlp]", "fusion.rank=3"])
-    assert (made.modalities["photo"].size, made.train.seeds, made.baselines) == (32, 2, ("mlp",))
+    assert (made.modalities["photo"].size, made.train.seeds, made.baselines) == (32, (0, 1), ("mlp",))
     assert made.fusion == config.Fusion("LowRankFusion", {"rank": 3})
     assert "size: 16" in path.read_text()
     with pytest.raises(ConfigError, match=r"expected a\.b=value, got 'train.seeds'"):
         config.load(path, ["train.seeds"])
     with pytest.raises(ConfigError, match="unknown key 'seed'; did you mean 'seeds'"):
         config.load(path, ["train.seed=3"])
+    assert config.load(path, ["train.seeds=[7, 11]"]).train.seeds == (7, 11)
+    with pytest.raises(ConfigError, match=r"--set train\.epochs: '\[' is no YAML"):
+        config.load(path, ["train.epochs=["])
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\xff", None])

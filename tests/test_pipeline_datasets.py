@@ -17,7 +17,8 @@ try:
     from PIL import Image
 
     from fusionsum.pipeline import MultimodalPredictor, PrepareError, datasets
-    from fusionsum.pipeline.manifest import check, read
+    from fusionsum.pipeline.manifest import check
+    from fusionsum.pipeline.sources import read
 except ModuleNotFoundError as error:
     missing(str(error))
 

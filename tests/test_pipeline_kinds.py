@@ -94,7 +94,7 @@ def test_training_items_are_standardised(kind):
         modality = kinds.Audio(seconds=0.1, rate=8000, mels=8)
         items = [modality.decode(made_up.wav(rng.normal(size=800), 8000)) for _ in range(20)]
     else:
-        modality = kinds.Table(columns=("a", "b"))
+        modality = kinds.Table(columns=("a", "b"), categories=())
         items = [modality.decode(modality.content(None, (str(x), "7"))) for x in rng.normal(5, 3, 20)]
     fitted = preprocess.fit("x", modality, items)
     tensor = modality.tensor(items, fitted).double()
@@ -119,3 +119,52 @@ def test_texts_by_a_tokenizer(monkeypatch):
     fitted = preprocess.fit("text", text, items)
     assert fitted["vocabulary"] == 50
     assert text.tensor(items, fitted).tolist() == [[1, 2, 3], [0, 0, 4]]
+
+
+def test_pictures_of_16_bits_keep_their_order():
+    """Pillow's own conversion clips them at 255: all but black was white."""
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    decoded = kinds.Image(size=8, channels=1).decode(made_up.png(Image.fromarray(ramp)))[0]
+    assert np.abs(decoded - ramp / 257).max() <= 1
+    dark = kinds.Image(size=8, channels=1, range=(0, 4095)).decode(made_up.png(Image.fromarray(ramp // 16)))[0]
+    assert np.abs(dark - ramp / 257).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("form", ["array", "tensor", "picture"])
+def test_pictures_in_memory_are_those_of_files(dtype, form):
+    pixels = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    given = pixels if dtype == np.uint8 else pixels.astype(dtype) / 255
+    if form == "tensor":
+        given = torch.from_numpy(given).permute(2, 0, 1)
+    if form == "picture":
+        given = Image.fromarray(pixels)
+    image = kinds.Image(size=8)
+    assert np.array_equal(image.decode(image.content(None, (given,))), pixels.transpose(2, 0, 1))
+
+
+def test_a_sound_in_memory_is_that_of_a_file():
+    sound = np.sin(np.arange(4000)).astype(np.float32)
+    audio = kinds.Audio(seconds=0.5, rate=8000)
+    expected = audio.decode(made_up.wav(sound, 16000))
+    stereo = torch.from_numpy(np.stack([sound, sound]))
+    for given in ({"array": sound, "sampling_rate": 16000}, (sound, 16000), (stereo, 16000)):
+        assert np.array_equal(audio.decode(audio.content(None, (given,))), expected)
+
+
+def test_tables_of_gaps_and_categories():
+    table = kinds.Table(columns=("size", "colour"), categories=("colour",))
+    rows = [("1", "red"), ("", "blue"), ("3", ""), ("2", "3.0")]
+    items = [table.decode(table.content(None, row)) for row in rows]
+    fitted = preprocess.fit("t", table, items)
+    tensor = table.tensor(items, fitted)
+    assert fitted["shape"] == [6]  # the number, whether it is missing, and "", 3, blue, red
+    assert tensor[:, 1].tolist() == [0, 1, 0, 0] and tensor[1, 0] == 0
+    assert (tensor[:, 2:].sum(dim=1) == 1).all() and tensor[3, 3] == 1
+    assert not table.tensor([table.decode(table.content(None, ("1", "green")))], fitted)[0, 2:].any()
+
+
+def test_texts_that_are_cut_are_counted():
+    text = kinds.Text(length=3)
+    (note,) = text.notes([text.decode(text.content(None, (written,))) for written in ("abc", "abcd", "abcdefg")])
+    assert note == "2 of 3 texts are cut to their first 3 characters (length: 3); the longest has 7"

@@ -14,24 +14,25 @@ import made_up
 from conftest import missing
 
 try:
-    from fusionsum.pipeline import ManifestError, manifest
+    from fusionsum.pipeline import ManifestError, manifest, sources
     from fusionsum.pipeline.config import from_mapping
 except ModuleNotFoundError as error:
     missing(str(error))
 
 HEADER = "id,split,label,group,words\n"
-WORDS = {"modalities": {"words": {"kind": "text"}}}
+WORDS = {"modalities": {"words": {"kind": "text"}}, "data": {"split": "manifest"}}
 
 
 def check(read, given=WORDS, labelled=True):
     config = from_mapping(given)
-    manifest.check(read, config.columns, config.task, config.data.splits, labelled)
+    splits = config.data.splits if labelled else None
+    return manifest.check(read, config.columns, config.task, splits, labelled, training=labelled)
 
 
 def checked(tmp_path, text, given=WORDS, name="m.csv"):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
-    read = manifest.read(path)
+    read = sources.read(path)
     check(read, given)
     return read
 
@@ -75,6 +76,7 @@ def test_retrieval_needs_both_sides_but_no_label(tmp_path):
     given = {
         "modalities": {"words": {"kind": "text"}, "others": {"kind": "text"}},
         "task": {"kind": "retrieval", "target": ["others"]},
+        "data": {"split": "manifest"},
     }
     header = "id,split,words,others\n"
     checked(tmp_path, f"{header}a,train,w,o\n", given)
@@ -94,9 +96,9 @@ def test_all_problems_are_counted_and_the_first_shown(tmp_path):
 def test_rows_to_predict_need_neither_label_nor_split(tmp_path):
     path = tmp_path / "m.csv"
     path.write_text("id,words\na,w\n", encoding="utf-8")
-    check(manifest.read(path), labelled=False)
+    check(sources.read(path), labelled=False)
     with pytest.raises(ManifestError):
-        check(manifest.read(path))
+        check(sources.read(path))
 
 
 def test_jsonl_and_csv_hold_the_same(tmp_path):
@@ -104,8 +106,8 @@ def test_jsonl_and_csv_hold_the_same(tmp_path):
     made_up.write(tmp_path / "m.csv", given)
     lines = [json.dumps({k: float(v) if k == "width" else v or None for k, v in row.items()}) for row in given]
     (tmp_path / "m.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
-    one, other = manifest.read(tmp_path / "m.csv"), manifest.read(tmp_path / "m.jsonl")
-    assert one.rows == other.rows
+    one, other = sources.read(tmp_path / "m.csv"), sources.read(tmp_path / "m.jsonl")
+    assert one.cells == other.cells
     assert (one.lines, other.lines) == ([2, 3, 4, 5, 6, 7], [1, 3, 5, 7, 9, 11])
 
 
@@ -119,7 +121,7 @@ def test_only_ends_of_lines_end_a_row(tmp_path, name):
     assert checked(tmp_path, text, name=name).column("words") == [words]
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"id": [1]}'])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"id": ["a"]}', '{"id": {"a": 1}}', '{"id": []}', "[" * 100000])
 def test_bad_lines_of_jsonl(tmp_path, line):
     with pytest.raises(ManifestError, match=r"m\.jsonl:2: "):
         checked(tmp_path, '{"id": "a"}\n' + line, name="m.jsonl")
@@ -133,7 +135,7 @@ def test_a_line_of_jsonl_without_a_split_is_named(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ManifestError, match=r"none\.csv"):
-        manifest.read(tmp_path / "none.csv")
+        sources.read(tmp_path / "none.csv")
 
 
 def test_splits_of_the_manifest(tmp_path):

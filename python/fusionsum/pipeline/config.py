@@ -6,8 +6,10 @@ What lives here: the sections, YAML in and out, ``--set a.b=c``. What lives else
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,7 +20,8 @@ from typing import Any, Literal
 import yaml
 
 from .errors import ConfigError, unknown
-from .kinds import KINDS, Modality
+from .features import own
+from .kinds import KINDS, Image, Modality, Table
 
 BASELINES = ("alone", "concat-linear", "mlp", "late-product", "score-sum")
 DRAWN = ("train", "validation", "test")  # the splits that `data.split: by-seed` draws
@@ -29,46 +32,107 @@ class Data:
     """Where the rows come from and how they are split.
 
     `split`: ``manifest`` takes the manifest's column; ``by-seed`` draws a split for each seed, by group, so that the
-    intervals over seeds include the variation between splits.
+    intervals over seeds include the variation between splits; ``auto`` takes the column if there is one. `id`, `label` and
+    `group` are the manifest's names of these columns. `code` is the folder of encoders of one's own. The cache keeps below
+    `cache_limit` GB; with 0 nothing is cached.
     """
 
     manifest: str = "manifest.csv"
-    split: Literal["manifest", "by-seed"] = "manifest"
+    split: Literal["auto", "manifest", "by-seed"] = "auto"
+    id: str = "id"
+    label: str = "label"
+    group: str = "group"
     validation_share: float = 0.15
     test_share: float = 0.2
     test: tuple[str, ...] = ("test",)
     on_error: Literal["raise", "skip"] = "raise"
     workers: int = 2
     cache: str = ".fusionsum-cache"
+    cache_limit: float = 10.0
+    code: str = "."
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The manifest's names of the columns that every manifest has."""
+        return {"id": self.id, "label": self.label, "group": self.group}
 
     @property
     def splits(self) -> tuple[str, ...] | None:
         """The names that the manifest's column ``split`` may hold; None if the splits are drawn."""
-        return None if self.split == "by-seed" else tuple(dict.fromkeys(("train", "validation", *self.test)))
+        return None if self.split != "manifest" else tuple(dict.fromkeys(("train", "validation", *self.test)))
+
+
+# By kind of task, the metrics that models can be compared by; the first is the default. Retrieval is compared by recall.
+METRICS = {
+    "classification": ("accuracy", "balanced_accuracy", "macro_f1", "average_precision"),
+    "multilabel": ("macro_f1", "micro_f1", "average_precision", "subset_accuracy"),
+    "regression": ("mae", "pearson"),
+    "retrieval": (),
+}
+TUNED = ("balanced_accuracy", "macro_f1", "micro_f1")  # metrics that a decision threshold is tuned for
 
 
 @dataclass(frozen=True)
 class Task:
-    """The task. Retrieval finds the modalities of `target` by all other modalities, in a space of `dim` dimensions."""
+    """The task. Retrieval finds the modalities of `target` by all other modalities, in a space of `dim` dimensions.
 
-    kind: Literal["classification", "regression", "retrieval"] = "classification"
+    `positives`: which targets are right for a query, in training and evaluation: the row's own ``item``, or those of all
+    rows of its ``label``.
+
+    `metric`: one of `METRICS`, what models are compared by and a decision threshold is tuned for. `class_weights`:
+    ``none``, ``balanced``, or a weight by class. `separator`: between the labels of a cell of multi-label classification.
+    """
+
+    kind: Literal["classification", "multilabel", "regression", "retrieval"] = "classification"
     target: tuple[str, ...] = ()
     dim: int = 64
+    positives: Literal["item", "label"] = "item"
+    metric: str = ""
+    class_weights: str | dict[str, float] = "none"
+    threshold: Literal["auto", "half"] = "auto"
+    separator: str = "|"
+
+    @property
+    def compared_by(self) -> str:
+        """The metric that models are compared by, empty for retrieval's recall at 10."""
+        return self.metric or next(iter(METRICS[self.kind]), "")
+
+    @property
+    def tuned(self) -> bool:
+        """Whether a decision threshold is tuned."""
+        return self.threshold == "auto" and self.kind in ("classification", "multilabel") and self.compared_by in TUNED
+
+
+# Options that a layer needs or that suit features of 64 dimensions, where a configuration names none.
+LAYER_OPTIONS: dict[str, dict[str, Any]] = {
+    "LowRankFusion": {"rank": 16},
+    "ConcatMLP": {"dimensions": [128]},
+    "LinearSum": {"mm_dim": 128},
+    "BLOCK": {"mm_dim": 64, "chunks": 8, "rank": 4},
+    "MFB": {"mm_dim": 128},
+    "MFH": {"mm_dim": 128},
+    "MLB": {"mm_dim": 128},
+    "MUTAN": {"mm_dim": 64, "rank": 8},
+    "TuckerFusion": {"mm_dim": 64},
+}
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """A layer of `fusionsum.nn` and the options of its constructor."""
+    """A layer of `fusionsum.nn` and the options of its constructor; those of `LAYER_OPTIONS` where it is given none."""
 
     layer: str = "LowRankFusion"
-    options: dict[str, Any] = field(default_factory=lambda: {"rank": 16})
+    options: dict[str, Any] = field(default_factory=lambda: dict(LAYER_OPTIONS["LowRankFusion"]))
 
 
 @dataclass(frozen=True)
 class Train:
-    """The loop: one model per seed. `patience` counts epochs without a better validation loss; 0 never stops early."""
+    """The loop: one model per seed. `patience` counts epochs without a better validation loss; 0 never stops early.
 
-    seeds: int = 5
+    `seeds`: a list of them, or how many: 3 stands for 0, 1, 2.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     epochs: int = 60
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -82,9 +146,12 @@ class Train:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole configuration: every section with its defaults filled in."""
+    """A whole configuration: every section with its defaults filled in.
 
-    modalities: dict[str, Modality]
+    Without `modalities`, or with ``data.split: auto``, it is completed by the data (``infer.py``).
+    """
+
+    modalities: dict[str, Modality] = field(default_factory=dict)
     title: str = "fusionsum"
     data: Data = field(default_factory=Data)
     task: Task = field(default_factory=Task)
@@ -101,12 +168,20 @@ class Config:
 def _convert(value: Any, kind: Any, key: str) -> Any:
     """Return `value` as the annotated type `kind`, or raise ConfigError with the type that was expected."""
     origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
     if origin is Literal:
         if value not in options:
             raise ConfigError(f"{key}: {unknown('choice', str(value), options)}")
         return value
-    if origin is types.UnionType:
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{key}: expected a mapping of names, got {value!r}")
+        return {name: _convert(item, options[1], f"{key}.{name}") for name, item in value.items()}
+    if origin is types.UnionType and type(None) in options:
         return None if value is None else _convert(value, options[0], key)
+    if origin is types.UnionType:
+        return _convert(value, options[isinstance(value, Mapping)], key)  # a name, or a mapping
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
@@ -144,7 +219,16 @@ def _modality(given: Any, key: str) -> Modality:
     kind = rest.pop("kind")
     if kind not in KINDS:
         raise ConfigError(f"{key}.kind: {unknown('kind', str(kind), KINDS)}")
-    return _section(KINDS[kind], rest, key)
+    rest["encoder"] = own(rest["encoder"]) if "encoder" in rest else KINDS[kind].encoder
+    made = _section(KINDS[kind], rest, key)
+    if isinstance(made, Table):
+        made = dataclasses.replace(made, columns=made.columns_of(key.rpartition(".")[2]))
+        for column in made.categories or ():
+            if column not in made.columns:
+                raise ConfigError(f"{key}.categories: {unknown('column', column, made.columns)}")
+    if isinstance(made, Image) and made.range and not (len(made.range) == 2 and made.range[0] < made.range[1]):
+        raise ConfigError(f"{key}.range: expected the least and the greatest value, got {list(made.range)}")
+    return made
 
 
 def _expect(condition: bool, section: Any, key: str, name: str, expected: str) -> None:
@@ -179,7 +263,7 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
     --------
     >>> config = from_mapping({"modalities": {"photo": {"kind": "image"}}, "train": {"seeds": 3}})
     >>> config.train.seeds, config.train.batch_size
-    (3, 64)
+    ((0, 1, 2), 64)
     >>> from_mapping({"modalities": {"photo": {"kind": "image"}}, "train": {"seed": 3}})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
@@ -191,9 +275,9 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
     for name in given:
         if name not in names:
             raise ConfigError(unknown("section", str(name), names))
-    modalities = given.get("modalities")
-    if not isinstance(modalities, Mapping) or not modalities:
-        raise ConfigError("modalities: expected a mapping with a modality or more, name: {kind: ...}")
+    modalities = given.get("modalities", {})
+    if not isinstance(modalities, Mapping):
+        raise ConfigError(f"modalities: expected a mapping, name: {{kind: ...}}; got {modalities!r}")
     for name in modalities:
         # Modules are registered by these names.
         if not str(name).isidentifier():
@@ -205,10 +289,19 @@ def from_mapping(given: Mapping[str, Any]) -> Config:
         task=_section(Task, given.get("task"), "task"),
         fusion=_fusion(given["fusion"]) if "fusion" in given else Fusion(),
         baselines=_convert(given.get("baselines", BASELINES), tuple[str, ...], "baselines"),
-        train=_section(Train, given.get("train"), "train"),
+        train=_section(Train, _with_seeds(given.get("train")), "train"),
     )
     _check(config)
     return config
+
+
+def _with_seeds(given: Any) -> Any:
+    """Return the section ``train`` with a list of seeds where it says how many."""
+    if not isinstance(given, Mapping) or type(given.get("seeds")) is not int:
+        return given
+    if given["seeds"] < 1:
+        raise ConfigError(f"train.seeds: expected more than 0, or a list of seeds, got {given['seeds']}")
+    return {**given, "seeds": list(range(given["seeds"]))}
 
 
 def _fusion(given: Any) -> Fusion:
@@ -222,7 +315,7 @@ def _fusion(given: Any) -> Fusion:
     for option in options:
         if not isinstance(option, str):
             raise ConfigError(f"fusion: expected names of options, got {option!r}")
-    return Fusion(layer, options)
+    return Fusion(layer, LAYER_OPTIONS.get(layer, {}) | options)
 
 
 def _check(config: Config) -> None:
@@ -231,10 +324,10 @@ def _check(config: Config) -> None:
         if name not in BASELINES:
             raise ConfigError(f"baselines: {unknown('baseline', name, BASELINES)}")
     for name in config.task.target:
-        if name not in config.modalities:
+        if config.modalities and name not in config.modalities:
             raise ConfigError(f"task.target: {unknown('modality', name, config.modalities)}")
     retrieval = config.task.kind == "retrieval"
-    if retrieval and not 0 < len(set(config.task.target)) < len(config.modalities):
+    if retrieval and config.modalities and not 0 < len(set(config.task.target)) < len(config.modalities):
         raise ConfigError("task.target: retrieval needs one modality or more to find, and one or more to ask with")
     if config.task.target and not retrieval:
         raise ConfigError(f"task.target: {config.task.kind} has none")
@@ -242,21 +335,46 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"data.test: expected [test], for data.split: by-seed draws {', '.join(DRAWN)}; got {list(config.data.test)}"
         )
+    if config.task.positives == "label" and not retrieval:
+        raise ConfigError(f"task.positives: {config.task.kind} has none")
     _positive(config.task, "task", ["dim"])
+    if config.task.metric and config.task.metric not in METRICS[config.task.kind]:
+        raise ConfigError(f"task.metric: {unknown('metric', config.task.metric, METRICS[config.task.kind])}")
+    weights = config.task.class_weights
+    if weights != "none":
+        weighted = config.task.kind in ("classification", "multilabel")
+        _expect(weighted, config.task, "task", "class_weights", f"none, for {config.task.kind} has no classes")
+        known = isinstance(weights, dict) or weights == "balanced"
+        _expect(known, config.task, "task", "class_weights", "none, balanced, or {class: weight}")
+        for name, weight in weights.items() if isinstance(weights, dict) else ():
+            if not 0 < weight < math.inf:
+                raise ConfigError(f"task.class_weights.{name}: expected more than 0 and finite, got {weight}")
+    _expect(len(config.task.separator) > 0, config.task, "task", "separator", "a character or more")
     train, data = config.train, config.data
-    _positive(train, "train", ["seeds", "epochs", "batch_size", "learning_rate", "clip", "threads"])
+    distinct = len(set(train.seeds)) == len(train.seeds) > 0 and min(train.seeds) >= 0
+    _expect(distinct, train, "train", "seeds", "different numbers, none negative")
+    _positive(train, "train", ["epochs", "batch_size", "learning_rate", "clip", "threads"])
     _expect(math.isfinite(train.learning_rate), train, "train", "learning_rate", "a finite number")
     _expect(0 <= train.weight_decay < math.inf, train, "train", "weight_decay", "at least 0 and finite")
     _expect(train.patience >= 0, train, "train", "patience", "at least 0")
     _positive(data, "data", ["workers"])
+    _expect(0 <= data.cache_limit < math.inf, data, "data", "cache_limit", "at least 0 and finite")
     for section, key, name in (
         (train, "train", "modality_dropout"),
         (data, "data", "validation_share"),
         (data, "data", "test_share"),
     ):
         _expect(0 <= getattr(section, name) < 1, section, key, name, "at least 0 and less than 1")
+    reserved = {"id", "group", "split", data.id, data.group} | (set() if retrieval else {"label", data.label})
     for name, modality in config.modalities.items():
-        _positive(modality, f"modalities.{name}", modality.sizes)
+        for option, (least, most) in modality.limits.items():
+            expected = f"{least} to {most}"
+            _expect(least <= getattr(modality, option) <= most, modality, f"modalities.{name}", option, expected)
+        for column in modality.columns_of(name):
+            if column in reserved:
+                raise ConfigError(
+                    f"modalities.{name}: reads the column {column!r}, which is no input: the model would see the answer"
+                )
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
@@ -279,13 +397,18 @@ def to_mapping(config: Config) -> dict[str, Any]:
     }
 
 
-def to_yaml(config: Config) -> str:
-    """Return a configuration as YAML, every default filled in."""
-    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+def to_yaml(config: Config, folder: Path | None = None) -> str:
+    """Return a configuration as YAML, every default filled in; its paths relative to a folder, if one is given."""
+    mapping = to_mapping(config)
+    if folder is not None:
+        for key in ("manifest", "cache", "code"):
+            with contextlib.suppress(ValueError):  # on another drive, or empty
+                mapping["data"][key] = os.path.relpath(mapping["data"][key], folder)
+    return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file and apply ``a.b=c`` overrides; a relative ``data.manifest`` and cache are relative to the file.
+    """Read a YAML file and apply ``a.b=c`` overrides; relative paths of ``data`` are relative to the file.
 
     Raises
     ------
@@ -293,18 +416,32 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Config:
         If the file cannot be read or parsed, or as in `from_mapping`.
     """
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = yaml.load(path.read_text(encoding="utf-8"), _Unique)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from None
     for override in overrides:
         given = _override(given, override)
     config = from_mapping(given)
-    data = dataclasses.replace(
-        config.data,
-        manifest=str(path.parent.resolve() / config.data.manifest),
-        cache=str(path.parent.resolve() / config.data.cache),
-    )
-    return dataclasses.replace(config, data=data)
+    folder = path.parent.resolve()
+    places = {name: getattr(config.data, name) for name in ("manifest", "cache", "code")}
+    paths: dict[str, Any] = {name: str(folder / place) for name, place in places.items() if place}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
+
+
+class _Unique(yaml.SafeLoader):
+    """Reads mappings whose keys are all different: of two equal ones PyYAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    "while constructing a mapping",
+                    node.start_mark,
+                    f"the key {key.value!r} occurs twice",
+                    key.start_mark,
+                )
+        return super().construct_mapping(node, deep)
 
 
 def _override(given: Any, override: str) -> dict[str, Any]:
@@ -317,7 +454,10 @@ def _override(given: Any, override: str) -> dict[str, Any]:
     for name in path:
         place[name] = dict(place[name]) if isinstance(place.get(name), Mapping) else {}
         place = place[name]
-    place[last] = yaml.safe_load(text)
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {text!r} is no YAML: {' '.join(str(error).split())}") from None
     return result
 
 

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from ..backend import native
 from ..nn import LowRankFusion
+from .compare import interval
 from .config import load
 from .datasets import digits_sum
-from .evaluate import Evaluation, interval
+from .evaluate import Evaluation
 from .fuse import FUSED, FusionModel
-from .predictor import MultimodalPredictor, contained
+from .predictor import MultimodalPredictor
 from .report import label, verdicts, write_report
-from .train import loss_of, optimizer, step
+from .train import contained, loss_of, optimizer, step
 
 CONSTRUCTED = (
     "The inputs are real, the label is constructed: it needs both modalities and how they interact. Each alone, and any "

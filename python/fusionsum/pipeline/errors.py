@@ -32,7 +32,12 @@ class PrepareError(RuntimeError):
     """Data that cannot be fetched, or is not in the folder that was named."""
 
 
-def unknown(category: str, name: str, known: Iterable[str]) -> str:
+def near(name: str, known: Iterable[str]) -> str | None:
+    """Return the nearest known name, None if none is near."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
+def unknown(category: str, name: str, known: Iterable[object]) -> str:
     """Return the message for an unknown name: its category, the nearest known name, and all known names.
 
     Examples
@@ -40,7 +45,6 @@ def unknown(category: str, name: str, known: Iterable[str]) -> str:
     >>> unknown("layer", "LowRankFusin", ["LowRankFusion", "MLB"])
     "unknown layer 'LowRankFusin'; did you mean 'LowRankFusion'? There are: LowRankFusion, MLB"
     """
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {category} {name!r}; {guess}There are: {', '.join(known) or 'none'}"
+    names = [str(name) for name in known]
+    guess = f"did you mean {found!r}? " if (found := near(name, names)) else ""
+    return f"unknown {category} {name!r}; {guess}There are: {', '.join(names) or 'none'}"

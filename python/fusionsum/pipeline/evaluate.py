@@ -1,34 +1,46 @@
-"""Step 5: the models' outputs on rows, and their metrics.
+"""Step 5: the models' outputs on rows, what is measured on them, and how the models compare.
 
-What lives here: outputs with modalities withheld, the combination of unimodal models, metrics and their intervals, and
-the record of an evaluation. What lives elsewhere: plots and the report (``report.py``), the names of the models
-(``fuse.py``), the splits and seeds that are evaluated (``predictor.py``).
+What lives here: outputs with modalities withheld, the combination of unimodal models, and the record of an evaluation. What
+lives elsewhere: the metrics (``metrics.py``), intervals and tests (``compare.py``), an answer taken apart
+(``explain.py``), the report (``report.py``), the names of the models (``fuse.py``), the splits and seeds that are
+evaluated (``predictor.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import torch
-from scipy.special import log_softmax, softmax
-from scipy.stats import t as student
-from sklearn.metrics import accuracy_score, f1_score
+from scipy.special import expit, log_softmax, logit, softmax
 from torch import Tensor, nn
 
-from ..api import fusion_sum
-from ..search import ranks
+from .compare import Difference, Interval, difference
 from .config import Config
+from .explain import Explained, answers, explain
 from .fuse import ALONE, FUSED, FusionModel, TwoTowers, combined_models, input_modalities, sides
+from .manifest import Manifest
+from .metrics import (
+    better,
+    chance,
+    classification_metrics,
+    expected_hits,
+    multilabel_metrics,
+    regression_metrics,
+    retrieval_metrics,
+    row_scores,
+)
+from .preprocess import item_numbers
 from .run import History
 from .train import EVALUATED, Rows
 
 # [split][model][condition][metric]: one value per seed
 Results = dict[str, dict[str, dict[str, dict[str, list[float]]]]]
 GIVEN = "given"  # the split of rows that are not the run's own
-BINS = 15  # of confidence, for the calibration error
-RECALLED = (1, 5, 10)
+CHANCE = "chance"  # among the models: always the commonest class, a random order, the training labels' mean
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,8 @@ def combine(name: str, kind: str, parts: Sequence[Outputs]) -> Outputs:
     scored = {
         ("late-product", "classification"): lambda part: log_softmax(part.values, axis=1),
         ("score-sum", "classification"): lambda part: softmax(part.values, axis=1),
+        ("late-product", "multilabel"): lambda part: part.values,
+        ("score-sum", "multilabel"): lambda part: expit(part.values),
         ("score-sum", "retrieval"): lambda part: part.values,
         ("score-sum", "regression"): lambda part: part.values,
     }[name, kind]
@@ -126,192 +140,43 @@ def combine(name: str, kind: str, parts: Sequence[Outputs]) -> Outputs:
         gallery = np.concatenate([part.gallery for part in parts if part.gallery is not None], axis=1)
         return Outputs(np.concatenate(terms, axis=1), np.any(known, axis=0), gallery)
     total = np.sum(terms, axis=0)
-    if kind == "regression":
+    if kind == "regression" or (kind, name) == ("multilabel", "score-sum"):
         total = total / known.sum(axis=0).clip(min=1)[:, None]
+        if kind == "multilabel":  # back to logits
+            total = logit(total.clip(1e-12, 1 - 1e-12))
     elif kind == "classification" and name == "score-sum":
         total = np.log(total.clip(min=1e-12))  # back to logits: all equal for a row without any modality
     return Outputs(total, np.any(known, axis=0))
 
 
-def calibration(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the rows, the mean confidence and the accuracy of each of `BINS` equal bins of confidence (NaN if empty)."""
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    count = np.bincount(place, minlength=BINS)
-    with np.errstate(invalid="ignore"):
-        means = [np.bincount(place, weights=v, minlength=BINS) / count for v in (confidence, right)]
-    return count, means[0], means[1]
-
-
-def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return accuracy, macro-F1 over the classes that occur, and the expected calibration error.
-
-    References
-    ----------
-    C. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
-
-    Examples
-    --------
-    >>> classification_metrics(np.array([[9.0, 0.0], [9.0, 0.0]]), np.array([0, 1]))["accuracy"]
-    0.5
-    """
-    _finite(logits)
-    probabilities = softmax(logits, axis=1)
-    predicted = probabilities.argmax(axis=1)
-    count, confidence, accuracy = calibration(probabilities, labels)
-    gap = np.nansum(count * np.abs(confidence - accuracy)) / len(labels)
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", labels=np.unique(labels), zero_division=0)),
-        "ece": float(gap),
-    }
-
-
-def regression_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return the mean absolute error and Pearson's correlation (0 where one side does not vary).
-
-    Examples
-    --------
-    >>> regression_metrics(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 3.0]))["mae"]
-    0.3333333333333333
-    """
-    _finite(predicted)
-    a, b = predicted - predicted.mean(), labels - labels.mean()
-    spread = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return {
-        "mae": float(np.abs(predicted - labels).mean()),
-        "pearson": float(a @ b) / spread if spread > 1e-12 else 0.0,
-    }
-
-
-def best_ranks(
-    queries: np.ndarray,
-    keys: np.ndarray,
-    labels: np.ndarray,
-    key_labels: np.ndarray,
-    fusion_weights: np.ndarray | None = None,
-) -> np.ndarray:
-    """Return the rank, from 1, of each query's best key of its own label; a tie goes to the keys of other labels.
-
-    Parameters
-    ----------
-    queries, keys : ndarray
-        ``(Q, n)`` and ``(G, n)``; their products, weighted, are the scores.
-    labels, key_labels : ndarray
-        ``(Q,)`` and ``(G,)``, integers: for each query there is a key of its label.
-    fusion_weights : ndarray, optional
-        ``(n,)``.
-
-    Examples
-    --------
-    >>> queries, keys = np.array([[1.0], [-1.0]]), np.array([[0.9], [0.5], [0.5]])
-    >>> best_ranks(queries, keys, np.array([0, 1]), np.array([0, 1, 2])).tolist()
-    [1, 2]
-    """
-    for values in (queries, keys, fusion_weights):
-        if values is not None:
-            _finite(values)
-    # The numbers of the keys of query b's label: own[offsets[b] : offsets[b + 1]].
-    order = np.argsort(key_labels, kind="stable")
-    first, end = (np.searchsorted(key_labels[order], labels, side) for side in ("left", "right"))
-    offsets = np.concatenate([[0], np.cumsum(end - first)])
-    rows = np.repeat(np.arange(len(labels)), end - first)
-    own = order[np.arange(offsets[-1]) + (first - offsets[:-1])[rows]]
-    scores = fusion_sum(fusion_weights, queries[rows], keys[own])
-    best = own[np.lexsort((scores, rows))[offsets[1:] - 1]]
-    return ranks(queries, keys, best, fusion_weights=fusion_weights, exclude=(offsets, own), ties="pessimistic")
-
-
-def _finite(values: np.ndarray) -> None:
-    if not np.isfinite(values).all():
-        raise ArithmeticError("the model's output is not finite")
-
-
-def retrieval_metrics(
-    found: Outputs, labels: np.ndarray, gallery_labels: np.ndarray, query: str, target: str
-) -> dict[str, float]:
-    """Return recall at 1, 5 and 10 and the median rank, of targets by queries and of queries by targets.
-
-    Parameters
-    ----------
-    found : Outputs
-        Of retrieval.
-    labels, gallery_labels : ndarray
-        The numbers of the queries' own targets, ``(N,)``, and of the gallery's, ``(G,)``.
-    query, target : str
-        The names of the two sides in the metrics' names.
-    """
-    assert found.gallery is not None
-    one, other = (found.values, labels), (found.gallery, gallery_labels)
-    metrics: dict[str, float] = {}
-    for a, b, (queries, of_queries), (keys, of_keys) in ((query, target, one, other), (target, query, other, one)):
-        rank = best_ranks(queries, keys, of_queries, of_keys, found.fusion_weights)
-        metrics |= {f"{a}_to_{b}_R@{k}": float((rank <= k).mean()) for k in RECALLED}
-        metrics[f"{a}_to_{b}_median_rank"] = float(np.median(rank))
-    return metrics
-
-
-def chance(kind: str, labels: np.ndarray, metric: str) -> float | None:
-    """Return the metric of always the commonest class, or of a random order of the gallery; None for other metrics."""
-    if kind == "classification" and metric == "accuracy":
-        return float(np.bincount(labels).max() / len(labels))
-    if kind == "retrieval" and "_R@" in metric:
-        k, size = int(metric.rpartition("@")[2]), len(np.unique(labels))
-        return min(1.0, k / size)
-    return None
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds and the half width of its 95% interval by Student's t; None for one seed."""
-
-    mean: float
-    half: float | None
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" if self.half is None else f"{self.mean:.3f} ± {self.half:.3f}"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Return the mean of one value per seed, with its interval.
-
-    Examples
-    --------
-    >>> str(interval([0.5, 0.6, 0.7]))
-    '0.600 ± 0.248'
-    """
-    if len(values) < 2:
-        return Interval(float(values[0]), None)
-    spread = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return Interval(float(np.mean(values)), float(student.ppf(0.975, len(values) - 1)) * spread)
-
-
-def headline(kind: str, metrics: Mapping[str, object], target: str = "") -> str:
-    """Return the metric that models are compared by: accuracy, MAE, or recall at 10 of the targets."""
-    if kind == "retrieval":
-        return next(name for name in metrics if name.endswith(f"_to_{target}_R@10"))
-    return "accuracy" if kind == "classification" else "mae"
-
-
-def better(metric: str) -> int:
-    """Return 1 if more of a metric is better, else -1."""
-    return -1 if metric in ("mae", "ece") or metric.endswith("median_rank") else 1
-
-
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """One seed's models on one split: their metrics ``[model][condition][metric]``, and the arrays that plots need.
+    """One seed's models on one split: their metrics ``[model][condition][metric]``, and what comparisons and plots need.
 
-    `labels` (N,) are the rows' labels; `probabilities` (N, C) the fused model's, None where the task has no classes.
+    `rows` (N,) are the rows' numbers in the manifest, `labels` (N,) their labels, (N, C) if they are several. `scores` (N,)
+    of each model and, where it is known, of `CHANCE`: each row's share in the metric that models are compared by, of which
+    more is better; their mean is the metric, or its negative. `levels`: the metrics of chance that are known.
+    `probabilities` (N, C) and `predicted`, like the labels, are the fused model's; None where the task has no classes.
     """
 
     metrics: dict[str, dict[str, dict[str, float]]]
+    rows: np.ndarray
     labels: np.ndarray
-    probabilities: np.ndarray | None
+    scores: dict[str, np.ndarray]
+    levels: dict[str, float]
+    probabilities: np.ndarray | None = None
+    predicted: np.ndarray | None = None
+    explained: Explained | None = None
 
 
 def measure(
-    config: Config, models: Mapping[str, nn.Module], rows: Rows, chosen: Tensor, scale: float = 1.0
+    config: Config,
+    models: Mapping[str, nn.Module],
+    rows: Rows,
+    chosen: Tensor,
+    scale: float = 1.0,
+    offsets: Mapping[str, Sequence[float] | None] = MappingProxyType({}),
+    explained: bool = False,
 ) -> Measured:
     """Measure the models of one seed on some rows, with all modalities and with each withheld.
 
@@ -323,28 +188,47 @@ def measure(
         The data, and the numbers of the rows.
     scale : float, optional
         Regression: the labels' unit, by which this seed's training divided them.
+    offsets : mapping of str to sequence of float, optional
+        By model, what is added to its logits before a class is decided on.
+    explained : bool, optional
+        Whether to take the fused model's answers apart.
     """
     kind = config.task.kind
     labels = rows.labels[chosen].numpy()
-    gallery = None
+    gallery, gallery_labels = None, None
+    several = config.task.positives == "label"
     if kind == "retrieval":
-        _, first = np.unique(labels, return_index=True)
+        targets = item_numbers([rows.columns[name].index.numpy() for name in config.task.target])[chosen.numpy()]
+        _, first = np.unique(np.stack([targets, labels]), axis=1, return_index=True)
         gallery = rows, chosen[torch.from_numpy(first)]
+        gallery_labels = labels[first]
 
-    def metrics(output: Outputs) -> dict[str, float]:
+    def metrics(output: Outputs, offset: Sequence[float] | None) -> tuple[dict[str, float], np.ndarray]:
+        """Return the metrics, and each row's share in the one that models are compared by."""
+        if kind == "retrieval":
+            assert output.gallery is not None and gallery_labels is not None
+            found, rank = retrieval_metrics(
+                output.values, output.gallery, labels, gallery_labels, sides(config), output.fusion_weights, several
+            )
+            return found, rank <= 10
+        values, wanted = output.values.astype(np.float64), labels
         if kind == "classification":
-            return classification_metrics(output.values, labels)
-        if kind == "regression":
-            found = regression_metrics(output.values[:, 0].astype(np.float64), labels.astype(np.float64))
-            return found | {"mae": found["mae"] * scale}
-        assert gallery is not None
-        return retrieval_metrics(output, labels, rows.labels[gallery[1]].numpy(), *sides(config))
+            found = classification_metrics(values, labels, offset)
+        elif kind == "multilabel":
+            found = multilabel_metrics(values, labels, offset)
+        else:
+            values, wanted = values * scale, labels.astype(np.float64) * scale
+            found = regression_metrics(values[:, 0], wanted)
+        metric = headline(config)
+        decided = offset is not None and metric != "average_precision"
+        return found, row_scores(metric, values + np.asarray(offset) if decided else values, wanted)
 
     inputs = input_modalities(config)
     withheld = inputs if len(inputs) > 1 else []
     conditions = [Condition(), *(Condition(name, zero_fill) for name in withheld for zero_fill in (False, True))]
     every = {name: outputs(model, rows, chosen, gallery, conditions) for name, model in models.items()}
     found: dict[str, dict[str, dict[str, float]]] = {}
+    scores: dict[str, np.ndarray] = {}
     for condition in conditions:
         of_model = {name: made[condition] for name, made in every.items()}
         # A unimodal model is measured on all modalities only. A combination leaves the withheld modality's model out,
@@ -354,9 +238,84 @@ def measure(
             of_model |= {name: combine(name, kind, alone) for name in combined_models(config)}
         for name, output in of_model.items():
             if not (condition.withheld and name.endswith(ALONE)):
-                found.setdefault(name, {})[str(condition)] = metrics(output)
-    fused = every[FUSED][Condition()].values
-    return Measured(found, labels, softmax(fused, axis=1) if kind == "classification" else None)
+                values, of_rows = metrics(output, offsets.get(name))
+                found.setdefault(name, {})[str(condition)] = values
+                scores.setdefault(name, of_rows.astype(np.float64))  # with all modalities, which come first
+    fused = every[FUSED][Condition()]
+    metric = headline(config)
+    scores = {name: better(metric) * of_rows for name, of_rows in scores.items()}
+    nothing = _of_chance(config, labels, gallery_labels, scale)
+    if nothing is not None:
+        scores[CHANCE] = better(metric) * nothing
+    apart = None
+    if explained:
+        target = None
+        if gallery is not None and fused.gallery is not None and gallery_labels is not None:
+            target = fused.gallery, gallery_labels, gallery[1].numpy(), fused.fusion_weights
+        shift = offsets.get(FUSED)
+        values = fused.values if shift is None else fused.values + np.asarray(shift)
+        answered = answers(kind, chosen.numpy(), values, labels, scale, target)
+        apart = explain(models[FUSED], rows, chosen, answered)
+    return Measured(
+        metrics=found,
+        rows=chosen.numpy(),
+        labels=labels,
+        scores=scores,
+        levels=_levels(found[FUSED]["all"], labels, gallery_labels, sides(config)),
+        probabilities=_probabilities(kind, fused.values),
+        predicted=_decided(kind, fused.values, offsets.get(FUSED)),
+        explained=apart,
+    )
+
+
+def _probabilities(kind: str, values: np.ndarray) -> np.ndarray | None:
+    if kind == "multilabel":
+        return expit(values)
+    return softmax(values, axis=1) if kind == "classification" else None
+
+
+def _decided(kind: str, values: np.ndarray, offset: Sequence[float] | None) -> np.ndarray | None:
+    shifted = values if offset is None else values + np.asarray(offset)
+    if kind == "multilabel":
+        return shifted > 0
+    return shifted.argmax(axis=1) if kind == "classification" else None
+
+
+def headline(config: Config) -> str:
+    """Return the metric that models are compared by: the task's, or recall at 10 of the targets."""
+    query, target = sides(config)
+    return config.task.compared_by or f"{query}_to_{target}_R@10"
+
+
+def _of_chance(
+    config: Config, labels: np.ndarray, gallery_labels: np.ndarray | None, scale: float
+) -> np.ndarray | None:
+    """Return the rows' scores of what needs no model; the training labels' mean is the labels' 0."""
+    if gallery_labels is not None:
+        return expected_hits(labels, gallery_labels, 10)
+    metric = headline(config)
+    if config.task.kind == "classification":
+        commonest = np.zeros((len(labels), labels.max() + 1))
+        commonest[:, np.bincount(labels).argmax()] = 1
+        return row_scores(metric, commonest, labels)
+    if metric == "mae":
+        return np.abs(labels.astype(np.float64)) * scale
+    return None
+
+
+def _levels(
+    metrics: Mapping[str, float], labels: np.ndarray, gallery_labels: np.ndarray | None, names: tuple[str, str]
+) -> dict[str, float]:
+    """Return the metrics of chance that are known; a search by target goes over all rows, not over distinct targets."""
+    if not np.issubdtype(labels.dtype, np.integer) and labels.ndim == 1:
+        return {}
+    found = {}
+    for metric in metrics:
+        there = (labels, gallery_labels)
+        if gallery_labels is not None and not metric.startswith(f"{names[0]}_to_"):
+            there = (gallery_labels, labels)
+        found[metric] = chance(metric, *there)
+    return {metric: level for metric, level in found.items() if level is not None}
 
 
 def over_seeds(measured: Sequence[Measured]) -> dict[str, dict[str, dict[str, list[float]]]]:
@@ -409,15 +368,13 @@ class Evaluation:
     Attributes
     ----------
     config : Config
-    results : dict
-        ``[split][model][condition][metric]``: one value per seed.
+    measured : dict
+        By split, what was measured with each seed.
     split : str
         How the rows came by their splits: ``manifest`` and ``by-seed`` as the configuration says, or ``given``: rows of
         another manifest, all of them evaluated.
-    manifest : str
-        The file name of the rows' manifest.
-    rows : int
-        How many of them are used.
+    manifest : Manifest
+        All rows that are used.
     messages : list of str
         A line for each row that was left out.
     parameters : dict
@@ -426,28 +383,77 @@ class Evaluation:
         By model and seed, the epochs of its training.
     classes : tuple of str
         Classification's labels, in the order of the outputs.
-    labels, probabilities : dict
-        By split, an array per seed: the rows' labels as numbers (N,), and the fused model's probabilities (N, C), no
-        arrays where the task has no classes.
     coverage : dict
         By modality, of the first seed's splits.
     """
 
     config: Config
-    results: Results
+    measured: dict[str, list[Measured]]
     split: str
-    manifest: str
-    rows: int
+    manifest: Manifest
     messages: list[str]
     parameters: dict[str, int]
     histories: dict[tuple[str, int], History]
     classes: tuple[str, ...]
-    labels: dict[str, list[np.ndarray]]
-    probabilities: dict[str, list[np.ndarray]]
     coverage: dict[str, Coverage]
+
+    @cached_property
+    def results(self) -> Results:
+        """``[split][model][condition][metric]``: one value per seed."""
+        return {split: over_seeds(of_seeds) for split, of_seeds in self.measured.items()}
+
+    @property
+    def rows(self) -> int:
+        """How many rows are used."""
+        return len(self.manifest)
 
     @property
     def metric(self) -> str:
         """The metric that models are compared by."""
-        metrics = next(iter(self.results.values()))[FUSED]["all"]
-        return headline(self.config.task.kind, metrics, sides(self.config)[1])
+        return headline(self.config)
+
+    def differences(self, split: str, model: str = FUSED) -> dict[str, Difference]:
+        """Return how much better a model is than each other and than `CHANCE`, in the metric that they are compared by.
+
+        Rows of one group are drawn together. Where each seed draws its splits, the seeds' interval allows for their
+        overlap.
+        """
+        if (split, model) in self._compared:
+            return self._compared[split, model]
+        of_seeds, unit = self.measured[split], self._units
+        overlap = None
+        if self.split == "by-seed":
+            counts = next(iter(self.coverage.values())).rows
+            overlap = counts[split][1] / counts["train"][1]
+        units = [unit[m.rows] for m in of_seeds]
+        ours = [m.scores[model] for m in of_seeds]
+        others = [name for name in of_seeds[0].scores if name != model]
+        found = {name: difference(ours, [m.scores[name] for m in of_seeds], units, overlap) for name in others}
+        return self._compared.setdefault((split, model), found)
+
+    def over_rows(self, split: str, model: str) -> Interval:
+        """Return the metric that models are compared by, with the interval of what other rows would give."""
+        of_seeds, sign = self.measured[split], better(self.metric)
+        ours = [sign * m.scores[model] for m in of_seeds]
+        units = [self._units[m.rows] for m in of_seeds]
+        return difference(ours, [np.zeros(len(scores)) for scores in ours], units).rows.interval
+
+    @cached_property
+    def contenders(self) -> dict[str, list[str]]:
+        """By split: the model with the best mean, then those that it is not certainly better than, best first."""
+        metric, found = self.metric, {}
+        for split, models in self.results.items():
+            means = {name: better(metric) * float(np.mean(models[name]["all"][metric])) for name in models}
+            order = sorted(models, key=lambda name: -means[name])
+            against = self.differences(split, order[0])
+            found[split] = [order[0], *(name for name in order[1:] if not against[name].certain)]
+        return found
+
+    @cached_property
+    def _compared(self) -> dict[tuple[str, str], dict[str, Difference]]:
+        """The differences that were asked for."""
+        return {}
+
+    @cached_property
+    def _units(self) -> np.ndarray:
+        return self.manifest.groups()

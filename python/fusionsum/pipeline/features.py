@@ -9,24 +9,31 @@ of three seeds of the demo's fused model was still at chance after 800 steps, at
 
 from __future__ import annotations
 
+import copy
 import importlib
+import sys
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .errors import unknown
+from .kinds import Modality
 
 HIDDEN = 64
 
 
 class Encoder(Protocol):
-    """An encoder: a `torch.nn.Module` made as ``Encoder(fitted, features)``.
+    """An encoder: a `torch.nn.Module` made as ``Encoder(fitted, features, **encoder_options)``.
 
     ``fitted`` holds step 1's statistics of the training items: their ``shape``, and for texts the size of the
-    ``vocabulary``. The encoder maps ``(B, *shape)`` to ``(B, features)``. A configuration names a class of one's own as
-    ``package.module:Class``.
+    ``vocabulary``. The encoder maps ``(B, *shape)`` to ``(B, features)``. A configuration in Python holds a class of one's
+    own, or a module, of which every model gets a copy (pictures are floats in 0..1 for it), and a linear map behind it if
+    it has another number of features;
+    one in YAML names a class, as ``package.module:Class``.
 
     Examples
     --------
@@ -186,8 +193,55 @@ ENCODERS: dict[str, dict[str, Callable[[Mapping[str, Any], int], nn.Module]]] = 
 }
 
 
-def encoder_class(kind: str, name: str, others: tuple[str, ...] = ()) -> Callable[[Mapping[str, Any], int], nn.Module]:
-    """Return the encoder class of a kind and a name, or import the class that ``package.module:Class`` names.
+OWN: dict[str, Callable[..., nn.Module]] = {}  # the encoders that configurations in Python hold, by the name in YAML
+
+
+def own(encoder: Any) -> Any:
+    """Return the name by which an encoder of one's own, a class or module, is known from now on; names stay as they are."""
+    if not isinstance(encoder, nn.Module) and not (isinstance(encoder, type) and issubclass(encoder, nn.Module)):
+        return encoder
+    kind = type(encoder) if isinstance(encoder, nn.Module) else encoder
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    OWN[name] = encoder if isinstance(encoder, type) else partial(_copied, encoder)
+    return name
+
+
+class _Unit(nn.Module):
+    """Pictures as floats in 0..1, which modules expect that were not written for this pipeline."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scale uint8 to floats."""
+        return images.float() / 255
+
+
+def _copied(module: nn.Module, fitted: Mapping[str, Any], features: int) -> nn.Module:
+    """Return a copy of a module, with a linear map to the number of features if it has another."""
+    copied = copy.deepcopy(module)
+    if fitted["dtype"] == "uint8":
+        copied = nn.Sequential(_Unit(), copied)
+    width = _output(copied, fitted).shape[-1]
+    return copied if width == features else nn.Sequential(copied, nn.Linear(width, features), nn.LayerNorm(features))
+
+
+@torch.no_grad()
+def _output(encoder: nn.Module, fitted: Mapping[str, Any]) -> Tensor:
+    """Return what an encoder makes of two items of zeros."""
+    encoder.eval()
+    try:
+        made = encoder(torch.zeros(2, *fitted["shape"], dtype=getattr(torch, fitted["dtype"])))
+    finally:
+        encoder.train()
+    if not isinstance(made, Tensor) or made.ndim != 2 or len(made) != 2:
+        shape = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        raise ValueError(f"expected features of shape (2, features) of 2 items of shape {fitted['shape']}, got {shape}")
+    return made
+
+
+def encoder_class(kind: str, name: str, others: tuple[str, ...] = ()) -> Callable[..., nn.Module]:
+    """Return the encoder class of a kind and a name, or the one of one's own that ``package.module:Class`` names.
+
+    Of one's own are those that a configuration in Python held, those that `find` has found, and classes of modules that
+    are imported already. Nothing is imported here.
 
     Raises
     ------
@@ -196,10 +250,59 @@ def encoder_class(kind: str, name: str, others: tuple[str, ...] = ()) -> Callabl
     """
     if ":" in name:
         module, _, attribute = name.partition(":")
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"encoder {name!r}: {error}") from None
+        if not known(name):
+            raise ValueError(f"encoder {name!r}: its code is not loaded; import {module} first, if you trust it")
+        return OWN.get(name) or getattr(sys.modules[module], attribute)
     if name not in ENCODERS[kind]:
         raise ValueError(unknown(f"{kind} encoder", name, [*ENCODERS[kind], *others, "package.module:Class"]))
     return ENCODERS[kind][name]
+
+
+def known(name: str) -> bool:
+    """Return whether the encoder of one's own that ``package.module:Class`` names is loaded already."""
+    module, _, attribute = name.partition(":")
+    return name in OWN or hasattr(sys.modules.get(module), attribute)
+
+
+def find(name: str, folder: str | Path = ".") -> None:
+    """Import the module that ``package.module:Class`` names, from a folder, the current one, or Python's path.
+
+    Whoever calls it trusts the configuration that holds the name: importing a module runs it. Other names do nothing.
+
+    Raises
+    ------
+    ValueError
+        If there is no such module, or it has no such encoder.
+    """
+    if ":" not in name or known(name):
+        return
+    module, _, attribute = name.partition(":")
+    before = list(sys.path)
+    sys.path[:0] = [str(Path(folder).resolve()), str(Path.cwd())]
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever the module's own code raises
+        raise ValueError(f"encoder {name!r}: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path[:] = before
+    OWN[own(found)] = OWN.get(own(found), found)
+
+
+def make(modality: Modality, fitted: Mapping[str, Any]) -> nn.Module:
+    """Make the encoder of a modality.
+
+    Raises
+    ------
+    ValueError
+        If an encoder of one's own cannot be made, or does not give ``(B, features)``.
+    """
+    chosen = encoder_class(modality.kind, modality.encoder)
+    if ":" not in modality.encoder:
+        return chosen(fitted, modality.features)
+    try:
+        made = chosen(fitted, modality.features, **modality.encoder_options)
+        if (width := _output(made, fitted).shape[1]) != modality.features:
+            raise ValueError(f"expected {modality.features} features, got {width}")
+    except Exception as error:  # whatever the encoder's own code raises
+        raise ValueError(f"encoder {modality.encoder!r}: {type(error).__name__}: {error}") from error
+    return made

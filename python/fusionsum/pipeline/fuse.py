@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import nn as fusion_layers
 from .config import Config
 from .errors import unknown
-from .features import encoder_class
+from .features import make
 from .kinds import Modality
 
 Inputs = Mapping[str, tuple[Tensor, Tensor]]  # by modality: items (B, ...), and whether they are there (B,) bool
@@ -91,7 +91,7 @@ class FusionModel(nn.Module):
 
     def fuse(self, features: Sequence[Tensor], masks: Sequence[Tensor], zero_fill: bool = False) -> Tensor:
         """Return (B, output_dim); with `zero_fill` missing features are 0 even if the head takes ``present``."""
-        if all(bool(mask.all()) for mask in masks):
+        if not torch.compiler.is_exporting() and all(bool(mask.all()) for mask in masks):
             return self.head(*features)
         if self.takes_present and not zero_fill:
             return self.head(*features, present=masks)
@@ -103,12 +103,16 @@ class FusionModel(nn.Module):
 
 
 class TwoTowers(nn.Module):
-    """Retrieval: a query and a target of unit length, scored in all pairs by ``sum_i fusion_weights[i] * q_i * t_i``."""
+    """Retrieval: a query and a target of unit length, scored in all pairs by ``sum_i fusion_weights[i] * q_i * t_i``.
 
-    def __init__(self, query: FusionModel, target: FusionModel, dim: int) -> None:
+    `several`: whether all targets of a query's label are right, or its own only.
+    """
+
+    def __init__(self, query: FusionModel, target: FusionModel, dim: int, several: bool = False) -> None:
         super().__init__()
         self.query = query
         self.target = target
+        self.several = several
         self.fusion_weights = nn.Parameter(torch.full((dim,), LOGIT_SCALE))
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -170,8 +174,7 @@ def build(
     """
 
     def encoder(modality: str) -> nn.Module:
-        chosen = modalities[modality]
-        return encoder_class(chosen.kind, chosen.encoder)(fitted[modality], chosen.features)
+        return make(modalities[modality], fitted[modality])
 
     def model(inputs: Sequence[str], head: str) -> FusionModel:
         encoders = {modality: encoder(modality) for modality in inputs}
@@ -183,7 +186,7 @@ def build(
     fused = model(inputs, head)
     if config.task.kind != "retrieval":
         return fused
-    return TwoTowers(fused, model(list(config.task.target), FUSED), output_dim)
+    return TwoTowers(fused, model(list(config.task.target), FUSED), output_dim, config.task.positives == "label")
 
 
 def _head(config: Config, name: str, input_dims: Sequence[int], output_dim: int) -> nn.Module:

@@ -6,34 +6,47 @@ a run (``run.py``); the report of an `Evaluation` (``report.py``).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import softmax
 from torch import nn
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+from . import sources
+from .checkpoint import Checkpoint, History
 from .config import Config, from_mapping, load, to_mapping
-from .errors import ConfigError, ManifestError
-from .evaluate import GIVEN, Condition, Evaluation, Measured, coverage, measure, outputs, over_seeds
-from .features import encoder_class
-from .fuse import FUSED, build, input_modalities, layer, parameter_count, trained_models
+from .errors import ConfigError, ManifestError, unknown
+from .evaluate import GIVEN, Condition, Evaluation, Measured, combine, coverage, measure, outputs
+from .export import export
+from .features import encoder_class, find, known
+from .fuse import ALONE, FUSED, build, combined_models, input_modalities, layer, parameter_count, trained_models
+from .infer import complete
 from .kinds import Modality, Vector
+from .labels import check_classes, encode, learn, predicted, tuned_offsets
 from .manifest import Manifest, splits, write_csv
 from .preprocess import Gathered, column, fit, gather_rows
 from .pretrained import EXTRACTORS
 from .retrieve import Retrieved, listed, search
-from .run import History, Run, write_checkpoint
-from .train import Rows, train
+from .run import Run, write_checkpoint
+from .train import Rows, contained, loaded, loss_of, losses, train
 
-# Keys that may differ between the start of a training and its resumption: the weights do not depend on them.
-CIRCUMSTANCES = {"data": ("manifest", "workers", "cache"), "train": ("seeds", "threads")}
+# Keys that may differ between the start of a training and its resumption: the weights do not depend on them, or, with
+# more epochs, go on from what they were.
+CIRCUMSTANCES = {
+    "data": ("manifest", "workers", "cache", "cache_limit", "code"),
+    "task": ("metric", "threshold"),
+    "train": ("seeds", "epochs", "threads"),
+}
+LOG = logging.getLogger("fusionsum")
+IN_MEMORY = ""  # the manifest of a training on rows in memory
 FOUND = 10  # targets that a prediction of retrieval lists
 
 
@@ -72,6 +85,14 @@ class MultimodalPredictor:
             config = load(Path(config))
         elif not isinstance(config, Config):
             config = from_mapping(config)
+        self.states: dict[tuple[str, int], dict[str, Any]] = {}
+        self.histories: dict[tuple[str, int], History] = {}
+        self.identity: dict[str, Any] | None = None
+        self.gathered: Gathered | None = None
+        self._configure(config)
+
+    def _configure(self, config: Config) -> None:
+        """Take a configuration and check what it names; one without modalities is completed by the rows of `fit`."""
         self.config = config
         self.modalities: dict[str, Modality] = {}
         for name, modality in config.modalities.items():
@@ -80,6 +101,7 @@ class MultimodalPredictor:
                 if modality.encoder in frozen:
                     self.modalities[name] = Vector(features=modality.features)
                 else:
+                    find(modality.encoder, config.data.code)
                     encoder_class(modality.kind, modality.encoder, tuple(frozen))
                     self.modalities[name] = modality
             except ValueError as error:
@@ -92,30 +114,24 @@ class MultimodalPredictor:
             except ValueError as error:
                 raise ConfigError(str(error)) from None
         self.models = trained_models(config)
-        self.states: dict[tuple[str, int], dict[str, Any]] = {}
-        self.histories: dict[tuple[str, int], History] = {}
-        self.identity: dict[str, Any] | None = None
-        self.gathered: Gathered | None = None
 
     # Step 1 ----------------------------------------------------------------------------------------------------------
 
-    def _labels(self, gathered: Gathered, task: Mapping[str, Any], labelled: bool) -> torch.Tensor:
+    def _labels(self, gathered: Gathered, learnt: dict[str, Any], labelled: bool) -> torch.Tensor:
         """Return the labels as the task's numbers; of rows to predict, retrieval's targets only."""
+        if labelled and self.config.task.positives == "label":
+            return torch.from_numpy(np.unique(gathered.manifest.column("label"), return_inverse=True)[1])
         if self.config.task.kind == "retrieval" and gathered.items.keys() >= set(self.config.task.target):
             return torch.from_numpy(gathered.target_numbers(self.config.task.target))
         if not labelled:
             return torch.zeros(len(gathered.manifest))
-        cells = gathered.manifest.column("label")
-        if self.config.task.kind == "classification":
-            number = {label: k for k, label in enumerate(task["classes"])}
-            return torch.tensor([number[cell] for cell in cells])
-        values = np.array(cells, dtype=np.float64)
-        return torch.from_numpy((values - task["mean"]) / task["scale"]).float()
+        return encode(self.config.task, learnt, gathered.manifest.column("label"))
 
     def rows(self, gathered: Gathered, state: Mapping[str, Any], labelled: bool = True) -> Rows:
         """Return the tensors of gathered rows, scaled and coded by the statistics of the training rows in `state`."""
         columns = {
-            name: column(self.modalities[name], items, state["fitted"][name]) for name, items in gathered.items.items()
+            name: column(name, self.modalities[name], items, state["fitted"][name])
+            for name, items in gathered.items.items()
         }
         return Rows(columns, self._labels(gathered, state["task"], labelled))
 
@@ -123,23 +139,28 @@ class MultimodalPredictor:
 
     def fit(
         self,
-        manifest: str | Path | None = None,
+        manifest: Any = None,
         out: str | Path | None = None,
         resume: bool = False,
+        overwrite: bool = False,
         progress: bool = True,
     ) -> MultimodalPredictor:
         """Train every model with every seed.
 
         Parameters
         ----------
-        manifest : str or pathlib.Path, optional
-            Instead of the configuration's ``data.manifest``.
+        manifest : optional
+            Rows of any kind that `sources.read` takes, a file, a DataFrame, a data set, dicts, instead of the
+            configuration's ``data.manifest``.
         out : str or pathlib.Path, optional
             The run's folder. Without one nothing is written, and an interrupted training is lost.
         resume : bool, optional
-            Whether `out` may be a run already, which is then continued: with the same final weights, to the bit.
+            Whether `out` may be a run already, which is then continued: with the same final weights, to the bit. With
+            more seeds or epochs than it has, it gets these too.
+        overwrite : bool, optional
+            Whether `out` may be a run already, whose files are then deleted once the rows are checked.
         progress : bool, optional
-            Whether to show bars.
+            Whether to show bars, on a terminal.
 
         Returns
         -------
@@ -149,58 +170,118 @@ class MultimodalPredictor:
         Raises
         ------
         ManifestError, ConfigError, CheckpointError
-            For bad input, before training starts; for a folder that is the run of another training.
+            For bad input, before training starts; for a folder that is the run of another training, or another process's.
+        ArithmeticError
+            If a model's loss is not finite.
         """
         run = None if out is None else Run(out)
-        path = Path(manifest or self.config.data.manifest).resolve()
-        data = dataclasses.replace(
-            self.config.data, manifest=str(path), cache=str(Path(self.config.data.cache).resolve())
-        )
-        self.config = dataclasses.replace(self.config, data=data)
-        if run is not None and not resume:
-            run.must_be_new()
-        gathered = gather_rows(self.config, path, progress=progress)
-        plans = [self._plan(gathered, seed) for seed in range(self.config.train.seeds)]
-        identity = self._identity(path)
-        if run is not None:
-            run.must_be_of(identity)
-            run.write_config(self.config)
+        with contextlib.nullcontext() if run is None else run.claimed():
+            if run is not None and not resume:
+                run.must_be_new(overwrite)
+            source = Path(self.config.data.manifest) if manifest is None else manifest
+            named = str(Path(source).resolve()) if isinstance(source, str | Path) else IN_MEMORY
+            cache, code = (str(Path(folder).resolve()) for folder in (self.config.data.cache, self.config.data.code))
+            data = dataclasses.replace(self.config.data, manifest=named, cache=cache, code=code)
+            rows = sources.read(source, data.names)
+            config, notes = complete(dataclasses.replace(self.config, data=data), rows)
+            for note in notes:
+                LOG.info("inferred: %s", note)
+            self._configure(config)
+            gathered = gather_rows(self.config, rows, progress=progress)
+            identity = self._identity(rows)
+            drawn = {} if run is None or not resume else run.drawn(self.config.train.seeds)
+            plans = {seed: self._plan(gathered, seed, drawn.get(seed)) for seed in self.config.train.seeds}
+            if run is not None:
+                if resume:
+                    run.must_be_of(identity, self.config.train)
+                else:
+                    run.clear()
+                run.write_config(self.config)
+            try:
+                self._train(gathered, plans, identity, run, progress)
+            except ArithmeticError as error:
+                if run is not None:
+                    run.fail(str(error))
+                raise
+            self.gathered, self.identity = gathered, identity
+            if run is not None:
+                run.write_log(self.histories)
+        return self
+
+    def _train(
+        self,
+        gathered: Gathered,
+        plans: Mapping[int, tuple[dict[str, Any], dict[str, torch.Tensor]]],
+        identity: dict[str, Any],
+        run: Run | None,
+        progress: bool,
+    ) -> None:
+        """Train every model of every seed of `plans`."""
         settings = self.config.train
-        steps = sum(settings.epochs * -(-len(chosen["train"]) // settings.batch_size) for _, chosen in plans)
+        steps = sum(settings.epochs * -(-len(chosen["train"]) // settings.batch_size) for _, chosen in plans.values())
         with (
             contained(settings.threads),
-            tqdm(total=len(self.models) * steps, unit="step", disable=not progress) as bar,
+            logging_redirect_tqdm([LOG]),
+            tqdm(total=len(self.models) * steps, unit="step", disable=None if progress else True) as bar,
         ):
-            for seed, (state, chosen) in enumerate(plans):
+            for seed, (state, chosen) in plans.items():
                 rows = self.rows(gathered, state)
+                loss = loss_of(self.config.task.kind, state["task"].get("weights"))
+                if run is not None:
+                    run.write_seed(seed, state)
                 for name in self.models:
                     bar.set_description(f"seed {seed}, {name}")
                     torch.manual_seed(seed)
                     model = self.model(name, state)
-                    checkpoint = None if run is None else run.checkpoint(name, seed)
+                    place = None if run is None else run.checkpoint(name, seed)
                     query = [m for m in input_modalities(self.config) if m in _query_encoders(model)]
-                    self.histories[name, seed] = train(
-                        model, self.config.task.kind, rows, chosen, settings, identity, query, checkpoint, bar
-                    )
+                    try:
+                        history = train(model, loss, rows, chosen, settings, identity, query, place, bar)
+                    except ArithmeticError as error:
+                        raise ArithmeticError(f"seed {seed}, {name}: {error}") from None
+                    self.histories[name, seed] = history
                     self.states[name, seed] = state | {"model": model.state_dict()}
+                    LOG.info("seed %s, %s: %s epochs, %s", seed, name, len(history), losses(history[-1]))
+                shared = state | {"offsets": self._offsets(rows, chosen["validation"], seed)}
+                for name in self.models:
+                    self.states[name, seed] |= shared
                 if run is not None:
-                    run.write_fitted(seed, state)
-        self.gathered, self.identity = gathered, identity
-        if run is not None:
-            run.write_log(self.histories)
-        return self
+                    run.write_seed(seed, shared)
 
-    def _identity(self, path: Path) -> dict[str, Any]:
+    def _offsets(self, rows: Rows, chosen: torch.Tensor, seed: int) -> dict[str, list[float] | None]:
+        """Return by model the offsets of its decisions, tuned on the validation rows (`labels.tuned_offsets`)."""
+        task = self.config.task
+        if not task.tuned or not len(chosen):
+            return {}
+        models = {name: self.model(name, self.states[name, seed]) for name in self.models}
+        made = {name: outputs(model, rows, chosen)[Condition()] for name, model in models.items()}
+        alone = [made[name] for name in made if name.endswith(ALONE)]
+        made |= {name: combine(name, task.kind, alone) for name in combined_models(self.config) if alone}
+        labels = rows.labels[chosen].numpy()
+        return {name: tuned_offsets(task, output.values, labels) for name, output in made.items()}
+
+    def _identity(self, rows: Manifest) -> dict[str, Any]:
         """Return everything that the weights depend on: the manifest's hash, and all keys but the `CIRCUMSTANCES`."""
         identity = to_mapping(self.config)
         for section, keys in CIRCUMSTANCES.items():
             identity[section] = {k: v for k, v in identity[section].items() if k not in keys}
         del identity["title"], identity["baselines"]
-        return identity | {"manifest": hashlib.sha256(path.read_bytes()).hexdigest()}
+        return identity | {"manifest": rows.digest()}
 
-    def _plan(self, gathered: Gathered, seed: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Split the rows for a seed; return the statistics of its training rows, and the rows' numbers by split."""
-        parts = splits(gathered.manifest, self.config.data, seed)
+    def _plan(
+        self, gathered: Gathered, seed: int, drawn: Mapping[str, Sequence[str]] | None
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Split the rows for a seed, or take the split that its run has `drawn`.
+
+        Returns
+        -------
+        dict
+            What the seed's models have in common: the ids of its ``split``, and the statistics of its training rows.
+        dict of str to Tensor
+            The numbers of the rows by split.
+        """
+        ids = gathered.manifest.column("id")
+        parts = splits(gathered.manifest, self.config.data, seed) if drawn is None else numbered(ids, drawn)
         for part in ("train", *self.config.data.test):
             if not len(parts[part]):
                 raise ConfigError(f"data: no row is in the split {part!r}")
@@ -208,44 +289,43 @@ class MultimodalPredictor:
             raise ConfigError(
                 "train.patience: there are no rows of the split 'validation' to stop early by; set it to 0"
             )
-        labels = [gathered.manifest.rows[i].get("label", "") for i in parts["train"]]
-        task: dict[str, Any] = {}
-        if self.config.task.kind == "classification":
-            # A drawn split may lack a rare class in training, so all labels count. In a manifest's split, a label that
-            # training lacks is a mistake.
-            every = gathered.manifest.column("label")
-            task["classes"] = sorted(set(labels if self.config.data.split == "manifest" else every))
-            _check_classes(gathered.manifest, task["classes"])
-            if len(task["classes"]) < 2:
-                raise ConfigError(f"task: classification needs two classes or more, got {task['classes']}")
-        elif self.config.task.kind == "regression":
-            values = np.array(labels, dtype=np.float64)
-            task |= {"mean": float(values.mean()), "scale": float(values.std()) or 1.0}
+        cells = gathered.manifest.column("label")
+        trained = [cells[i] for i in parts["train"]]
+        # A drawn split may lack a rare class in training, so all labels count. In a manifest's split, a label that training
+        # lacks is a mistake.
+        task = learn(self.config.task, trained, trained if self.config.data.split == "manifest" else cells)
+        if "classes" in task:
+            check_classes(self.config.task, gathered.manifest, task["classes"])
         fitted = {
             name: fit(name, modality, gathered.items[name].of(parts["train"]))
             for name, modality in self.modalities.items()
         }
-        return {"task": task, "fitted": fitted}, {name: torch.from_numpy(part) for name, part in parts.items()}
+        split = {name: [ids[i] for i in part] for name, part in parts.items()}
+        state = {"split": split, "task": task, "fitted": fitted}
+        return state, {name: torch.from_numpy(part) for name, part in parts.items()}
 
     def model(self, name: str, state: Mapping[str, Any]) -> Any:
         """Make a model, with the weights of `state` if there are any."""
         kind = self.config.task.kind
-        dims = {"classification": len(state["task"].get("classes", ())), "regression": 1}
-        dim = dims.get(kind, self.config.task.dim)
-        model = build(self.config, name, self.modalities, state["fitted"], dim)
+        learnt = state["task"]
+        dim = len(learnt["classes"]) if "classes" in learnt else 1 if kind == "regression" else self.config.task.dim
+        try:
+            model = build(self.config, name, self.modalities, state["fitted"], dim)
+        except ValueError as error:  # an encoder of one's own cannot be made, or does not take the items
+            raise ConfigError(str(error)) from None
         if "model" in state:
-            model.load_state_dict(state["model"])
+            loaded(model, state["model"])
         return model
 
     # Step 5 ----------------------------------------------------------------------------------------------------------
 
-    def evaluate(self, manifest: str | Path | None = None, progress: bool = True) -> Evaluation:
+    def evaluate(self, manifest: Any = None, progress: bool = True) -> Evaluation:
         """Measure every model, with all modalities and with each withheld.
 
         Parameters
         ----------
-        manifest : str or pathlib.Path, optional
-            Other rows, all of them for evaluation; without it, the test splits of the training's manifest.
+        manifest : optional
+            Other rows, as in `fit`, all of them for evaluation; without it, the test splits of the training's manifest.
         progress : bool, optional
             Whether to show bars.
 
@@ -262,56 +342,72 @@ class MultimodalPredictor:
         """
         self._must_be_fitted()
         config, split = self.config, GIVEN
-        classes = tuple(self.states[FUSED, 0]["task"].get("classes", ()))
+        classes = tuple(self.states[FUSED, config.train.seeds[0]]["task"].get("classes", ()))
         if manifest is None:
             if not config.data.test:
                 raise ConfigError("data.test: expected the name of a split or more to evaluate, got []")
-            gathered = self.gathered or gather_rows(config, Path(config.data.manifest), progress=progress)
-            self.gathered, tests, split = gathered, config.data.test, config.data.split
-            parts = [splits(gathered.manifest, config.data, seed) for seed in range(config.train.seeds)]
+            gathered = self._own_rows(progress)
+            tests, split = config.data.test, config.data.split
+            ids = gathered.manifest.column("id")
+            parts = [numbered(ids, self.states[FUSED, seed]["split"]) for seed in config.train.seeds]
         else:
-            gathered = gather_rows(config, Path(manifest), progress=progress)
+            gathered = gather_rows(config, manifest, training=False, progress=progress)
             if classes:
-                _check_classes(gathered.manifest, classes)
+                check_classes(config.task, gathered.manifest, classes)
             tests = (GIVEN,)
-            parts = [{GIVEN: np.arange(len(gathered.manifest))}] * config.train.seeds
+            parts = [{GIVEN: np.arange(len(gathered.manifest))}] * len(config.train.seeds)
         measured: dict[str, list[Measured]] = {test: [] for test in tests}
         with contained(config.train.threads):
-            for seed, of_split in enumerate(parts):
+            for seed, of_split in zip(config.train.seeds, parts, strict=True):
                 state = self.states[FUSED, seed]
                 rows, scale = self.rows(gathered, state), state["task"].get("scale", 1.0)
                 models = {name: self.model(name, self.states[name, seed]) for name in self.models}
                 for test in tests:
                     chosen = torch.from_numpy(of_split[test])
-                    measured[test].append(measure(config, models, rows, chosen, scale))
+                    measured[test].append(
+                        measure(config, models, rows, chosen, scale, state["offsets"], seed == config.train.seeds[0])
+                    )
         return Evaluation(
             config=config,
-            results={test: over_seeds(of_seeds) for test, of_seeds in measured.items()},
+            measured=measured,
             split=split,
-            manifest=gathered.manifest.path.name,
-            rows=len(gathered.manifest),
+            manifest=gathered.manifest,
             messages=gathered.messages,
             parameters={name: parameter_count(model) for name, model in models.items()},
             histories=dict(self.histories),
             classes=classes,
-            labels={test: [m.labels for m in of_seeds] for test, of_seeds in measured.items()},
-            probabilities={
-                test: [m.probabilities for m in of_seeds if m.probabilities is not None]
-                for test, of_seeds in measured.items()
-            },
             coverage={name: coverage(items.index, parts[0], tests) for name, items in gathered.items.items()},
         )
 
+    def _own_rows(self, progress: bool) -> Gathered:
+        """Return the rows of the training; raise ManifestError if their manifest is gone or has changed since."""
+        if self.gathered is None:
+            path = Path(self.config.data.manifest)
+            if not path.is_file():
+                raise ManifestError(
+                    [f"{path}: the manifest of the training is not there; give other rows (--manifest)"]
+                    if self.config.data.manifest
+                    else ["the rows of the training were in memory: give them, or others, to evaluate"]
+                )
+            rows = sources.read(path, self.config.data.names)
+            if self.identity is not None and rows.digest() != self.identity["manifest"]:
+                raise ManifestError(
+                    [
+                        f"{path}: has changed since the training, whose splits and labels are the old one's: restore it, "
+                        f"or evaluate all of its rows (--manifest {path.name})"
+                    ]
+                )
+            self.gathered = gather_rows(self.config, rows, progress=progress)
+        return self.gathered
+
     @torch.no_grad()
-    def predict(
-        self, manifest: str | Path, out: str | Path | None = None, progress: bool = True
-    ) -> list[dict[str, Any]]:
+    def predict(self, manifest: Any, out: str | Path | None = None, progress: bool = True) -> list[dict[str, Any]]:
         """Predict with the fused model of the first seed.
 
         Parameters
         ----------
-        manifest : str or pathlib.Path
-            Rows with an id and modalities; they need no label and no split. Retrieval finds among their targets.
+        manifest
+            Rows, as in `fit`, with modalities; they need no label and no split. Retrieval finds among their targets.
         out : str or pathlib.Path, optional
             A CSV file to write.
         progress : bool, optional
@@ -324,8 +420,8 @@ class MultimodalPredictor:
             the best targets.
         """
         self._must_be_fitted()
-        state = self.states[FUSED, 0]
-        gathered = gather_rows(self.config, Path(manifest), labelled=False, progress=progress)
+        state = self.states[FUSED, self.config.train.seeds[0]]
+        gathered = gather_rows(self.config, manifest, labelled=False, training=False, progress=progress)
         rows = self.rows(gathered, state, labelled=False)
         everything = torch.arange(len(gathered.manifest))
         ids = gathered.manifest.column("id")
@@ -336,31 +432,26 @@ class MultimodalPredictor:
         with contained(self.config.train.threads):
             output = outputs(self.model(FUSED, state), rows, everything, gallery)[Condition()]
         predictions: list[dict[str, Any]] = [{"id": name} for name in ids]
-        if self.config.task.kind == "classification":
-            classes = state["task"]["classes"]
-            for row, probabilities in zip(predictions, softmax(output.values, axis=1), strict=True):
-                row["predicted"] = classes[probabilities.argmax()]
-                row |= {f"p({label})": round(float(p), 6) for label, p in zip(classes, probabilities, strict=True)}
-        elif self.config.task.kind == "regression":
-            for row, value in zip(predictions, output.values[:, 0].tolist(), strict=True):
-                row["predicted"] = value * state["task"]["scale"] + state["task"]["mean"]
-        elif gallery is not None and len(gallery[1]):
-            scores, found = search(output, FOUND)
-            for row, of_row in zip(predictions, listed([ids[i] for i in gallery[1]], scores, found), strict=True):
+        if gallery is None:
+            found = predicted(self.config.task, state["task"], output.values, state["offsets"].get(FUSED))
+            predictions = [row | of_row for row, of_row in zip(predictions, found, strict=True)]
+        elif len(gallery[1]):
+            scores, places = search(output, FOUND)
+            for row, of_row in zip(predictions, listed([ids[i] for i in gallery[1]], scores, places), strict=True):
                 row |= of_row
         if out is not None:
             write_csv(Path(out), predictions)
         return predictions
 
     @torch.no_grad()
-    def retrieve(self, queries: str | Path, gallery: str | Path, k: int = FOUND, progress: bool = True) -> Retrieved:
+    def retrieve(self, queries: Any, gallery: Any, k: int = FOUND, progress: bool = True) -> Retrieved:
         """Find a gallery's best targets for queries, by the fused model of the first seed.
 
         Parameters
         ----------
-        queries, gallery : str or pathlib.Path
-            Manifests: of rows with an id and the modalities to ask with, and of rows with an id and those to find. One may
-            serve as both.
+        queries, gallery
+            Rows, as in `fit`: those with an id and the modalities to ask with, and those with an id and the modalities to
+            find. One may serve as both.
         k : int, optional
             How many to find: fewer if the gallery has fewer distinct targets.
         progress : bool, optional
@@ -378,10 +469,10 @@ class MultimodalPredictor:
         self._must_be_fitted()
         if self.config.task.kind != "retrieval":
             raise ConfigError(f"task.kind: expected 'retrieval', got {self.config.task.kind!r}")
-        state, target = self.states[FUSED, 0], self.config.task.target
+        state, target = self.states[FUSED, self.config.train.seeds[0]], self.config.task.target
         asked, given = (
-            gather_rows(self.config, Path(path), labelled=False, progress=progress, only=only)
-            for path, only in ((queries, input_modalities(self.config)), (gallery, target))
+            gather_rows(self.config, rows, labelled=False, training=False, only=only, progress=progress)
+            for rows, only in ((queries, input_modalities(self.config)), (gallery, target))
         )
         _, first, number = np.unique(given.target_numbers(target), return_index=True, return_inverse=True)
         with contained(self.config.train.threads):
@@ -403,37 +494,125 @@ class MultimodalPredictor:
             own=np.array([own.get(name, -1) for name in asked.manifest.column("id")]),
         )
 
+    def chosen(self, model: str = FUSED, seed: int | None = None) -> tuple[str, int, str]:
+        """Choose one of the trained models by the validation loss.
+
+        Parameters
+        ----------
+        model : str, optional
+            A model's name; ``best`` for that of the least validation loss, the mean over seeds.
+        seed : int, optional
+            None for that of the model's least validation loss, or the first if there are no validation rows.
+
+        Returns
+        -------
+        model : str
+        seed : int
+        reason : str
+            Why this one, in words.
+        """
+        self._must_be_fitted()
+        seeds = self.config.train.seeds
+        loss = {key: _validation_loss(history, self.config.train.patience) for key, history in self.histories.items()}
+        means = {name: sum(loss[name, s] for s in seeds) / len(seeds) for name in self.models}
+        known = all(map(math.isfinite, means.values()))
+        best = min(means, key=means.__getitem__) if known else FUSED
+        reasons = []
+        if model == "best":
+            model = best
+            reasons.append("the model of the least validation loss" if known else "no validation rows to choose by")
+        elif model not in self.models:
+            raise ConfigError(f"--model: {unknown('model', model, [*self.models, 'best'])}")
+        elif best != model:
+            reasons.append(f"{best!r} has a lower validation loss, {means[best]:.4g} against {means[model]:.4g}")
+        if seed is None:
+            seed = min(seeds, key=lambda s: loss[model, s]) if known else seeds[0]
+            if len(seeds) > 1:
+                reasons.append(f"{'the best' if known else 'the first'} of {len(seeds)} seeds")
+        elif seed not in seeds:
+            raise ConfigError(f"--seed: expected one of {', '.join(map(str, seeds))}, got {seed}")
+        return model, seed, "; ".join(reasons) or "as it was asked for"
+
+    def export(self, folder: str | Path, form: str = "onnx", model: str = FUSED, seed: int | None = None) -> list[Path]:
+        """Write a model for other programs, and ``preprocessing.json``, which says how items become its inputs.
+
+        Parameters
+        ----------
+        folder : str or pathlib.Path
+            Made if it does not exist.
+        form : str, optional
+            ``onnx``, or ``torch`` for what `torch.export.load` reads.
+        model, seed
+            As in `chosen`.
+
+        Returns
+        -------
+        list of pathlib.Path
+            The files: one model, or retrieval's query and target; the description.
+        """
+        model, seed, _ = self.chosen(model, seed)
+        state = self.states[model, seed]
+        offsets = state["offsets"].get(model)
+        with contained(self.config.train.threads):
+            return export(
+                Path(folder), form, self.config, self.model(model, state).eval(), self.modalities, state, offsets
+            )
+
     # The folder ------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> None:
-        """Write the configuration and every model to a folder that `load` reads, as `fit` does with `out`."""
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write the configuration and every model to a folder that `load` reads, as `fit` does with `out`.
+
+        Raises
+        ------
+        CheckpointError
+            If the folder is a run already, unless it may be overwritten.
+        """
         self._must_be_fitted()
         run = Run(folder)
-        run.write_config(self.config)
-        for (name, seed), state in self.states.items():
-            write_checkpoint(
-                run.checkpoint(name, seed), self.identity, state["model"], self.histories[name, seed], True
-            )
-            run.write_fitted(seed, {key: state[key] for key in ("task", "fitted")})
-        run.write_log(self.histories)
+        with run.claimed():
+            run.must_be_new(overwrite)
+            run.clear()
+            run.write_config(self.config)
+            epochs = self.config.train.epochs
+            for (name, seed), state in self.states.items():
+                history = self.histories[name, seed]
+                done = Checkpoint(self.identity, state["model"], history, epochs, True, len(history) < epochs)
+                write_checkpoint(run.checkpoint(name, seed), done)
+                run.write_seed(seed, {key: value for key, value in state.items() if key != "model"})
+            run.write_log(self.histories)
 
     @classmethod
-    def load(cls, folder: str | Path) -> MultimodalPredictor:
+    def load(cls, folder: str | Path, trust_encoder: bool = False) -> MultimodalPredictor:
         """Read a run's folder.
+
+        Parameters
+        ----------
+        folder : str or pathlib.Path
+        trust_encoder : bool, optional
+            Whether to import the modules that the run's configuration names, ``encoder: package.module:Class``, which
+            executes them.
 
         Raises
         ------
         ConfigError, CheckpointError
-            If the folder is not a run, or its training is not done.
+            If the folder is not a run, its training is not done, or it names a module that is not trusted.
         """
         run = Run(folder)
-        predictor = cls(run.config())
-        for seed in range(predictor.config.train.seeds):
-            fitted, checkpoints = run.read(predictor.models, seed)
-            for name, state in checkpoints.items():
-                predictor.states[name, seed] = fitted | {"model": state["model"]}
-                predictor.histories[name, seed] = state["history"]
-                predictor.identity = state.get("identity")
+        config = run.config()
+        for name, modality in config.modalities.items():
+            if ":" in modality.encoder and not (trust_encoder or known(modality.encoder)):
+                raise ConfigError(
+                    f"modalities.{name}.encoder: {folder} asks to import {modality.encoder!r}, which executes it: say so "
+                    f"if you trust it (--trust-encoder, trust_encoder=True)"
+                )
+        predictor = cls(config)
+        for seed in config.train.seeds:
+            shared, checkpoints = run.read(predictor.models, seed)
+            for name, checkpoint in checkpoints.items():
+                predictor.states[name, seed] = shared | {"model": checkpoint.model}
+                predictor.histories[name, seed] = checkpoint.history
+                predictor.identity = checkpoint.identity
         return predictor
 
     def _must_be_fitted(self) -> None:
@@ -441,26 +620,25 @@ class MultimodalPredictor:
             raise RuntimeError("the predictor is not trained: call fit or load first")
 
 
-def _check_classes(manifest: Manifest, classes: Sequence[str]) -> None:
-    labels = enumerate(manifest.column("label"))
-    problems = [f"{manifest.where(i, 'label')}: no training row is {x!r}" for i, x in labels if x not in classes]
-    if problems:
-        raise ManifestError(problems)
+def numbered(ids: Sequence[str], split: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+    """Return the numbers of the rows of each part of a split, int64; ids that no row has are left out.
 
-
-@contextmanager
-def contained(threads: int) -> Iterator[None]:
-    """Let torch use so many threads; restore its generator and its number of threads afterwards.
-
-    On small batches a second thread saves nothing, and costs tenfold where another process wants its core.
+    Examples
+    --------
+    >>> numbered(["a", "b", "c"], {"train": ["a", "c"], "test": ["b", "gone"]})["test"]
+    array([1])
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_num_threads(before)
+    number = {name: i for i, name in enumerate(ids)}
+    return {
+        part: np.array([number[name] for name in names if name in number], dtype=np.int64)
+        for part, names in split.items()
+    }
+
+
+def _validation_loss(history: History, patience: int) -> float:
+    """Return the validation loss of a training's final weights, the best ones if it has patience; inf without rows."""
+    losses = [entry.get("validation_loss", math.inf) for entry in history]
+    return min(losses) if patience else losses[-1]
 
 
 def _query_encoders(model: nn.Module) -> set[str]:

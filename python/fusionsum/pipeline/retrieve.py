@@ -1,13 +1,11 @@
 """Search with a trained model: what it finds in a gallery, as ``retrieved.csv`` and as ``retrieved.html``, one file.
 
-What lives here: the search, its record, and how items are shown: pictures as pictures, sound to play. What lives elsewhere:
-the embeddings (``evaluate.py``), the page (``retrieved.html``, a Jinja template, and ``page.html`` around it).
+What lives here: the search and its record. What lives elsewhere: the embeddings (``evaluate.py``), how items are shown
+(``items.py``), the page (``retrieved.html``, a Jinja template, and ``page.html`` around it).
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
-from PIL import Image as PillowImage
-from PIL import ImageOps
 
 from ..search import top_k
 from .config import Config
 from .evaluate import Outputs
 from .fuse import input_modalities, sides
-from .kinds import Audio, Image, Text
+from .items import shown
 from .manifest import Manifest, write_csv
 from .report import rendered
 
 SHOWN = 50  # queries on the page
-SIDE = 240  # pixels of a picture on the page, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,22 +79,22 @@ def write_retrieved(folder: str | Path, retrieved: Retrieved) -> None:
     table = [{"id": name} | row for name, row in zip(queries.column("id"), found, strict=True)]
     write_csv(folder / "retrieved.csv", table)
 
-    shown = min(SHOWN, len(queries))
-    items = {j: _item(config, gallery, j, config.task.target) for j in np.unique(retrieved.found[:shown]).tolist()}
-    asked = [_item(config, queries, row, input_modalities(config)) for row in range(shown)]
+    count = min(SHOWN, len(queries))
+    items = {j: shown(config, gallery, j, config.task.target) for j in np.unique(retrieved.found[:count]).tolist()}
+    asked = [shown(config, queries, row, input_modalities(config)) for row in range(count)]
     answers = [
         [
             {"number": j, "item": items[j], "score": f"{score:.3f}", "own": j == retrieved.own[row]}
             for score, j in zip(retrieved.scores[row].tolist(), retrieved.found[row].tolist(), strict=True)
         ]
-        for row in range(shown)
+        for row in range(count)
     ]
     page = rendered(
         "retrieved.html",
         title=f"{config.title}: what is found",
         facts=_facts(retrieved),
         results=list(zip(asked, _first(answers), strict=True)),
-        hidden=len(queries) - shown,
+        hidden=len(queries) - count,
     )
     (folder / "retrieved.html").write_text(page, encoding="utf-8")
 
@@ -121,53 +115,10 @@ def _facts(retrieved: Retrieved) -> list[tuple[str, str]]:
     distinct = len(retrieved.gallery)
     facts = [
         ("task", f"{query} → {target}"),
-        ("queries", f"{len(known):,} of {retrieved.queries.path.name}"),
-        ("gallery", f"{distinct:,} different items in {retrieved.rows:,} rows of {retrieved.gallery.path.name}"),
+        ("queries", f"{len(known):,} of {retrieved.queries.name}"),
+        ("gallery", f"{distinct:,} different items in {retrieved.rows:,} rows of {retrieved.gallery.name}"),
     ]
     if len(hits):
         k = retrieved.found.shape[1]
         facts.append((f"own item among the first {k}", f"{hits.sum():,} of {len(hits):,} queries ({hits.mean():.1%})"))
     return facts
-
-
-def _item(config: Config, manifest: Manifest, row: int, modalities: Sequence[str]) -> dict[str, Any]:
-    """Return a row's id and the parts that it has: kind, name and content for the page."""
-    parts = []
-    for name in modalities:
-        modality = config.modalities[name]
-        columns = modality.columns_of(name)
-        cells = [manifest.rows[row][column] for column in columns]
-        if not any(cells):
-            continue
-        path = manifest.path.parent / cells[0]
-        content: Any = None
-        if isinstance(modality, Image):
-            content = _picture(path)
-        elif isinstance(modality, Audio):
-            content = _sound(path, modality)
-        elif isinstance(modality, Text):
-            content = cells[0]
-        else:
-            content = [(column, f"{float(cell):.4g}") for column, cell in zip(columns, cells, strict=True)]
-        parts.append((modality.kind, name, content))
-    return {"id": manifest.rows[row]["id"], "parts": parts}
-
-
-def _picture(path: Path) -> str:
-    with PillowImage.open(path) as file:
-        picture = ImageOps.exif_transpose(file).convert("RGBA")
-    picture.thumbnail((SIDE, SIDE))
-    file = io.BytesIO()
-    picture.save(file, "WEBP", quality=85)
-    return _address("image/webp", file)
-
-
-def _sound(path: Path, modality: Audio) -> str:
-    """Return the sound as the model hears it: one channel, cut to its seconds, at its rate."""
-    file = io.BytesIO()
-    soundfile.write(file, modality.waveform(path.read_bytes()), modality.rate, format="FLAC")
-    return _address("audio/flac", file)
-
-
-def _address(kind: str, file: io.BytesIO) -> str:
-    return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,85 +1,29 @@
-"""A run: the folder of one training. Its files are named, written and read here.
+"""A run: the folder of one training. Its files are named and placed here, and it is locked while one trains in it.
 
-``config.yaml`` (resolved), ``checkpoints/MODEL-SEED.pt`` and ``.csv`` (its log), ``checkpoints/SEED.fitted`` (statistics
-of the seed's training rows), ``log.csv`` (of all models). What lives elsewhere: TensorBoard's files (``train.py``);
-``metrics.json``, ``plots/`` and ``report.html`` (``report.py``).
+``config.yaml`` (resolved), ``checkpoints/MODEL-SEED.safetensors`` and ``.csv`` (its log), ``checkpoints/SEED.json``
+(the seed's split, the statistics of its training rows, its decision offsets), ``log.csv`` (of all models),
+``failed.txt`` (why a training ended without a model). What lives elsewhere: what is in a checkpoint (``checkpoint.py``);
+TensorBoard's files (``train.py``); ``metrics.json``, ``plots/`` and ``report.html`` (``report.py``).
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from filelock import FileLock, Timeout
 
-from .config import Config, differences, load, to_yaml
-from .errors import CheckpointError
+from . import checkpoint as files
+from .checkpoint import Checkpoint, History
+from .config import Config, Train, load, to_yaml
+from .errors import CheckpointError, ConfigError
 from .manifest import write_csv
 
-History = list[dict[str, float]]  # an entry for each epoch
-
-
-def write_checkpoint(
-    path: Path,
-    identity: Mapping[str, Any] | None,
-    weights: Mapping[str, Any],
-    history: History,
-    done: bool,
-    loop: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a model's checkpoint, and its log beside it.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        ``MODEL-SEED.pt``.
-    identity : mapping
-        The configuration and the manifest's hash: a resumed training must have the same.
-    weights : mapping
-        The model's ``state_dict``.
-    history : list of dict
-    done : bool
-        Whether the training is complete.
-    loop : mapping, optional
-        The state of an incomplete training's loop: ``optimizer``, ``schedule``, ``generator``, ``best``.
-    """
-    _save(path, {"identity": identity, "model": weights, "history": history, "done": done} | dict(loop or {}))
-    write_csv(path.with_suffix(".csv"), history)
-
-
-def read_checkpoint(path: Path, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read a model's checkpoint; if `identity` is given, require the checkpoint's to equal it.
-
-    Raises
-    ------
-    CheckpointError
-        If the file cannot be read, is of another configuration, or does not say of which.
-    """
-    state = _read(path)
-    if identity is not None:
-        if state.get("identity") is None:  # files of `MultimodalPredictor.save` once lacked it
-            raise CheckpointError(f"{path}: does not say of which configuration it is, so it cannot be resumed")
-        if different := differences(state["identity"], identity):
-            raise CheckpointError(f"{path}: is of another configuration (there, and here): {'; '.join(different)}")
-    return state
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-
-
-def _save(path: Path, state: Any) -> None:
-    """Save so that an interruption leaves the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+MADE = ("checkpoints", "tensorboard", "plots", "evaluations")  # folders of a run
+WRITTEN = ("config.yaml", "log.csv", "failed.txt", "metrics.json", "report.html", "predictions.csv")
 
 
 class Run:
@@ -90,49 +34,127 @@ class Run:
 
     def checkpoint(self, model: str, seed: int) -> Path:
         """Return the file of a model's checkpoint."""
-        return self.folder / "checkpoints" / f"{model.replace(' ', '-')}-{seed}.pt"
+        return self.folder / "checkpoints" / f"{model.replace(' ', '-')}-{seed}.safetensors"
 
-    def _fitted(self, seed: int) -> Path:
-        return self.folder / "checkpoints" / f"{seed}.fitted"
+    def _seed(self, seed: int) -> Path:
+        return self.folder / "checkpoints" / f"{seed}.json"
 
-    def must_be_new(self) -> None:
-        """Raise CheckpointError if the folder is a run already."""
-        if (self.folder / "config.yaml").exists():
-            raise CheckpointError(f"{self.folder} is a run already: continue it (--resume), or choose another folder")
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("*.safetensors"))
 
-    def must_be_of(self, identity: Mapping[str, Any]) -> None:
-        """Raise CheckpointError if the folder holds checkpoints of another `identity`."""
-        for earlier in sorted((self.folder / "checkpoints").glob("*.pt"))[:1]:
-            read_checkpoint(earlier, identity)
+    @property
+    def _failed(self) -> Path:
+        return self.folder / "failed.txt"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep every other process from training in the folder; leave no folder behind that nothing was written to.
+
+        Raises
+        ------
+        CheckpointError
+            If another process trains in the folder, or it is a file.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: is a file: a run needs a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = self.folder / ".lock"
+        lock = FileLock(place, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise CheckpointError(f"{self.folder}: another process is training in it: wait for it, or end it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+            place.unlink(missing_ok=True)
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def must_be_new(self, overwrite: bool = False) -> None:
+        """Raise CheckpointError if the folder is a run already, unless it may be overwritten.
+
+        What a training has left that failed, or was interrupted in its first epoch, is no run.
+        """
+        if not (self.folder / "checkpoints").is_dir():
+            if (self.folder / "config.yaml").exists():
+                raise CheckpointError(f"{self.folder}: has a config.yaml, and is no run: choose another folder")
+        elif any((self.folder / "checkpoints").glob("*-*")) and not overwrite and not self._failed.exists():
+            raise CheckpointError(
+                f"{self.folder} is a run already: continue it (--resume), replace it (--overwrite), or choose another"
+            )
+
+    def must_be_of(self, identity: Mapping[str, Any], settings: Train) -> None:
+        """Raise CheckpointError if the folder holds checkpoints of another `identity`, or such as cannot be continued."""
+        for path in self._checkpoints():
+            files.read(path).checked(path, identity, settings)
+        if not self._checkpoints() and (older := sorted((self.folder / "checkpoints").glob("*.pt"))):
+            raise CheckpointError(
+                f"{older[0]}: is of an earlier version, which wrote pickles; these are not read: train again (--overwrite)"
+            )
+
+    def clear(self) -> None:
+        """Delete the files of a run, if the folder is one, and nothing else that is in it."""
+        if not (self.folder / "checkpoints").is_dir():
+            return
+        for name in MADE:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for name in WRITTEN:
+            (self.folder / name).unlink(missing_ok=True)
 
     def write_config(self, config: Config) -> None:
-        """Write the resolved configuration."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        """Write the resolved configuration; its paths are relative to the folder, so that both can move together."""
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        files.replace(self.folder / "config.yaml", to_yaml(config, self.folder).encode())
+        self._failed.unlink(missing_ok=True)
 
-    def write_fitted(self, seed: int, fitted: Mapping[str, Any]) -> None:
-        """Write the statistics of a seed's training rows: ``task`` and, by modality, ``fitted``."""
-        _save(self._fitted(seed), dict(fitted))
+    def write_seed(self, seed: int, state: Mapping[str, Any]) -> None:
+        """Write what a seed's models have in common: ``split``, ``task``, ``fitted``; ``offsets`` once all are trained."""
+        files.write_json(self._seed(seed), state)
 
     def write_log(self, histories: Mapping[tuple[str, int], History]) -> None:
         """Write the epochs of all models and seeds as one table."""
         entries = [{"model": m, "seed": s} | entry for (m, s), history in histories.items() for entry in history]
         write_csv(self.folder / "log.csv", entries)
 
-    def config(self) -> Config:
-        """Read the configuration; raise ConfigError if there is none."""
-        return load(self.folder / "config.yaml")
+    def fail(self, reason: str) -> None:
+        """Say that the training ended without a model: the folder is no run."""
+        files.replace(self._failed, f"{reason}\n".encode())
 
-    def read(self, models: Sequence[str], seed: int) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        """Return the statistics of a seed's training rows, and the checkpoint of each model.
+    def config(self) -> Config:
+        """Read the configuration; raise ConfigError if the folder is no run."""
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            raise ConfigError(f"{self.folder}: is no run: it has no config.yaml")
+        if self._failed.exists():
+            reason = self._failed.read_text(encoding="utf-8", errors="replace").strip()
+            raise CheckpointError(f"{self.folder}: is no run, for its training failed: {reason}")
+        return load(path)
+
+    def drawn(self, seeds: Sequence[int]) -> dict[int, dict[str, list[str]]]:
+        """Return the splits that the run has drawn, ids by part, of those of the seeds that it has trained with."""
+        return {seed: files.read_json(self._seed(seed))["split"] for seed in seeds if self._seed(seed).exists()}
+
+    def read(self, models: Sequence[str], seed: int) -> tuple[dict[str, Any], dict[str, Checkpoint]]:
+        """Return what a seed's models have in common, and the checkpoint of each.
 
         Raises
         ------
         CheckpointError
             If a file cannot be read, or the training of a model is not done.
         """
-        checkpoints = {model: read_checkpoint(self.checkpoint(model, seed)) for model in models}
+        checkpoints = {model: files.read(self.checkpoint(model, seed)) for model in models}
         for model, state in checkpoints.items():
-            if not state["done"]:
+            if not state.done:
                 raise CheckpointError(f"{self.folder}: the training of {model!r}, seed {seed}, is not done: --resume")
-        return _read(self._fitted(seed)), checkpoints
+        shared = files.read_json(self._seed(seed))
+        if "offsets" not in shared:
+            raise CheckpointError(f"{self.folder}: the training of seed {seed} is not done: --resume")
+        return shared, checkpoints
+
+
+def write_checkpoint(path: Path, state: Checkpoint) -> None:
+    """Write a model's checkpoint, and its log beside it as CSV."""
+    files.write(path, state)
+    write_csv(path.with_suffix(".csv"), state.history)

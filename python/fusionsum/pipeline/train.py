@@ -1,15 +1,17 @@
 """Step 4: the training loop, with early stopping and checkpoints that resume to the same bits.
 
 What lives here: one model's training on rows in memory; the losses. What lives elsewhere: the models and seeds to train
-(``predictor.py``), the checkpoint's file (``run.py``). All randomness is torch's global generator, whose state is part of
-a checkpoint.
+(``predictor.py``), the checkpoint's file (``checkpoint.py``). All randomness is torch's global generator, whose state is
+part of a checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,15 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from tqdm import tqdm
 
 from ..losses import contrastive_loss
+from . import checkpoint as files
+from .checkpoint import Checkpoint, History
 from .config import Train
+from .errors import CheckpointError
 from .fuse import Inputs, TwoTowers
 from .preprocess import Column
-from .run import History, read_checkpoint, write_checkpoint
+from .run import write_checkpoint
 
+LOG = logging.getLogger("fusionsum")
 EVALUATED = 512  # rows at a time where no gradient is kept
 
 
@@ -42,19 +48,32 @@ class Rows:
 
 
 def contrastive(model: TwoTowers, embedded: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-    """Return the symmetric InfoNCE loss of a batch; rows of the same target are not each other's negatives.
+    """Return the symmetric InfoNCE loss of a batch.
+
+    Rows of the same label, which is the same target or, of a model of `several`, the manifest's label, are not each other's
+    negatives; in the latter case they are positives.
 
     References
     ----------
-    A. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3.
+    A. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3. P. Khosla
+    et al., "Supervised Contrastive Learning", NeurIPS 2020, eq. 2.
     """
+    if model.several:
+        return contrastive_loss(*embedded, fusion_weights=model.fusion_weights, labels=labels, key_labels=labels)
     return contrastive_loss(*embedded, fusion_weights=model.fusion_weights, exclude=(labels, labels))
 
 
-def loss_of(kind: str) -> Callable[[Any, Any, Tensor], Tensor]:
-    """Return a task's loss, a function of the model, the model's output and the labels."""
+def loss_of(kind: str, weights: Sequence[float] | None = None) -> Callable[[Any, Any, Tensor], Tensor]:
+    """Return a task's loss, a function of the model, the model's output and the labels.
+
+    `weights`: one a class; of a label of multi-label classification, for the rows that have it.
+    """
+    weighted = None if weights is None else torch.tensor(weights, dtype=torch.float32)
     losses: dict[str, Callable[[Any, Any, Tensor], Tensor]] = {
-        "classification": lambda model, logits, labels: cross_entropy(logits, labels),
+        "classification": lambda model, logits, labels: cross_entropy(logits, labels, weight=weighted),
+        "multilabel": lambda model, logits, labels: binary_cross_entropy_with_logits(
+            logits, labels, pos_weight=weighted
+        ),
         "regression": lambda model, values, labels: mse_loss(values.squeeze(-1), labels),
         "retrieval": contrastive,
     }
@@ -104,7 +123,7 @@ def mean_loss(model: nn.Module, loss: Callable[..., Tensor], rows: Rows, chosen:
 
 def train(
     model: nn.Module,
-    kind: str,
+    loss: Callable[[Any, Any, Tensor], Tensor],
     rows: Rows,
     chosen: Mapping[str, Tensor],
     settings: Train,
@@ -118,8 +137,8 @@ def train(
     Parameters
     ----------
     model : torch.nn.Module
-    kind : str
-        The task.
+    loss : callable
+        As `loss_of` returns it.
     rows : Rows
     chosen : mapping of str to Tensor
         The numbers of the rows to train on, ``train``, and to validate on, ``validation``, which may be empty.
@@ -145,30 +164,35 @@ def train(
     ArithmeticError
         If the loss is not finite.
     """
-    loss, optim = loss_of(kind), optimizer(model, settings)
+    optim = optimizer(model, settings)
     steps = -(-len(chosen["train"]) // settings.batch_size)
-    schedule: Any = torch.optim.lr_scheduler.ConstantLR(optim, factor=1.0)
-    if settings.schedule == "one-cycle":
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optim, settings.learning_rate, total_steps=settings.epochs * steps
-        )
-    history: History = []
-    best: dict[str, Any] = {"loss": float("inf"), "epoch": 0, "weights": None}
-    done = False
+    known = None
     if checkpoint is not None and checkpoint.exists():
-        state = read_checkpoint(checkpoint, identity)
-        model.load_state_dict(state["model"])
-        history, done = state["history"], state["done"]
-        if not done:
-            optim.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-            torch.set_rng_state(state["generator"])
-            best = state["best"]
-    if bar is not None:
-        bar.update(len(history) * steps)
+        known = files.read(checkpoint).checked(checkpoint, identity, settings)
+    history: History = known.history if known else []
+    best: dict[str, Any] = {"loss": float("inf"), "epoch": 0, "weights": None}
+    extended = known is not None and known.done and not known.stopped and settings.epochs > known.epochs
+    over = known is not None and known.done and not extended
+    again = extended and settings.schedule == "one-cycle"  # a cycle is over: the next one is a warm restart
+    if known and again:
+        optim.load_state_dict(known.loop["optimizer"])
+    schedule = _schedule(optim, settings, steps, len(history) if again else 0)
+    if known:
+        loaded(model, known.model)
+    if known and not over:
+        if not again:
+            optim.load_state_dict(known.loop["optimizer"])
+            schedule.load_state_dict(known.loop["schedule"])
+        torch.set_rng_state(known.loop["generator"])
+        best = known.loop["best"]
+        if "last" in known.loop:
+            best["weights"] = known.model
+            loaded(model, known.loop["last"])
+    _shorten(bar, (settings.epochs if over else len(history)) * steps)  # what an earlier process has done
+    stopped = known is not None and known.stopped
     board = _board(checkpoint)
     for epoch in range(len(history) + 1, settings.epochs + 1):
-        if done:
+        if over:
             break
         model.train()
         total = 0.0
@@ -191,27 +215,72 @@ def train(
         if not all(map(math.isfinite, entry.values())):
             raise ArithmeticError(f"epoch {epoch}: the loss is not finite; try a lower train.learning_rate")
         history.append(entry)
+        LOG.debug("epoch %s: %s", epoch, losses(entry))
         stopped = bool(best["epoch"]) and epoch - best["epoch"] >= settings.patience
-        done = stopped or epoch == settings.epochs
-        if done and best["weights"] is not None:
-            model.load_state_dict(best["weights"])
+        over = stopped or epoch == settings.epochs
+        loop = {"optimizer": optim.state_dict(), "schedule": schedule.state_dict(), "generator": torch.get_rng_state()}
+        loop["best"] = {**best, "weights": None} if over else best
+        if over and best["weights"] is not None:
+            loop["last"] = copy.deepcopy(model.state_dict())
+            loaded(model, best["weights"])
         if board is not None:
             for name, value in entry.items():
                 board.add_scalar(name, value, epoch)
         if checkpoint is not None:
-            state = {
-                "optimizer": optim.state_dict(),
-                "schedule": schedule.state_dict(),
-                "generator": torch.get_rng_state(),
-                "best": {**best, "weights": None} if done else best,
-            }
-            write_checkpoint(checkpoint, identity, model.state_dict(), history, done, state)
+            weights = model.state_dict()
+            state = Checkpoint(
+                dict(identity), weights, history, settings.epochs, over, stopped, {} if stopped else loop
+            )
+            write_checkpoint(checkpoint, state)
+        if over:
+            _shorten(bar, (settings.epochs - epoch) * steps)  # what early stopping saves
     if board is not None:
         board.close()
-    if bar is not None:
-        bar.update((settings.epochs - len(history)) * steps)  # the steps that early stopping saved
     model.eval()
     return history
+
+
+def losses(entry: Mapping[str, float]) -> str:
+    """Return the losses of an epoch in words."""
+    return ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in entry.items() if "loss" in key)
+
+
+@contextlib.contextmanager
+def contained(threads: int) -> Iterator[None]:
+    """Let torch use so many threads; restore its generator and its number of threads afterwards.
+
+    On small batches a second thread saves nothing, and costs tenfold where another process wants its core.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def loaded(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load a model's weights; raise CheckpointError if they are those of another model."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's weights do not fit the configuration: {error}") from None
+
+
+def _shorten(bar: tqdm | None, steps: int) -> None:
+    """Take steps out of a bar that need not be taken, so that its rate does not count them."""
+    if bar is not None:
+        bar.total -= steps
+        bar.refresh()
+
+
+def _schedule(optim: torch.optim.Optimizer, settings: Train, steps: int, past: int) -> Any:
+    """Return the schedule of the learning rate over the epochs that are not `past`."""
+    if settings.schedule == "one-cycle":
+        total = (settings.epochs - past) * steps
+        return torch.optim.lr_scheduler.OneCycleLR(optim, settings.learning_rate, total_steps=max(total, 1))
+    return torch.optim.lr_scheduler.ConstantLR(optim, factor=1.0)
 
 
 def _board(checkpoint: Path | None) -> Any:
