@@ -387,7 +387,8 @@ def test_a_reader_that_goes_ends_the_process_quietly():
 
 def test_ctrl_c_ends_a_process_with_its_status(folder):
     """While it trains, or, had it been slow to start, while it imports."""
-    train = ["train", str(folder / "colours.yaml"), "--out", str(folder / "run"), "--set", "train.epochs=100000", "-v"]
+    endless = ["--set", "train.epochs=100000", "--set", "train.patience=0"]
+    train = ["train", str(folder / "colours.yaml"), "--out", str(folder / "run"), *endless, "-v"]
     with process(*train) as running:
         line = running.stderr.readline()
         running.send_signal(signal.SIGINT)
