@@ -8,7 +8,14 @@
 //
 //     d_queries = Gamma K,    d_keys = Gamma^T A,    d_scale = sum Gamma * (A K^T),    d_key_bias = sum_b Gamma
 //
-// without `scale`. What lives elsewhere: the order of the work (cpu/scores/plan.h), the epilogues (cpu/scores/*.inl),
+// without `scale`.
+//
+// Sums are in float32 (`wide`: float64). With AVX512_BF16, where all factors and the weights are bf16, sides are
+// multiplied as pairs of bf16 and summed in float32: a side that is made of several factors, activations or weights is
+// rounded to bf16 once it is formed, as is Gamma. Each adds 2^-8 of the magnitude of a product to its error, and what is
+// below 2^-126 counts as zero. Search takes pairs only where nothing is rounded.
+//
+// What lives elsewhere: the order of the work (cpu/scores/plan.h), the epilogues (cpu/scores/*.inl),
 // what losses are made of them (python/fusionsum/losses.py).
 #pragma once
 #include "sum.h"

@@ -6,6 +6,9 @@ reference of the package (``reference.py``), which these formulas share nothing 
 A score's error is at most (n + 6 M + 8) eps |logit_scale| sum_i |a_i k_i| + 4 eps (|logit_bias| + |key_bias|), with M
 factors on both sides and eps of the working precision, and whatever is made of scores inherits it: a log-sum-exp no more
 than the largest, a softmax its share times that. Small integers have no error at all.
+
+Where bf16 is multiplied by pairs (csrc/scores.h says when), each side that is not bf16 once it is formed is rounded to it,
+and so is Gamma: 2^-8 of each product more; and what is below 2^-126 counts as zero.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from conftest import ACTIVATIONS, DTYPES, NARROW, random, require_native, widened
+from conftest import ACTIVATIONS, DTYPES, NARROW, in_pairs, random, require_native, widened
 
 __all__ = ["CALLS", "Pairs", "Scores", "check_everything", "digest", "digests", "draw", "lists_of", "results"]
 
 native = require_native()
+BF16 = np.dtype("bfloat16")  # ml_dtypes' name, which conftest has brought in
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])
 _PHI = {
     None: lambda z: z,
@@ -78,6 +82,11 @@ class Scores:
         arrays = self.given if self.key_bias is None else [*self.given, self.key_bias]
         names = set(self.activations) | set(self.key_activations)
         return names <= {None, "relu"} and all((widened(a) == np.rint(widened(a))).all() for a in arrays)
+
+    def in_pairs(self, searching: bool = False) -> bool:
+        """Whether this instruction set multiplies the sides as pairs of bf16."""
+        formed = len(self.given) > 2 or {*self.activations, *self.key_activations} != {None}
+        return self.working == np.float32 and in_pairs(self.given) and not (searching and formed)
 
     @functools.cached_property
     def products(self) -> tuple[Any, ...]:
@@ -157,6 +166,11 @@ def _side(factors: Any, names: Any, masks: Any, absent: str, weights: Any) -> tu
     return product, size
 
 
+def _rounding(values: np.ndarray) -> float:
+    """Bound the relative error of these as bf16."""
+    return 0 if (values.astype(BF16).astype(np.float64) == values).all() else 2.0**-8
+
+
 def _log_sum_exp(scores: np.ndarray, counted: np.ndarray, axis: int) -> np.ndarray:
     scores = np.where(counted, scores, -np.inf)
     top = scores.max(axis, keepdims=True, initial=-np.inf)
@@ -170,12 +184,14 @@ class Pairs:
 
     def __init__(self, s: Scores, searching: bool = False):
         scale, bias = (1.0, 0.0) if searching else (s.logit_scale, s.logit_bias)
-        self.exact = s.whole and (2 * scale).is_integer()
         factors = len(s.queries) + len(s.keys) + 1
         self.eps = float(np.finfo(s.working).eps) * (
             2 if s.working == np.float64 else 1
         )  # as much for the formula's own
         (self.a, self.a_size), (self.k, self.k_size), self.dots, self.dots_size = s.products
+        self.in_pairs = s.in_pairs(searching)
+        self.of_a, self.of_k = (_rounding(side) if self.in_pairs else 0.0 for side in (self.a, self.k))
+        self.exact = s.whole and (2 * scale).is_integer() and self.of_a == self.of_k == 0
         self.factors = 6 * factors + 8
         self.least = float(np.finfo(s.working).tiny)  # exponentials below it have fewer bits, or none
         offset = bias + (0 if s.key_bias is None else widened(s.key_bias))
@@ -184,6 +200,9 @@ class Pairs:
         self.tol = self.eps * (
             (self.a.shape[1] + self.factors) * abs(scale) * self.dots_size + 4 * offset_size
         ) + float(np.finfo(s.working).smallest_subnormal)
+        if self.in_pairs:
+            flushed = 2 * self.a.shape[1] + self.a_size.sum(1)[:, None] + self.k_size.sum(1)
+            self.tol += abs(scale) * (1.01 * (self.of_a + self.of_k) * self.dots_size + self.least * flushed)
         self.tol = self.tol * (not self.exact)
         same = (
             np.eye(*self.scores.shape, dtype=bool)
@@ -208,15 +227,19 @@ class Pairs:
         """Check d_queries, d_keys, d_scale and, where there are more, the sums of Gamma or the sum of those."""
         rows, cols = gamma.shape
         d_queries, d_keys, *rest = found
-        d_tol = tol @ self.k_size + self.eps * (cols + self.factors) * (abs(gamma) @ self.k_size)
-        near(d_queries, gamma @ self.k, d_tol)
-        near(
-            d_keys,
-            gamma.T @ self.a,
-            tol.T @ self.a_size + self.eps * (rows + self.factors) * (abs(gamma).T @ self.a_size),
+        of_gamma = _rounding(gamma) if self.in_pairs else 0.0
+        in_k, in_a = (
+            1.01 * (of_gamma + of_side) + self.eps * (count + self.factors)
+            for of_side, count in ((self.of_k, cols), (self.of_a, rows))
         )
+        d_tol = tol @ self.k_size + in_k * (abs(gamma) @ self.k_size)
+        of_keys = tol.T @ self.a_size + in_a * (abs(gamma).T @ self.a_size)
+        if self.in_pairs:
+            d_tol, of_keys = d_tol + self.least * 3 * cols, of_keys + self.least * 3 * rows
+        near(d_queries, gamma @ self.k, d_tol)
+        near(d_keys, gamma.T @ self.a, of_keys)
         if rest:
-            of_a = self.eps * self.factors * (self.a_size * (abs(gamma) @ self.k_size)).sum()
+            of_a = (self.eps * self.factors + self.of_a) * (self.a_size * (abs(gamma) @ self.k_size)).sum()
             near(rest[0], (gamma * self.dots).sum(), (self.a_size * d_tol).sum() + of_a)
             want, slack = gamma.sum(0), tol.sum(0) + 1e-12 * abs(gamma).sum(0)
             near(rest[1], *((want, slack) if np.ndim(rest[1]) else (want.sum(), slack.sum())))

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conftest import DTYPES, random, run_python
+from conftest import DTYPES, random, run_python, widened
 from score_cases import Pairs, Scores, check_everything, check_matrix, draw, lists_of, native, results
 from test_layouts import LAYOUTS, MAP_NORESERVE, at_the_edges_of_a_page, one_byte_off, packed
 
@@ -127,15 +127,65 @@ def test_chunks(rows, cols, n, kind, rng):
 
 def test_rows_that_were_counted_twice_are_equal(rng):
     """A target's score is found once more, by itself: it equals that of another key of the same entries, in any place."""
-    for dtype in DTYPES:
+    for dtype, name in itertools.product(DTYPES, ("gelu", None)):
         for rows, cols, n in ((1, 3, 5), (8, 40, 64), (33, 130, 33), (300, 301, 17)):
             keys = rng.permutation(np.repeat(random(rng, (cols, n), dtype), 2, axis=0))
-            s = draw(rng, rows, 2 * cols, n, dtype, keys=(keys,), key_activations=("gelu",), key_present=(None,))
+            s = draw(rng, rows, 2 * cols, n, dtype, keys=(keys,), key_activations=(name,), key_present=(None,))
             s = replace(s, key_bias=None)
             targets = rng.integers(0, 2 * cols, rows)
             greater, equal = native.ranks(*s.arguments()[:9], None, None, None, targets, False)
             assert (equal >= 1).all()
             assert (greater + equal <= 2 * cols - 1).all()
+
+
+def test_small_integers_have_exact_gradients(rng):
+    """Of even and odd numbers of terms, of keys and of queries: pairs of bf16 have no neighbour at the end."""
+    for dtype, rows, cols, n in itertools.product(DTYPES, (1, 2, 5, 33, 255), (1, 2, 7, 64, 301), (0, 1, 2, 31, 64)):
+        q, k, u = (ints(rng, *shape, dtype=dtype) for shape in ((rows, n), (cols, n), (rows, cols)))
+        for weights in (None, ints(rng, n, dtype=dtype)):
+            s = plain(q, k, fusion_weights=weights)
+            p = Pairs(s)
+            found = native.score_matrix_grad(u, *s.arguments(), (True, True), False)
+            for got, want in zip(found, (widened(u) @ p.k, widened(u).T @ p.a), strict=True):
+                assert (got == want).all()
+
+
+@pytest.mark.parametrize("factors", [1, 2])
+def test_the_error_of_bf16_is_at_most_twice_that_of_torch(factors, rng):
+    """Of scores and of the gradients of their InfoNCE loss, against float64: the largest of each array."""
+    torch = pytest.importorskip("torch")
+
+    def naive(sides, scale, dtype):
+        leaves = [[torch.from_numpy(widened(x)).to(dtype) for x in side] for side in sides]
+        a, k = (torch.stack(side).prod(0).requires_grad_() for side in leaves)
+        scores = scale * (a @ k.T)
+        (scores.logsumexp(1) - scores.diagonal()).mean().backward()
+        return [x.detach().double().numpy() for x in (scores, a.grad, k.grad)]
+
+    for rows, n, scale in ((256, 64, 0.25), (301, 129, 0.125)):
+        sides = [tuple(random(rng, (rows, n), "bfloat16") for _ in range(factors)) for _ in range(2)]
+        s = Scores(*sides, *((None,) * factors for _ in range(4)), logit_scale=scale)
+        coefs = np.zeros((5, rows))
+        coefs[0] = native.softmax_stats(*s.arguments(), False, False, False, False)[0][0]
+        coefs[1] = coefs[3] = 1 / rows
+        grads = native.softmax_grad(*s.arguments(), False, coefs, None, (True, True, False, False), False)
+        ours = [widened(native.score_matrix(*s.arguments(), False)), *(scale * widened(d) for d in grads[:2])]
+        for got, theirs, want in zip(
+            ours, naive(sides, scale, torch.bfloat16), naive(sides, scale, torch.float64), strict=True
+        ):
+            assert abs(got - want).max() <= 2 * abs(theirs - want).max()
+
+
+def test_rows_of_bf16_that_are_no_pairs_where_they_lie(rng):
+    """Rows that begin between two pairs, or an odd number of entries apart, give the bits of rows that are."""
+    memory = random(rng, (2, 70 * 67 + 1), "bfloat16")
+    for (rows, cols), start, step in itertools.product(((3, 70), (70, 33)), (0, 1), (66, 67)):
+        moved = [
+            np.lib.stride_tricks.as_strided(side[start:], (count, 64), (2 * step, 2))
+            for side, count in zip(memory, (rows, cols), strict=True)
+        ]
+        for a, b in zip(results(plain(*moved)), results(plain(*(x.copy() for x in moved))), strict=True):
+            assert a.tobytes() == b.tobytes()
 
 
 # Search
@@ -222,7 +272,8 @@ def test_special_values_reach_the_scores_they_should(rows, dtype, rng):
             want = (q.astype(np.float64) @ k.astype(np.float64).T).astype(s.working).astype(dtype).astype(np.float64)
             got = native.score_matrix(*s.arguments(), False).astype(np.float64)
             assert (np.isnan(got) == np.isnan(want)).all()
-            assert ((got == want) | np.isnan(want) | (abs(got - want) <= 1e-2 * abs(want) + 1e-44)).all()
+            least = 3 * n * 2.0**-126 if s.in_pairs() else 1e-44
+            assert ((got == want) | np.isnan(want) | (abs(got - want) <= 1e-2 * abs(want) + least)).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -26,10 +26,10 @@ void execute_on_cpu(const Problem& problem) {
   Workspace workspace;
   bool done;
   if (entries < kFewEntries) {
-    done = execute(problem, active_isa().sum, workspace, [] { return false; });
+    done = execute(problem, *active_isa().sum, workspace, [] { return false; });
   } else {
     py::gil_scoped_release no_gil;
-    done = execute(problem, active_isa().sum, workspace, ctrl_c);
+    done = execute(problem, *active_isa().sum, workspace, ctrl_c);
   }
   if (!done) throw py::error_already_set();
 }

@@ -138,7 +138,7 @@ class Call {
     bool done;
     {
       py::gil_scoped_release no_gil;
-      done = fusionsum::execute(s, active_isa().scores, workspace, [] {
+      done = fusionsum::execute(s, kernels_for(s, active_isa()), workspace, [] {
         py::gil_scoped_acquire gil;
         return PyErr_CheckSignals() != 0;
       });

@@ -72,7 +72,7 @@ inline const std::vector<const Isa*>& sets() {
 
 inline void carry_out(const Problem& problem, const Isa& isa) {
   Workspace workspace;
-  execute(problem, isa.sum, workspace, [] { return false; });
+  execute(problem, *isa.sum, workspace, [] { return false; });
 }
 
 // Ends the program, with a line that a fuzzer and a test will show.

@@ -76,7 +76,7 @@ class ScoreMemory {
   void run(const Isa& isa) {
     for (const Output& o : outputs_) std::memset(o.to, o.before, o.bytes);
     Workspace workspace;
-    execute(s, isa.scores, workspace, [] { return false; });
+    execute(s, kernels_for(s, isa), workspace, [] { return false; });
   }
 
   std::vector<emulator::Bytes> results(const Isa& isa) {
@@ -89,8 +89,9 @@ class ScoreMemory {
   }
 
   // What was run last is within the bounds.
-  void check(const Isa& isa) const {
+  void check(const Isa& isa) {
     isa_ = isa.name;
+    bound(kernels_for(s, isa).bf16_pairs);
     switch (s.epilogue) {
       case Epilogue::store:
         if (!s.differentiates) check_matrix();
@@ -264,7 +265,7 @@ class ScoreMemory {
     eps_ = s.wide ? 0x1p-51 : 0x1p-23;  // as much for these loops' own error
     least_ = s.wide ? 0x1p-1022 : 0x1p-126;
     dot_.assign(rows * cols, 0);
-    score_ = tol_ = dot_;
+    score_ = tol_ = size_ = offset_ = dot_;
     positive_.assign(rows * cols, 0);
     excluded_ = positive_;
     exact_ = exact_ && std::fmod(s.scale * 2, 1) == 0;
@@ -280,10 +281,8 @@ class ScoreMemory {
         if (own.data)
           key_bias = widened(own.dtype, static_cast<const char*>(own.data) + c * own.row * item_size(own.dtype));
         score_[at] = s.scale * dot_[at] + s.bias + key_bias;
-        tol_[at] = eps_ * ((static_cast<double>(s.terms) + slack()) * std::fabs(s.scale) * size +
-                           4 * (std::fabs(s.bias) + std::fabs(key_bias))) +
-                   limits(s.wide ? DType::f64 : DType::f32).smallest;
-        if (exact_ && size < 0x1p22) tol_[at] = 0;
+        size_[at] = size;
+        offset_[at] = std::fabs(s.bias) + std::fabs(key_bias);
         const bool same = s.query_labels ? s.query_labels[b] == s.key_labels[c] : b == c;
         bool out = s.exclude && s.exclude[b * s.exclude_row + c * s.exclude_col];
         if (s.excluded_from)
@@ -291,6 +290,28 @@ class ScoreMemory {
         positive_[at] = same && !out;
         excluded_[at] = out || (s.query_ids && s.query_ids[b] == s.key_ids[c] && !same);
       }
+    bound(false);
+  }
+  // The bounds on the scores' errors. What is drawn is far from subnormal, but for the products of many factors.
+  void bound(bool in_pairs) {
+    in_pairs_ = in_pairs;
+    of_a_ = rounding(a_);
+    of_k_ = rounding(k_);
+    for (size_t at = 0; at < tol_.size(); ++at) {
+      tol_[at] = ((static_cast<double>(s.terms) + slack()) * eps_ + of_a_ + of_k_) * std::fabs(s.scale) * size_[at] +
+                 4 * eps_ * offset_[at] + limits(s.wide ? DType::f64 : DType::f32).smallest +
+                 (in_pairs ? 4 * least_ * static_cast<double>(s.terms) * std::fabs(s.scale) : 0);
+      if (exact_ && of_a_ + of_k_ == 0 && size_[at] < 0x1p22) tol_[at] = 0;
+    }
+  }
+  // Of these as bf16, where they are multiplied as pairs of it.
+  double rounding(const Reals& values) const {
+    for (const double value : values) {
+      scalar::Bf16 stored;
+      scalar::narrow(value, &stored);
+      if (in_pairs_ && static_cast<double>(scalar::widen(stored)) != value) return 0x1.02p-8;
+    }
+    return 0;
   }
   double slack() const { return 6.0 * (s.queries.factors + s.keys.factors) + 8; }
 
@@ -521,6 +542,9 @@ class ScoreMemory {
     const int64_t rows = s.queries.rows, cols = s.keys.rows, n = s.terms;
     Reals d_queries(rows * n, 0), d_keys(cols * n, 0), d_bias(cols, 0);
     Reals queries_tol = d_queries, keys_tol = d_keys, bias_tol = d_bias;
+    const double of_gamma = in_pairs_ ? 0x1.02p-8 : 0, flushed = in_pairs_ ? 4 * least_ : 0;
+    const double in_k = eps_ * (static_cast<double>(cols) + slack()) + of_gamma + of_k_;
+    const double in_a = eps_ * (static_cast<double>(rows) + slack()) + of_gamma + of_a_;
     double d_scale = 0, scale_tol = 0;
     for (int64_t b = 0; b < rows; ++b)
       for (int64_t c = 0; c < cols; ++c) {
@@ -530,9 +554,9 @@ class ScoreMemory {
         for (int64_t i = 0; i < n; ++i) {
           const int64_t q = b * n + i, k = c * n + i;
           d_queries[q] += value * k_[k];
-          queries_tol[q] += (tol + eps_ * (static_cast<double>(cols) + slack()) * size) * k_size_[k];
+          queries_tol[q] += (tol + in_k * size) * k_size_[k] + flushed;
           d_keys[k] += value * a_[q];
-          keys_tol[k] += (tol + eps_ * (static_cast<double>(rows) + slack()) * size) * a_size_[q];
+          keys_tol[k] += (tol + in_a * size) * a_size_[q] + flushed;
         }
         d_bias[c] += value;
         bias_tol[c] += tol + 1e-12 * size;
@@ -540,7 +564,7 @@ class ScoreMemory {
       }
     for (int64_t q = 0; q < rows * n; ++q) {
       if (s.d_queries) near("gradient of queries", q, real(s.d_queries, q), d_queries[q], queries_tol[q]);
-      scale_tol += a_size_[q] * (2 * queries_tol[q] + slack() * eps_ * std::fabs(d_queries[q]));
+      scale_tol += a_size_[q] * (2 * queries_tol[q] + (slack() * eps_ + of_a_) * std::fabs(d_queries[q]));
     }
     for (int64_t k = 0; s.d_keys && k < cols * n; ++k)
       near("gradient of keys", k, real(s.d_keys, k), d_keys[k], keys_tol[k]);
@@ -556,10 +580,11 @@ class ScoreMemory {
   bool mixed_;
   DType dtype_;
   mutable const char* isa_ = "";
-  double eps_, least_;
+  double eps_, least_, of_a_ = 0, of_k_ = 0;  // of what a side loses as bf16
+  bool in_pairs_ = false;
   std::vector<std::unique_ptr<Fenced>> fenced_;
   std::vector<Output> outputs_;
-  Reals a_, a_size_, k_, k_size_, dot_, score_, tol_;
+  Reals a_, a_size_, k_, k_size_, dot_, size_, offset_, score_, tol_;
   std::vector<char> positive_, excluded_;
 };
 

@@ -26,9 +26,12 @@ constexpr int64_t kByDots = 8;  // queries: so few are multiplied faster by keys
 int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 int64_t round_down(int64_t n, int64_t to) { return n / to * to; }
 
-bool in_place(const Side& side, DType working) {
+bool in_place(const Side& side, const Scores& s, bool bf16_pairs) {
   const Factor& f = side.factor[0];
-  return side.factors == 1 && f.dtype == working && f.activation == Activation::none && !f.mask && f.term == 1;
+  const DType dtype = bf16_pairs ? DType::bf16 : s.wide ? DType::f64 : DType::f32;
+  const bool whole_pairs = s.terms % 2 == 0 && f.row % 2 == 0 && reinterpret_cast<uintptr_t>(f.data) % 4 == 0;
+  return side.factors == 1 && f.dtype == dtype && f.activation == Activation::none && !f.mask && f.term == 1 &&
+         (!bf16_pairs || whole_pairs);
 }
 
 // Keys and queries of a block: whole tiles both ways, whose Gamma stays in the second-level cache.
@@ -100,9 +103,8 @@ struct Tile {
   int64_t rows, cols;
 };
 
-void cut(const Scores& s, Tile tile, ScorePlan& p) {
+void cut(const Scores& s, Tile tile, bool bf16_pairs, ScorePlan& p) {
   const int64_t item = s.wide ? 8 : 4, queries = s.queries.rows, keys = s.keys.rows;
-  const DType working = s.wide ? DType::f64 : DType::f32;
   p.scores = &s;
   const bool given = s.epilogue == Epilogue::store && s.differentiates;  // Gamma
   p.latin = (s.differentiates && !given) || s.epilogue == Epilogue::softmax;
@@ -110,10 +112,12 @@ void cut(const Scores& s, Tile tile, ScorePlan& p) {
       queries <= kByDots && !s.differentiates && (s.epilogue == Epilogue::store || s.epilogue == Epilogue::top_k);
   p.turned = s.epilogue == Epilogue::top_k && !p.by_dots;
   p.block = block_of(tile.rows, tile.cols, item);
-  p.queries_in_place = in_place(s.queries, working);
-  p.keys_in_place = in_place(s.keys, working);
+  p.queries_in_place = in_place(s.queries, s, bf16_pairs);
+  p.keys_in_place = in_place(s.keys, s, bf16_pairs);
 
-  const int64_t row = std::max<int64_t>(1, s.terms) * item;
+  p.bf16_pairs = bf16_pairs;
+  p.lanes = bf16_pairs ? divide_up(s.terms, 2) : s.terms;
+  const int64_t row = std::max<int64_t>(1, p.lanes) * item;
   p.query_chunk = std::min(queries, kQueryChunk);
   if (!p.queries_in_place || p.turned)
     p.query_chunk = std::min(p.query_chunk, std::max<int64_t>(p.block, kQueryBytes / row));
@@ -180,9 +184,9 @@ int64_t lay_out(const Scores& s, Tile tile, ScorePlan& p, char* memory) {
   };
   const int64_t keys = round_up(p.key_chunk, tile.cols), slots = p.query_chunk * p.segments;
   const bool scores = !(s.epilogue == Epilogue::store && s.differentiates), top_k = s.epilogue == Epilogue::top_k;
-  p.panels = take(scores && !p.by_dots, (p.turned ? round_up(p.query_chunk, tile.cols) : keys) * s.terms, item);
-  p.query_rows = take(!p.queries_in_place, p.query_chunk * s.terms, item);
-  p.key_rows = take(!p.keys_in_place, p.key_chunk * s.terms, item);
+  p.panels = take(scores && !p.by_dots, (p.turned ? round_up(p.query_chunk, tile.cols) : keys) * p.lanes, item);
+  p.query_rows = take(!p.queries_in_place, p.query_chunk * p.lanes, item);
+  p.key_rows = take(!p.keys_in_place, p.key_chunk * p.lanes, item);
   p.bias = take(true, keys, item);
   p.label = take(s.key_labels, keys, item);
   p.id = take(s.key_ids, keys, item);
@@ -200,9 +204,10 @@ int64_t lay_out(const Scores& s, Tile tile, ScorePlan& p, char* memory) {
   // By dots, up to kByDots queries beside each other, or a vector.
   const int64_t strip_rows = s.differentiates ? p.block : p.by_dots ? 16 : tile.rows;
   p.strip = own.take(strip_rows * (p.block + 16), item);
-  p.row = own.take(2 * s.terms, item);
-  p.tile = own.take(tile.rows * (s.terms + 16), item);
-  p.panel = own.take(std::max(p.block, s.epilogue == Epilogue::rank ? s.terms : 0) * tile.cols, item);
+  p.gamma = own.take(s.differentiates && p.bf16_pairs ? p.block * (p.block + 16) / 2 : 0, item);
+  p.row = own.take(3 * s.terms, item);
+  p.tile = own.take(tile.rows * (p.lanes + 16), item);
+  p.panel = own.take(std::max(p.block, s.epilogue == Epilogue::rank ? p.lanes : 0) * tile.cols, item);
   p.key_reference = own.take(p.block, item);
   p.key_sum = own.take(p.block, item);
   p.bound = own.take(p.block, item);
@@ -211,6 +216,16 @@ int64_t lay_out(const Scores& s, Tile tile, ScorePlan& p, char* memory) {
 }
 
 }  // namespace
+
+bool suits_bf16_pairs(const Scores& s) {
+  const bool searches = s.epilogue == Epilogue::top_k || s.epilogue == Epilogue::rank;
+  const auto suits = [&](const Side& side) {
+    const Factor* const all = side.factor;
+    return std::all_of(all, all + side.factors, [](const Factor& f) { return f.dtype == DType::bf16; }) &&
+           (!searches || (side.factors == 1 && all->activation == Activation::none));
+  };
+  return !s.wide && suits(s.queries) && suits(s.keys);
+}
 
 bool execute(const Scores& s, const ScoreKernels& kernels, Workspace& workspace, bool (*interrupted)()) {
   const double lowest = s.wide ? std::numeric_limits<double>::lowest() : std::numeric_limits<float>::lowest();
@@ -223,7 +238,7 @@ bool execute(const Scores& s, const ScoreKernels& kernels, Workspace& workspace,
 
   const Tile tile{kernels.tile_rows[s.wide], kernels.tile_cols[s.wide]};
   ScorePlan plan{};
-  cut(s, tile, plan);
+  cut(s, tile, kernels.bf16_pairs, plan);
   const int64_t bytes = lay_out(s, tile, plan, nullptr);
   const int threads = threads_for(plan.tasks);
   char* const memory = workspace.reserve(bytes + threads * plan.scratch_bytes);

@@ -34,6 +34,8 @@ struct ScorePlan {
   int64_t segment, segments;  // of a chunk of keys
   int64_t range, ranges;      // of terms, where Gamma is given
   int64_t tasks, steps;
+  bool bf16_pairs;
+  int64_t lanes;                         // of a row of a side
   bool queries_in_place, keys_in_place;  // a side is one factor that can be read where it lies
   // Memory of all tasks, in T unless said: one chunk's.
   char *panels, *query_rows, *key_rows;
@@ -49,14 +51,19 @@ struct ScorePlan {
   void (*compact)(const ScorePlan&, int64_t slot);                                    // drops all but the best k
   void (*select)(const ScorePlan&, int64_t first_query, int64_t begin, int64_t end);  // the best k of all segments
   // Places in a thread's scratch memory, in bytes.
-  int64_t strip, row, tile, panel, key_reference, key_sum, bound, scratch_bytes;
+  int64_t strip, gamma, row, tile, panel, key_reference, key_sum, bound, scratch_bytes;
 };
 
 // The loops of one instruction set, for float32 [0] and float64 [1].
 struct ScoreKernels {
   int tile_rows[2], tile_cols[2];
   void (*walk[2])(const ScorePlan&, int64_t task, int64_t slice, char* scratch);
+  bool bf16_pairs;  // sides are multiplied as pairs of bf16: only those that `suits_bf16_pairs` says
 };
+
+// Whether all that forms the sides is bf16, and the scores need not be closer than its rounding, or no product is
+// rounded: search is exact.
+bool suits_bf16_pairs(const Scores& scores);
 
 // As `execute` of a sum (sum/plan.h).
 bool execute(const Scores& scores, const ScoreKernels& kernels, Workspace& workspace, bool (*interrupted)());

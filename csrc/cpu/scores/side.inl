@@ -31,10 +31,48 @@ struct Rows {
 
   const T* row(int64_t r) const { return first + r * step; }
 };
+
+// How the micro-kernel reads what it multiplies: a vector's lanes hold an entry each or, of bf16, a pair of
+// neighbouring ones (bf16_pairs.inl). Rows of sides are rows of lanes.
 template <class T>
-Rows<T> rows_of(const Side& side, bool in_place, const char* formed, int64_t first, int64_t terms) {
-  if (in_place) return {static_cast<const T*>(side.factor[0].data) + first * side.factor[0].row, side.factor[0].row};
-  return {static_cast<const T*>(static_cast<const void*>(formed)), terms};
+struct Plain {
+  using Lane = T;
+  using Entry = T;
+  using V = typename Simd<T>::V;
+  static constexpr int per_lane = 1;
+
+  static V multiply_add(V a, V b, V c) { return madd(a, b, c); }
+  // Forms a row of a side; `room` is for two rows of it in T.
+  static void form(const Side& side, double absent, int64_t terms, int64_t row, T* to, T* room) {
+    form_row(side, absent, terms, row, to, room);
+  }
+  // Lane i of columns `at` and on, of `count` rows.
+  template <class Access>
+  static V load(Access access, const Rows<T>& rows, int64_t, int64_t i, int64_t at) {
+    return access.load(rows.row(i) + at);
+  }
+  // A matrix whose rows are multiplied, and one whose columns are, as lanes; `to` is room for half of it.
+  static const T* by_rows(const T* matrix, int64_t, int64_t, int64_t, T*) { return matrix; }
+  static const T* by_columns(const T* matrix, int64_t, int64_t, int64_t, T*) { return matrix; }
+};
+
+template <class P>
+constexpr int64_t lanes_of(int64_t entries) {
+  return (entries + P::per_lane - 1) / P::per_lane;
+}
+
+template <class P>
+Rows<typename P::Lane> rows_of(const Side& side, bool in_place, const char* formed, int64_t first, int64_t lanes) {
+  using T = typename P::Lane;
+  const int64_t step = in_place ? side.factor[0].row / P::per_lane : lanes;
+  const T* const rows = static_cast<const T*>(in_place ? side.factor[0].data : formed);
+  return {rows + (in_place ? first * step : 0), step};
+}
+// The same rows, from one of them and from a term on, by entries.
+template <class P>
+Rows<typename P::Entry> entries_of(const Rows<typename P::Lane>& rows, int64_t from, int64_t term) {
+  return {static_cast<const typename P::Entry*>(static_cast<const void*>(rows.row(from))) + term,
+          rows.step * P::per_lane};
 }
 
 // Transposes as many vectors as a vector has entries. A zip of the first half of the vectors with the second turns the

@@ -17,10 +17,10 @@ struct Shape {
 template <class T, int vectors>
 using TileOf = typename Shape<T>::V[Shape<T>::rows][vectors];
 
-// tile[r][c] = sum over i < terms of a[r * a_row + i * a_term] * b[i * Shape<T>::cols + c], each sum one chain of fused
-// multiply-adds: its bits depend on neither the tile's place nor its neighbours.
-template <class T, int vectors>
-FUSIONSUM_INLINE void multiply(int64_t terms, const T* a, int64_t a_row, int64_t a_term, const T* b,
+// tile[r][c] = sum over i < lanes of a[r * a_row + i * a_lane] * b[i * Shape<T>::cols + c], each sum one chain of fused
+// multiply-adds: its bits depend on neither the tile's place nor its neighbours. P says what lanes are (side.inl).
+template <class P, int vectors, class T = typename P::Lane>
+FUSIONSUM_INLINE void multiply(int64_t lanes, const T* a, int64_t a_row, int64_t a_lane, const T* b,
                                TileOf<T, vectors>& tile) {
   using S = Shape<T>;
   using L = Simd<T>;
@@ -28,26 +28,28 @@ FUSIONSUM_INLINE void multiply(int64_t terms, const T* a, int64_t a_row, int64_t
   FUSIONSUM_UNROLL(16)
   for (int r = 0; r < S::rows; ++r)
     for (int v = 0; v < vectors; ++v) tile[r][v] = V{};
-  for (int64_t i = 0; i < terms; ++i, a += a_term, b += S::cols) {
+  for (int64_t i = 0; i < lanes; ++i, a += a_lane, b += S::cols) {
     V column[vectors];
     for (int v = 0; v < vectors; ++v) column[v] = L::load(b + v * L::width);
     FUSIONSUM_UNROLL(16)
     for (int r = 0; r < S::rows; ++r) {
-      const V x = L::broadcast(a[r * a_row]);
-      for (int v = 0; v < vectors; ++v) tile[r][v] = madd(x, column[v], tile[r][v]);
+      T entry;
+      __builtin_memcpy(&entry, a + r * a_row, sizeof(T));  // a pair may just have been written as two bf16
+      const V x = L::broadcast(entry);
+      for (int v = 0; v < vectors; ++v) tile[r][v] = P::multiply_add(x, column[v], tile[r][v]);
     }
   }
 }
 
 // Not inlined: among a caller's variables GCC 12 runs out of registers, and columns go to the stack (0.75 of the
 // speed).
-template <class T, int vectors>
-__attribute__((noinline)) void score_panel(int64_t terms, const T* a, int64_t a_row, const T* panel, T scale,
+template <class P, int vectors, class T = typename P::Lane>
+__attribute__((noinline)) void score_panel(int64_t lanes, const T* a, int64_t a_row, const T* panel, T scale,
                                            const T* bias, T* to, int64_t step) {
   using L = Simd<T>;
   const auto scales = L::broadcast(scale);
   TileOf<T, vectors> tile;
-  multiply<T, vectors>(terms, a, a_row, 1, panel, tile);
+  multiply<P, vectors>(lanes, a, a_row, 1, panel, tile);
   FUSIONSUM_UNROLL(16)
   for (int r = 0; r < Shape<T>::rows; ++r)
     for (int v = 0; v < vectors; ++v)
@@ -55,32 +57,32 @@ __attribute__((noinline)) void score_panel(int64_t terms, const T* a, int64_t a_
 }
 
 // The same of a panel of which `vectors` or fewer hold keys.
-template <class T, int vectors>
-void score_rest(int64_t count, int64_t terms, const T* a, int64_t a_row, const T* panel, T scale, const T* bias, T* to,
+template <class P, int vectors, class T = typename P::Lane>
+void score_rest(int64_t count, int64_t lanes, const T* a, int64_t a_row, const T* panel, T scale, const T* bias, T* to,
                 int64_t step) {
   if constexpr (vectors > 1)
-    if (count < vectors) return score_rest<T, vectors - 1>(count, terms, a, a_row, panel, scale, bias, to, step);
-  score_panel<T, vectors>(terms, a, a_row, panel, scale, bias, to, step);
+    if (count < vectors) return score_rest<P, vectors - 1>(count, lanes, a, a_row, panel, scale, bias, to, step);
+  score_panel<P, vectors>(lanes, a, a_row, panel, scale, bias, to, step);
 }
 
 // The scores of a tile's rows of queries (of which all are read) with the first `cols` keys, whole vectors, of panels:
 // to[r * step + c]. `bias` has one value per key.
-template <class T>
-void score_strip(int64_t terms, const T* a, int64_t a_row, const T* panels, int64_t cols, T scale, const T* bias, T* to,
+template <class P, class T = typename P::Lane>
+void score_strip(int64_t lanes, const T* a, int64_t a_row, const T* panels, int64_t cols, T scale, const T* bias, T* to,
                  int64_t step) {
   using S = Shape<T>;
   int64_t c = 0;
   for (; c + S::cols <= cols; c += S::cols)
-    score_panel<T, S::vectors>(terms, a, a_row, panels + c * terms, scale, bias + c, to + c, step);
+    score_panel<P, S::vectors>(lanes, a, a_row, panels + c * lanes, scale, bias + c, to + c, step);
   if (c < cols)
-    score_rest<T, S::vectors>((cols - c) / S::width, terms, a, a_row, panels + c * terms, scale, bias + c, to + c,
+    score_rest<P, S::vectors>((cols - c) / S::width, lanes, a, a_row, panels + c * lanes, scale, bias + c, to + c,
                               step);
 }
 
 // The same for few queries, whose keys are read as they lie: a sum of `width` chains per score, which goes to
 // to[r * step + c * col].
-template <class T>
-void score_by_dots(int64_t terms, const Rows<T>& queries, int64_t count, const Rows<T>& keys, int64_t cols, T scale,
+template <class P, class T = typename P::Lane>
+void score_by_dots(int64_t lanes, const Rows<T>& queries, int64_t count, const Rows<T>& keys, int64_t cols, T scale,
                    const T* bias, T* to, int64_t step, int64_t col) {
   using L = Simd<T>;
   using V = typename L::V;
@@ -90,43 +92,45 @@ void score_by_dots(int64_t terms, const Rows<T>& queries, int64_t count, const R
       const T* const query = queries.row(r);
       V s0{}, s1{}, s2{}, s3{};
       int64_t i = 0;
-      for (; i + 4 * L::width <= terms; i += 4 * L::width) {
+      for (; i + 4 * L::width <= lanes; i += 4 * L::width) {
         for (int v = 0; v < 4; ++v) __builtin_prefetch(key + i + v * L::width + 4096 / sizeof(T));
-        s0 = madd(L::load(query + i), L::load(key + i), s0);
-        s1 = madd(L::load(query + i + L::width), L::load(key + i + L::width), s1);
-        s2 = madd(L::load(query + i + 2 * L::width), L::load(key + i + 2 * L::width), s2);
-        s3 = madd(L::load(query + i + 3 * L::width), L::load(key + i + 3 * L::width), s3);
+        s0 = P::multiply_add(L::load(query + i), L::load(key + i), s0);
+        s1 = P::multiply_add(L::load(query + i + L::width), L::load(key + i + L::width), s1);
+        s2 = P::multiply_add(L::load(query + i + 2 * L::width), L::load(key + i + 2 * L::width), s2);
+        s3 = P::multiply_add(L::load(query + i + 3 * L::width), L::load(key + i + 3 * L::width), s3);
       }
-      along<T>(i, terms,
-               [&](auto access, int64_t at) { s0 = madd(access.load(query + at), access.load(key + at), s0); });
+      along<T>(i, lanes, [&](auto access, int64_t at) {
+        s0 = P::multiply_add(access.load(query + at), access.load(key + at), s0);
+      });
       to[r * step + c * col] = L::sum((s0 + s1) + (s2 + s3)) * scale + bias[c];
     }
   }
 }
 
-// Asks memory for as many columns as a tile has.
-template <class T>
-FUSIONSUM_INLINE void ask_for(const T* p) {
-  for (int v = 0; v < Shape<T>::vectors; ++v) __builtin_prefetch(p + v * Simd<T>::width);
+// Asks memory for `cols` entries.
+template <int cols, class E>
+FUSIONSUM_INLINE void ask_for(const E* p) {
+  constexpr int kLine = 64 / sizeof(E);
+  for (int j = 0; j < cols; j += kLine) __builtin_prefetch(p + j);
 }
 
 // Adds to `width` columns, which need `vectors` vectors or fewer, as add_product does, of which `b` is a panel. `next`
 // holds the rows of the panel after it.
-template <class T, int vectors>
-void add_panel(int64_t rows, int64_t width, int64_t terms, const T* a, int64_t a_row, int64_t a_term, const T* b,
-               const Rows<T>& next, T* to, int64_t step) {
+template <class P, int vectors, class T = typename P::Lane>
+void add_panel(int64_t rows, int64_t width, int64_t terms, const T* a, int64_t a_row, int64_t a_lane, const T* b,
+               const Rows<typename P::Entry>& next, T* to, int64_t step) {
   using S = Shape<T>;
   using L = Simd<T>;
   if constexpr (vectors > 1)
     if (width <= (vectors - 1) * L::width)
-      return add_panel<T, vectors - 1>(rows, width, terms, a, a_row, a_term, b, next, to, step);
+      return add_panel<P, vectors - 1>(rows, width, terms, a, a_row, a_lane, b, next, to, step);
   for (int64_t r = 0; r < rows; r += S::rows) {
     const int64_t count = smaller(S::rows, rows - r);
     T* const out = to + r * step;
-    for (int64_t q = 0; q < count; ++q) ask_for<T>(out + q * step);
-    for (int64_t i = r; i < smaller(r + S::rows, terms); ++i) ask_for<T>(next.row(i));
+    for (int64_t q = 0; q < count; ++q) ask_for<S::cols>(out + q * step);
+    for (int64_t i = r; i < smaller(r + S::rows, terms); ++i) ask_for<S::cols>(next.row(i));
     TileOf<T, vectors> tile;
-    multiply<T, vectors>(terms, a + r * a_row, a_row, a_term, b, tile);
+    multiply<P, vectors>(lanes_of<P>(terms), a + r * a_row, a_row, a_lane, b, tile);
     if (count == S::rows && width == vectors * L::width) {
       FUSIONSUM_UNROLL(16)
       for (int q = 0; q < S::rows; ++q)
@@ -145,21 +149,20 @@ void add_panel(int64_t rows, int64_t width, int64_t terms, const T* a, int64_t a
   }
 }
 
-// to[r * step + c] += sum over i < terms of a[r * a_row + i * a_term] * b[i][c], for `rows` rows and `cols` columns. b
-// comes as rows, of which `panel` takes as many columns as a tile has.
-template <class T>
-void add_product(int64_t rows, int64_t cols, int64_t terms, const T* a, int64_t a_row, int64_t a_term, const Rows<T>& b,
-                 T* panel, T* to, int64_t step) {
+// to[r * step + c] += sum over i < terms of A[r][i] * b[i][c], for `rows` rows and `cols` columns. A comes as lanes,
+// a[r * a_row + lane * a_lane]; b as rows, of which `panel` takes as many columns as a tile has.
+template <class P, class T = typename P::Lane>
+void add_product(int64_t rows, int64_t cols, int64_t terms, const T* a, int64_t a_row, int64_t a_lane,
+                 const Rows<typename P::Entry>& b, T* panel, T* to, int64_t step) {
   using S = Shape<T>;
   using L = Simd<T>;
   for (int64_t c = 0; c < cols; c += S::cols) {
     const int64_t width = smaller(S::cols, cols - c);
-    for (int64_t i = 0; i < terms; ++i) {
-      const T* const from = b.row(i) + c;
-      along<T>(0, width, [&](auto access, int64_t j) { L::store(panel + i * S::cols + j, access.load(from + j)); });
-    }
-    add_panel<T, S::vectors>(rows, width, terms, a, a_row, a_term, panel, Rows<T>{b.first + c + S::cols, b.step},
-                             to + c, step);
+    for (int64_t i = 0; i < lanes_of<P>(terms); ++i)
+      along<T>(0, width,
+               [&](auto access, int64_t j) { L::store(panel + i * S::cols + j, P::load(access, b, terms, i, c + j)); });
+    add_panel<P, S::vectors>(rows, width, terms, a, a_row, a_lane, panel, {b.first + c + S::cols, b.step}, to + c,
+                             step);
   }
 }
 

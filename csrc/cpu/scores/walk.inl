@@ -12,24 +12,25 @@ namespace fusionsum {
 namespace FUSIONSUM_ISA {
 namespace {
 
-template <class T>
+template <class P>
 class Scorer {
+  using T = typename P::Lane;
   using S = Shape<T>;
 
  public:
   Scorer(const ScorePlan& plan, int64_t task, char* scratch)
-      : p(plan), s(*plan.scores), terms(s.terms), task(task), scratch(scratch) {}
+      : p(plan), s(*plan.scores), terms(s.terms), lanes(lanes_of<P>(terms)), task(task), scratch(scratch) {}
 
   void slice(int64_t slice) {
     const int64_t of_chunk = p.key_chunks * (1 + p.steps) + 1;
     first_query = slice / of_chunk * p.query_chunk;
     query_count = smaller(p.query_chunk, s.queries.rows - first_query);
-    queries = rows_of<T>(s.queries, p.queries_in_place, p.query_rows, first_query, terms);
+    queries = rows_of<P>(s.queries, p.queries_in_place, p.query_rows, first_query, lanes);
     const int64_t within = slice % of_chunk, step = within % (1 + p.steps) - 1;
     if (within == of_chunk - 1) return finish();
     first_key = within / (1 + p.steps) * p.key_chunk;
     key_count = smaller(p.key_chunk, s.keys.rows - first_key);
-    keys = rows_of<T>(s.keys, p.keys_in_place, p.key_rows, first_key, terms);
+    keys = rows_of<P>(s.keys, p.keys_in_place, p.key_rows, first_key, lanes);
     if (step < 0) {
       prepare();
       if (first_key == 0) begin();
@@ -62,10 +63,10 @@ class Scorer {
   // Forms `count` rows of a chunk of a side from row `at` of the chunk on.
   void form(const Side& side, char* formed, int64_t first, int64_t at, int64_t count) const {
     for (int64_t r = at; r < at + count; ++r)
-      form_row(side, s.absent, terms, first + r, memory(formed) + r * terms, place(p.row));
+      P::form(side, s.absent, terms, first + r, memory(formed) + r * lanes, place(p.row));
   }
   void pack(const Rows<T>& rows, int64_t at, int64_t count) const {
-    pack_panel(Rows<T>{rows.row(at), rows.step}, count, terms, S::cols, memory(p.panels) + at * terms);
+    pack_panel(Rows<T>{rows.row(at), rows.step}, count, lanes, S::cols, memory(p.panels) + at * lanes);
   }
 
   void begin() {
@@ -127,13 +128,13 @@ class Scorer {
   const T* tile_of(const Rows<T>& rows, int64_t from, int64_t count, int64_t& step) const {
     step = rows.step;
     if (count == S::rows && step * static_cast<int64_t>(sizeof(T)) % 4096) return rows.row(from);
-    step = terms + 16;
+    step = lanes + 16;
     T* const to = place(p.tile);
     for (int64_t r = 0; r < S::rows; ++r) {
       if (r < count) {
-        load_row(to + r * step, rows.row(from + r), 1, terms);
+        load_row(to + r * step, rows.row(from + r), 1, lanes);
       } else {
-        fill(to + r * step, T(0), terms);
+        fill(to + r * step, T(0), lanes);
       }
     }
     return to;
@@ -160,8 +161,8 @@ class Scorer {
   void strip(int64_t from, int64_t count, int64_t at, const Keys<T>& block, T* to) {
     int64_t direct = 0;  // columns
     if (p.by_dots) {
-      score_by_dots(terms, Rows<T>{queries.row(from), queries.step}, count, Rows<T>{keys.row(at), keys.step},
-                    block.count, static_cast<T>(s.scale), block.bias, to, step(), 1);
+      score_by_dots<P>(lanes, Rows<T>{queries.row(from), queries.step}, count, Rows<T>{keys.row(at), keys.step},
+                       block.count, static_cast<T>(s.scale), block.bias, to, step(), 1);
     } else {
       int64_t a_row;
       const T* const a = tile_of(queries, from, count, a_row);
@@ -169,11 +170,11 @@ class Scorer {
       const bool as_they_are = s.epilogue == Epilogue::store && s.matrix_dtype == kDType<T> && s.matrix_col == 1;
       direct = as_they_are && count == S::rows ? block.count / S::cols * S::cols : 0;
       if (direct)
-        score_strip(terms, a, a_row, memory(p.panels) + at * terms, direct, static_cast<T>(s.scale), block.bias,
-                    static_cast<T*>(s.matrix) + (first_query + from) * s.matrix_row + block.first, s.matrix_row);
+        score_strip<P>(lanes, a, a_row, memory(p.panels) + at * lanes, direct, static_cast<T>(s.scale), block.bias,
+                       static_cast<T*>(s.matrix) + (first_query + from) * s.matrix_row + block.first, s.matrix_row);
       if (direct == block.count) return;
-      score_strip(terms, a, a_row, memory(p.panels) + (at + direct) * terms, block.padded - direct,
-                  static_cast<T>(s.scale), block.bias + direct, to + direct, step());
+      score_strip<P>(lanes, a, a_row, memory(p.panels) + (at + direct) * lanes, block.padded - direct,
+                     static_cast<T>(s.scale), block.bias + direct, to + direct, step());
     }
     T* const targets = memory(p.targets) + from;
     if (s.epilogue == Epilogue::rank && block.first == 0) score_targets(from, count, targets);
@@ -216,18 +217,18 @@ class Scorer {
         for (int64_t row = at; row < end; row += of_strip) {
           const int64_t rows = smaller(of_strip, end - row);
           if (p.by_dots) {
-            score_by_dots(terms, Rows<T>{queries.row(q), queries.step}, count, Rows<T>{keys.row(row), keys.step}, rows,
-                          static_cast<T>(s.scale), no_bias, strip, 1, step);
+            score_by_dots<P>(lanes, Rows<T>{queries.row(q), queries.step}, count, Rows<T>{keys.row(row), keys.step},
+                             rows, static_cast<T>(s.scale), no_bias, strip, 1, step);
           } else {
             int64_t a_row;
             const T* const a = tile_of(keys, row, rows, a_row);
-            score_strip(terms, a, a_row, memory(p.panels) + q * terms, padded, static_cast<T>(s.scale), no_bias, strip,
-                        step);
+            score_strip<P>(lanes, a, a_row, memory(p.panels) + q * lanes, padded, static_cast<T>(s.scale), no_bias,
+                           strip, step);
           }
           for (int64_t r = 0; r < rows; ++r) {
             // Keys come from memory once: those of the strip after the next are asked for while scores are compared.
             if (!p.by_dots && row + 2 * S::rows + r < last_key)
-              for (int64_t i = 0; i < terms; i += kLine) __builtin_prefetch(keys.row(row + 2 * S::rows + r) + i);
+              for (int64_t i = 0; i < lanes; i += kLine) __builtin_prefetch(keys.row(row + 2 * S::rows + r) + i);
             top_k_key(p, first_query, q, count, segment, first_key + row + r, memory(p.bias)[row + r], strip + r * step,
                       bound);
           }
@@ -238,21 +239,21 @@ class Scorer {
   // The scores of queries with their targets, by the same operations as all others, so that they equal themselves.
   void score_targets(int64_t from, int64_t count, T* to) const {
     T* const panel = place(p.panel);
-    T* const key = place(p.row) + terms;
+    T* const key = place(p.row) + 2 * terms;
     T bias[S::cols], scores[S::rows * S::cols];
     for (int64_t first = 0; first < count; first += S::cols) {
       const int64_t some = smaller(S::cols, count - first);
-      fill(panel, T(0), terms * S::cols);
+      fill(panel, T(0), lanes * S::cols);
       for (int64_t r = 0; r < some; ++r) {
         const int64_t c = s.targets[first_query + from + first + r];
-        form_row(s.keys, s.absent, terms, c, key, place(p.row));
-        for (int64_t i = 0; i < terms; ++i) panel[i * S::cols + r] = key[i];
+        P::form(s.keys, s.absent, terms, c, key, place(p.row));
+        for (int64_t i = 0; i < lanes; ++i) __builtin_memcpy(panel + i * S::cols + r, key + i, sizeof(T));
         bias[r] = bias_of(c);
       }
       for (int64_t r = some; r < S::cols; ++r) bias[r] = 0;
       int64_t a_row;
       const T* const a = tile_of(queries, from, count, a_row);
-      score_strip(terms, a, a_row, panel, S::cols, static_cast<T>(s.scale), bias, scores, S::cols);
+      score_strip<P>(lanes, a, a_row, panel, S::cols, static_cast<T>(s.scale), bias, scores, S::cols);
       for (int64_t r = 0; r < some; ++r) to[first + r] = scores[(first + r) * S::cols + r];
     }
   }
@@ -265,8 +266,7 @@ class Scorer {
       for (int64_t at = 0; at < key_count; at += p.block) {
         const int64_t rows = smaller(p.block, end - from), count = smaller(p.block, key_count - at);
         load_gamma(from, rows, at, count);
-        add_product(rows, terms, count, place(p.strip), step(), 1, Rows<T>{keys.row(at), keys.step}, place(p.panel),
-                    static_cast<T*>(s.d_queries) + (first_query + from) * terms, terms);
+        add_to_queries(from, rows, at, count);
       }
   }
   void differentiate_keys(int64_t segment, int64_t term) const {
@@ -276,8 +276,7 @@ class Scorer {
       for (int64_t from = 0; from < query_count; from += p.block) {
         const int64_t rows = smaller(p.block, query_count - from), count = smaller(p.block, end - at);
         load_gamma(from, rows, at, count);
-        add_product(count, some, rows, place(p.strip), 1, step(), Rows<T>{queries.row(from) + term, queries.step},
-                    place(p.panel), static_cast<T*>(s.d_keys) + (first_key + at) * terms + term, terms);
+        add_to_keys(from, rows, at, count, term, some);
       }
   }
   void load_gamma(int64_t from, int64_t rows, int64_t at, int64_t count) const {
@@ -291,16 +290,24 @@ class Scorer {
   // Adds to both sides' gradients what Gamma, of a block of queries and a block of keys, gives.
   void differentiate(int64_t from, int64_t rows, int64_t at, const Keys<T>& block) const {
     const T* const gamma = place(p.strip);
-    T* const panel = place(p.panel);
-    if (s.d_queries)
-      add_product(rows, terms, block.count, gamma, step(), 1, Rows<T>{keys.row(at), keys.step}, panel,
-                  static_cast<T*>(s.d_queries) + (first_query + from) * terms, terms);
-    if (s.d_keys)
-      add_product(block.count, terms, rows, gamma, 1, step(), Rows<T>{queries.row(from), queries.step}, panel,
-                  static_cast<T*>(s.d_keys) + block.first * terms, terms);
+    if (s.d_queries) add_to_queries(from, rows, at, block.count);
+    if (s.d_keys) add_to_keys(from, rows, at, block.count, 0, terms);
     for (int64_t r = 0; s.d_key_bias && r < rows; ++r)
       for (int64_t j = 0; j < block.count; ++j)
         s.d_key_bias[block.first + j] += static_cast<double>(gamma[r * step() + j]);
+  }
+
+  // The strip holds Gamma of `rows` queries and `count` keys; of keys' gradients, `some` terms from `term` on are
+  // added.
+  void add_to_queries(int64_t from, int64_t rows, int64_t at, int64_t count) const {
+    const T* const gamma = P::by_rows(place(p.strip), step(), rows, count, place(p.gamma));
+    add_product<P>(rows, terms, count, gamma, step() / P::per_lane, 1, entries_of<P>(keys, at, 0), place(p.panel),
+                   static_cast<T*>(s.d_queries) + (first_query + from) * terms, terms);
+  }
+  void add_to_keys(int64_t from, int64_t rows, int64_t at, int64_t count, int64_t term, int64_t some) const {
+    const T* const gamma = P::by_columns(place(p.strip), step(), rows, count, place(p.gamma));
+    add_product<P>(count, some, rows, gamma, 1, step(), entries_of<P>(queries, from, term), place(p.panel),
+                   static_cast<T*>(s.d_keys) + (first_key + at) * terms + term, terms);
   }
 
   // When a chunk of queries has met all keys.
@@ -310,28 +317,25 @@ class Scorer {
     if (!s.d_scale) return;
     double sum = 0;
     for (int64_t r = task * p.stripe; r < smaller(query_count, (task + 1) * p.stripe); ++r) {
-      const T *const a = queries.row(r), *const d = static_cast<const T*>(s.d_queries) + (first_query + r) * terms;
-      for (int64_t i = 0; i < terms; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(d[i]);
+      const auto* const a = entries_of<P>(queries, r, 0).first;
+      const T* const d = static_cast<const T*>(s.d_queries) + (first_query + r) * terms;
+      for (int64_t i = 0; i < terms; ++i) sum += static_cast<double>(widen(a[i])) * static_cast<double>(d[i]);
     }
     p.d_scale[first_query / p.query_chunk * p.stripes + task] = sum;
   }
 
   const ScorePlan& p;
   const Scores& s;
-  const int64_t terms, task;
+  const int64_t terms, lanes, task;
   char* const scratch;
   int64_t first_query, query_count, first_key, key_count;
   Rows<T> queries, keys;  // of the chunks
 };
 
-template <class T>
+template <class P>
 void score(const ScorePlan& plan, int64_t task, int64_t slice, char* scratch) {
-  Scorer<T>(plan, task, scratch).slice(slice);
+  Scorer<P>(plan, task, scratch).slice(slice);
 }
-
-constexpr ScoreKernels kScoreKernels = {{Shape<float>::rows, Shape<double>::rows},
-                                        {Shape<float>::cols, Shape<double>::cols},
-                                        {score<float>, score<double>}};
 
 }  // namespace
 }  // namespace FUSIONSUM_ISA

@@ -4,7 +4,9 @@
 
 #include "../../sum.h"
 
+#ifndef FUSIONSUM_ISA  // avx512_bf16.h adds to this vocabulary
 #define FUSIONSUM_ISA avx512
+#endif
 #define FUSIONSUM_INLINE inline __attribute__((always_inline))
 
 namespace fusionsum {

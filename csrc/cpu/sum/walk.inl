@@ -531,8 +531,6 @@ void combine(const Plan& p, int operand, int64_t part, int64_t parts, char* scra
   }
 }
 
-constexpr SumKernels kSumKernels = {{walk<float>, walk<double>}, {combine<float>, combine<double>}};
-
 }  // namespace
 }  // namespace FUSIONSUM_ISA
 }  // namespace fusionsum
