@@ -268,7 +268,9 @@ def test_a_score_of_plus_infinity_makes_the_log_sum_exp_infinite(dtype, rng):
     assert np.isposinf(scores).any(0).sum() > 20
     for any_ in (False, True):
         for axis, stats in zip(
-            (1, 0), native.softmax_stats(*exactly(values, dtype, key_bias=bias).arguments(), any_, True, False, False)
+            (1, 0),
+            native.softmax_stats(*exactly(values, dtype, key_bias=bias).arguments(), any_, True, False, False),
+            strict=True,
         ):
             assert (np.isposinf(stats[0]) == np.isposinf(scores).any(axis)).all()
             assert not np.isnan(stats[:3]).any()
