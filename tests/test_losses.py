@@ -19,6 +19,7 @@ from fusionsum.scores import evaluate
 
 torch = pytest.importorskip("torch")
 
+REFERENCE = {name: getattr(reference, name) for name in ("softmax_stats", "softmax_grad")}
 SIDES = list(itertools.product([1, 2, 3], [None, "one", "zero"], [False, True]))  # factors, masks, activations
 # labels, exclude, C > B
 TARGETS = list(itertools.product([False, True], [None, "ids", "mask"], [False, True]))
@@ -370,6 +371,77 @@ def test_memory_maps_are_arrays(rng, tmp_path):
     assert pairs.Pairs(case.queries, [keys], case.options).loss() == case.loss()
 
 
+# ---- scores that are not finite -------------------------------------------------------------------------------------
+
+
+def infinite(rng, value, dtype="float64"):
+    """Make a case of exact scores, some of which are `value`: all of key 1's, which is a positive, and all of key 5's."""
+    case = pairs.sides(rng, kind="integers", dtype=dtype).but(logit_scale=-2.0)
+    bias = np.zeros(6, dtype)
+    bias[[1, 5]] = value
+    return case.but(key_bias=bias)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan], ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("positives", ["mean", "any"])
+@pytest.mark.parametrize("totals", [False, True])
+def test_every_row_of_statistics_keeps_its_contract(totals, positives, dtype, value, rng):
+    """That of reference.softmax_stats, from each score by itself."""
+    given = pairs.with_exclusions(pairs.with_labels(infinite(rng, value, dtype), rng), rng, "mask")
+    naive = pairs.Naive(given)
+    sides = naive.scores.detach(), naive.valid, naive.positive
+    found = evaluate("softmax_stats", *given.read(), positives == "any", True, totals)
+    for stats, turned in zip(found, (sides, [x.T for x in sides]), strict=True):
+        wanted = []
+        for s, valid, positive in zip(*turned, strict=True):
+            counted = valid & (s != -np.inf) & totals
+            own = s[positive].logsumexp(0) if positives == "any" else s[positive].sum() / max(1, positive.sum())
+            wanted.append([s[valid].logsumexp(0), own, positive.sum(), s[counted].sum(), counted.sum()])
+        close(stats, torch.tensor(wanted, dtype=torch.float64).T, 1e-12 if dtype == "float64" else 3e-7)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("options", EVERY, ids=str)
+@pytest.mark.parametrize("evaluated_by", ["native"], indirect=True)
+def test_kernels_and_reference_agree_on_infinite_scores(options, value, rng):
+    case = infinite(rng, value)
+    for given in (case, pairs.with_labels(case, rng), pairs.with_exclusions(case, rng, "ids")):
+        with np.errstate(all="ignore"):
+            ours = [*pairs.flat(given.loss(**options, return_lse=True)), *gradients(given, options)]
+            with pytest.MonkeyPatch.context() as patch:
+                for name, function in REFERENCE.items():
+                    patch.setattr(reference, name, function)
+                pairs.use_backend("reference", patch)
+                theirs = [*pairs.flat(given.loss(**options, return_lse=True)), *gradients(given, options)]
+        for got, want in zip(ours, theirs, strict=True):
+            close(got, torch.from_numpy(np.asarray(want)), 1e-11)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e38, -1e38], ids=str)
+@pytest.mark.parametrize("scale", [0.0, -2.5, 1.0, 1000.0])
+@pytest.mark.parametrize("nothing", [None, "excluded", "no positive"])
+def test_losses_of_bad_sides(nothing, scale, value, rng):
+    """Each row's log-sum-exp less its positive's score, in float64 with their infinities and NaN; the mean is theirs."""
+    case = pairs.sides(rng, kind="integers", weights=False).but(logit_scale=scale)
+    case.queries[0][2] = np.abs(case.queries[0][2]) + 1
+    case.keys[0][[0, 4]], case.queries[0][2, 1] = np.abs(case.keys[0][[0, 4]]) + 1, value
+    if nothing == "excluded":
+        mask = np.zeros((4, 6), bool)
+        mask[[0, 2]] = True
+        case = case.but(exclude=mask)
+    elif nothing == "no positive":
+        case = case.but(labels=np.array([0, 1, 7, 3]), key_labels=np.arange(8, 2, -1))
+    naive = pairs.Naive(case)
+    s = naive.scores.detach()
+    losses = s.masked_fill(~naive.valid, -np.inf).logsumexp(1) - torch.where(naive.positive, s, 0).sum(1)
+    losses = torch.where(naive.positive.any(1), losses, 0)
+    close(case.loss(symmetric=False, reduction="none"), losses)
+    close(case.loss(symmetric=False), losses.sum() / naive.positive.any(1).sum().clip(1))
+    for reduction in ("none", "mean"):
+        close(case.loss("sigmoid_loss", reduction=reduction), naive.sigmoid(reduction))
+
+
 # ---- the combination -------------------------------------------------------------------------------------------------
 
 
@@ -402,3 +474,21 @@ def test_coefficients_of_nothing_are_finite():
         assert (coefs[:, 0] == 0).all()
     assert widened(coefficients_sigmoid(np, np.float64(6), 3, "mean")).tolist() == [2, 2, 2]
     assert reference.MAX_FACTORS == 8
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_shortcut_of_the_diagonal_is_the_general_way(reduction, symmetric, rng):
+    for columns in (5, 9):
+        case = pairs.sides(rng, rows=5, columns=columns)
+        assert case.read().diagonal
+        options = Options(False, symmetric, 0.0, reduction, False)
+        stats = evaluate("softmax_stats", *case.read(), False, symmetric, False)
+        close(combine(*stats, options, True)[0], torch.tensor(combine(*stats, options)[0]), 1e-15)
+        found = [coefficients(np, *stats, options, [np.float64(0.7)], diagonal) for diagonal in (True, False)]
+        for got, want in zip(*found, strict=True):
+            assert (got is None) == (want is None)
+            if got is not None:
+                rows = slice(5)  # of keys without a query the shortcut's rows 1 and 3 are 0 too
+                assert np.array_equal(got[[1, 3]], want[[1, 3]])
+                assert np.array_equal(got[:, rows], want[:, rows])

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from conftest import missing
+from conftest import missing, run_python
 
 try:
     import torch
@@ -159,6 +159,26 @@ def test_training_against_all_entities_is_their_cross_entropy(model, side):
         torch.testing.assert_close(got, wanted)
         ours, theirs = (torch.autograd.grad(loss, parameters) for loss in (got, wanted))
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("model, loss", [(DistMult, "contrastive_loss")])
+def test_training_against_all_entities_stores_no_scores(model, loss):
+    """A step takes less memory than the scores alone would, 98 MiB; the first step, with few entities, is not counted."""
+    code = f"""
+    import resource, torch, fusionsum as fs
+    from fusionsum.nn import {model.__name__}
+    def step(batch, entities):
+        embeddings = {model.__name__}(entities, 9, 64)
+        heads, relations, tails = (torch.randint(high, (batch,)) for high in (entities, 9, entities))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        labels = dict(labels=tails, key_labels=torch.arange(entities))
+        fs.{loss}(*embeddings.sides(heads, relations, None), **labels).backward()
+        assert all(p.grad.isfinite().all() for p in embeddings.parameters())
+        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    step(8, 16)
+    print(step(512, 50_000))
+    """
+    assert 0 < int(run_python("\n".join(line[4:] for line in code.splitlines()))) < 512 * 50_000 * 4
 
 
 @each_of_triples

@@ -105,6 +105,16 @@ def test_same_bits_in_100_repeats(form, rng):
         assert all(same_bits(np.asarray(a), np.asarray(b)) for a, b in zip(again, first, strict=False))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_of_scores_in_100_repeats(dtype):
+    """Of every function of scores, forward and backward; memory between the calls varies."""
+    scores = score_cases.draw(np.random.default_rng(1), 60, 130, 33, dtype)
+    first, held = score_cases.digest(scores), []
+    for i in range(100):
+        held = [*held[-3:], np.ones(1 + 977 * i)]
+        assert score_cases.digest(scores) == first
+
+
 def check_concurrent_callers():
     """Eight Python threads, 250 calls each, large and small, forward and backward, some of them wrong."""
     rng = np.random.default_rng(0)

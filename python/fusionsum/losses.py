@@ -104,9 +104,13 @@ def contrastive_loss(
     Notes
     -----
     A query without any positive, or whose keys are all excluded, contributes 0 and is not counted; where none is counted,
-    as for B = 0, the loss is 0. A log-sum-exp over no key is -inf. With tensors, the loss and the log-sum-exps have
-    gradients for both sides, `fusion_weights`, `logit_scale` and `key_bias`. Scores are accumulated in float32 (float64 if
-    an argument is), sums over them in float64. Results are bit-identical for every number of threads.
+    as for B = 0, the loss is 0. A log-sum-exp over no key is -inf, one with a score of +inf is +inf: then the loss is +inf
+    where the positive's score is finite, and NaN where it is +inf too, or with label smoothing. A key whose score is -inf
+    has the probability 0: as the positive its loss is +inf, and label smoothing counts it as excluded.
+
+    With tensors, the loss and the log-sum-exps have gradients for both sides, `fusion_weights`, `logit_scale` and
+    `key_bias`. Scores are accumulated in float32 (float64 if an argument is), sums over them in float64. Results are
+    bit-identical for every number of threads.
 
     References
     ----------
