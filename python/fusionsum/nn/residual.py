@@ -1,0 +1,128 @@
+"""A sum of linear maps, and on top of it a fusion sum of products: the pipeline's default.
+
+What lives elsewhere: the sum alone (`LateFusion`, ``baselines.py``), products alone (``low_rank.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..api import fusion_sum
+from .layer import FusionLayer
+
+# Of the factors' initial projections, for features of unit variance. With 1 and fusion weights so small that the products
+# are no greater, encoders learned nothing from the products within the steps of digits-sum (docs/pipeline.md).
+SCALE = 0.2
+
+
+class ResidualFusion(FusionLayer):
+    """Linear maps of all modalities, added, plus a fusion sum of products of two modalities and more.
+
+    ``h = fusion_bias + sum_m V_m @ x_m + sum_i fusion_weights[i] * prod_m (W_m[i] @ x_m + c_m[i])``, i = 1..rank.
+
+    Parameters
+    ----------
+    input_dims : sequence of int
+        The number of features of each modality; one to eight modalities.
+    output_dim : int
+        The number of outputs.
+    rank : int, optional
+        The number of products.
+    device, dtype : optional
+        Of the parameters, as for every torch module.
+
+    Attributes
+    ----------
+    linears : torch.nn.ModuleList
+        V: one ``Linear(input_dims[m], output_dim, bias=False)`` per modality.
+    factors : torch.nn.ModuleList
+        W and c: one ``Linear(input_dims[m], rank * output_dim)`` per modality.
+    fusion_weights : torch.nn.Parameter
+        ``(rank, 1)``.
+    fusion_bias : torch.nn.Parameter
+        ``(output_dim,)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a size is not an integer, or less than 1, or there are no or more than eight modalities.
+
+    Notes
+    -----
+    The layer is meant for features of mean 0 and variance 1, as `torch.nn.LayerNorm` makes them. A missing modality's count
+    as 0: its linear map adds nothing, and of each product there remains what `c_m` gives the others.
+
+    The initialisation is ours, and what makes one layer serve where a sum suffices and where only products help. V and the
+    bias are 0: a sum learns as fast from there, while an arbitrary one sends encoders gradients that hide those of the
+    products. Products are small, and so for their fusion weights of 1 are their factors: what the sum explains they hardly
+    grow for. Term by term the biases c are 0 for the modalities of a pair, then of the next pair, of triples and so on, and
+    1 for all others: every order of interaction is there from the start, as far as `rank` goes.
+
+    References
+    ----------
+    The form is that of a factorisation machine, S. Rendle, "Factorization Machines", ICDM 2010, eq. 1, of modalities in the
+    place of variables; its product terms are those of Z. Liu et al., "Efficient Low-rank Multimodal Fusion with
+    Modality-Specific Factors", ACL 2018, eq. 6. A part that starts at 0 beside one that does not: T. Bachlechner et al.,
+    "ReZero is All You Need", UAI 2021, whose gate of 0 did not start here.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fusionsum.nn import ResidualFusion
+    >>> fusion = ResidualFusion(input_dims=(32, 16), output_dim=10)
+    >>> image, text = torch.randn(8, 32), torch.randn(8, 16)
+    >>> fusion(image, text).shape
+    torch.Size([8, 10])
+    >>> heard = torch.arange(8) % 2 == 0
+    >>> fusion(image, text, present=[None, heard]).shape
+    torch.Size([8, 10])
+    """
+
+    def __init__(
+        self,
+        input_dims: Sequence[int],
+        output_dim: int,
+        rank: int = 16,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_dims, output_dim=output_dim, rank=rank)
+        self.linears = nn.ModuleList(
+            nn.Linear(d, self.output_dim, bias=False, device=device, dtype=dtype) for d in self.input_dims
+        )
+        self.factors = nn.ModuleList(
+            nn.Linear(d, self.rank * self.output_dim, device=device, dtype=dtype) for d in self.input_dims
+        )
+        self.fusion_weights = nn.Parameter(torch.empty(self.rank, 1, device=device, dtype=dtype))
+        self.fusion_bias = nn.Parameter(torch.empty(self.output_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the factors anew, and set all other parameters as the layer's notes say."""
+        every = range(len(self.input_dims))
+        sets = [chosen for size in every[1:] for chosen in itertools.combinations(every, size + 1)] or [(0,)]
+        for m, (linear, factor) in enumerate(zip(self.linears, self.factors, strict=True)):
+            nn.init.zeros_(linear.weight)
+            nn.init.normal_(factor.weight, std=SCALE / math.sqrt(factor.in_features))
+            for i, bias in enumerate(factor.bias.view(self.rank, self.output_dim)):
+                bias.fill_(m not in sets[i % len(sets)])
+        nn.init.ones_(self.fusion_weights)
+        nn.init.zeros_(self.fusion_bias)
+
+    def _fuse(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> Tensor:
+        # No masks: features that are missing are 0 here.
+        summed = functools.reduce(operator.add, (linear(x) for linear, x in zip(self.linears, inputs, strict=True)))
+        factors = [
+            factor(x).unflatten(-1, (self.rank, self.output_dim))
+            for factor, x in zip(self.factors, inputs, strict=True)
+        ]
+        return summed + self.fusion_bias + fusion_sum(self.fusion_weights, *factors, dim=-2)
