@@ -39,9 +39,6 @@ TEST_PAIRS = 4096
 NOT_SUBJECTS = ("computer", "shapes", "signs_and_symbols", "special", "unsorted")
 MOST_PIXELS = 2**25  # a few clip arts have 170 to 620 million pixels: Pillow takes seconds for one, or refuses it
 LEAST = 30  # rows of a class; smaller classes are left out
-# The fusion of both real data sets. With every seed, the additive initialisation has a lower least validation loss than
-# the published one (docs/pipeline.md).
-ADDITIVE = {"layer": "LowRankFusion", "rank": 16, "init": "additive"}
 
 
 @dataclass(frozen=True)
@@ -170,14 +167,13 @@ def digits_sum(out: Path, files: Path, pairs: int = 51200, test_share: float = 0
             "image": {"kind": "image", "size": 8, "channels": 1, "features": 32},
             "text": {"kind": "text", "length": 24, "features": 32},
         },
-        "fusion": {"layer": "LowRankFusion", "rank": 16},
         "train": {"seeds": 3, "epochs": 1, "learning_rate": 2e-3, "schedule": "one-cycle", "patience": 0},
     }
     return [_configure(out, "digits-sum.yaml", config)]
 
 
 def _handwriting(out: Path, rng: np.random.Generator, shares: Sequence[float]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Write scikit-learn's scans of digits; return all digits, and the scans' numbers in parts of these shares and the rest."""
+    """Write scikit-learn's scans; return their digits, and their numbers in parts of these shares and the rest."""
     scans = load_digits()
     (out / "digits").mkdir(exist_ok=True)
     for i, scan in enumerate(scans.images):
@@ -194,6 +190,7 @@ RULES: dict[str, Callable[[int, int], int | str]] = {
     "product": lambda a, b: a * b,
 }
 DIALS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+COUNTS = {"test": 4096, "validation": 2048, "train": 16384}  # pairs
 
 
 def dialled(digit: int, number: int, dial: float) -> int:
@@ -217,9 +214,8 @@ def _pairs(out: Path, seconds: int) -> tuple[np.ndarray, dict[str, list[tuple[in
     """Write scans; return the digits, and for each split pairs of a scan and another (or one of `seconds`, if not 0)."""
     rng = np.random.default_rng(0)
     digits, parts = _handwriting(out, rng, [0.2, 0.15])
-    counts = {"test": 4096, "validation": 2048, "train": 16384}
     pairs = {}
-    for (split, count), images in zip(counts.items(), parts, strict=True):
+    for (split, count), images in zip(COUNTS.items(), parts, strict=True):
         second = rng.integers(seconds, size=count) if seconds else rng.choice(images, count)
         pairs[split] = list(zip(rng.choice(images, count).tolist(), second.tolist(), strict=True))
     return digits, pairs
@@ -267,7 +263,12 @@ def digits_dial(out: Path, files: Path) -> Sequence[str]:
     configs = []
     for dial in DIALS:
         rows = [
-            {"split": split, "label": dialled(int(digits[i]), n, dial), "image": f"digits/{i}.png", "text": spell(n, "en")}
+            {
+                "split": split,
+                "label": dialled(int(digits[i]), n, dial),
+                "image": f"digits/{i}.png",
+                "text": spell(n, "en"),
+            }
             for split, of_split in pairs.items()
             for i, n in of_split
         ]
@@ -342,7 +343,6 @@ def openclipart(out: Path, files: Path) -> Sequence[str]:
         "title": "openclipart: category from picture and title, authors disjoint",
         "data": data,
         "modalities": {"image": image, "title": {"kind": "text", "encoder": "minilm"}},
-        "fusion": ADDITIVE,
         "train": {"epochs": 60, "learning_rate": 1e-3, "modality_dropout": 0.1},
     }
     retrieval = {
@@ -407,7 +407,6 @@ def tuxpaint(out: Path, files: Path) -> Sequence[str]:
         "title": "tuxpaint: category from picture, caption and Danish speech (half of it missing)",
         "data": data | {"manifest": "category.csv"},
         "modalities": {"image": image, "text": text, "speech_da": speech},
-        "fusion": ADDITIVE,
         "train": {"epochs": 100, "modality_dropout": 0.2},
     }
     retrieval = {
@@ -420,7 +419,6 @@ def tuxpaint(out: Path, files: Path) -> Sequence[str]:
             "french": {"kind": "text", "encoder": "ngrams", "column": "text_fr"},
         },
         "task": {"kind": "retrieval", "target": ["text", "french"], "dim": 64},
-        "fusion": ADDITIVE,
         "train": {"epochs": 100, "batch_size": 128, "modality_dropout": 0.2},
     }
     return [_configure(out, "category.yaml", category), _configure(out, "retrieval.yaml", retrieval)]

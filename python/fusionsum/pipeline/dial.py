@@ -1,8 +1,8 @@
 """Accuracy against the dial: how each fusion layer fares as more of the rows need an interaction.
 
 What lives here: training the layers on every task of digits-dial, and the plot. What lives elsewhere: the tasks and the
-rule of their labels (``datasets.py``), the layers (``fusionsum.nn``). ``python -m fusionsum.pipeline.dial data/digits-dial``
-writes both, beside the data.
+rule of their labels (``datasets.py``), the layers (``fusionsum.nn``). ``python -m fusionsum.pipeline.dial FOLDER`` writes
+accuracies and plot beside the data, that is, to the folder that ``fusionsum prepare digits-dial`` made.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def figure(curves: Curves) -> Figure:
     axes.plot([0, 1], [1, 0.1], color="0.6", linestyle=":", label="rows that a sum suffices for")
     for k, (name, points) in enumerate(curves.items()):
         means = [statistics.fmean(points[dial]) for dial in points]
-        (line,) = axes.plot(list(points), means, label=name, color=f"C{k}", linewidth=3 if k == 0 else 1.5, zorder=3 - k)
+        (line,) = axes.plot(
+            list(points), means, label=name, color=f"C{k}", linewidth=3 if k == 0 else 1.5, zorder=3 - k
+        )
         for dial, values in points.items():
             axes.plot([dial] * len(values), values, ".", color=line.get_color(), markersize=4, alpha=0.6)
     axes.set(xlabel="rows whose label needs both modalities together", ylabel="accuracy", ylim=(0, 1.02))
