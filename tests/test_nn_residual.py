@@ -7,6 +7,7 @@ with all layers (``published.py``, ``test_nn.py``).
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 
@@ -17,7 +18,8 @@ try:
 except ModuleNotFoundError:
     missing("torch")
 
-from fusionsum.nn import ResidualFusion
+from fusionsum.nn import LateFusion, ResidualFusion
+from fusionsum.nn.residual import DECAY, SCALE, WEIGHT
 
 F64 = torch.float64
 pytestmark = pytest.mark.usefixtures("seed")
@@ -67,13 +69,24 @@ def test_terms_start_as_every_order_of_interaction(count):
     assert sorted(found) == sorted(sets * 2)
 
 
-def test_starts_with_small_products_and_without_a_sum():
-    layer = ResidualFusion((64, 32), 50, dtype=F64)
-    x, y, nothing = torch.randn(256, 64, dtype=F64), torch.randn(256, 32, dtype=F64), torch.zeros(256, 32, dtype=F64)
-    assert (layer(x, nothing) == 0).all()
-    assert 0.1 < layer(x, y).std() < 0.25
-    grads = torch.autograd.grad(layer(x, y).square().mean(), list(layer.linears.parameters()))
-    assert all((grad != 0).all() for grad in grads)
+def test_starts_as_late_fusion_with_small_products():
+    layer, late = ResidualFusion((64, 32), 50, dtype=F64), LateFusion((64, 32), 50, dtype=F64)
+    late.linears.load_state_dict({f"{m}.bias": torch.zeros(50) for m in range(2)} | layer.linears.state_dict())
+    x, y = torch.randn(256, 64, dtype=F64), torch.randn(256, 32, dtype=F64)
+    products = (layer(x, y) - late(x, y)).std()
+    assert 0.5 < products / (WEIGHT * SCALE**2 * math.sqrt(layer.rank)) < 2
+    assert products < late(x, y).std() / 3
+    fresh = [LateFusion((64, 32), 50).linears[m].weight.std() for m in range(2)]
+    assert all(abs(linear.weight.std() / std - 1) < 0.1 for linear, std in zip(layer.linears, fresh, strict=True))
+
+
+def test_groups_have_every_parameter_once():
+    layer = ResidualFusion((4, 3, 5), 6)
+    decayed, rest = layer.param_groups()
+    assert [id(p) for p in decayed["params"]] == [id(linear.weight) for linear in layer.linears]
+    assert decayed["weight_decay"] == DECAY
+    ids = [id(p) for group in (decayed, rest) for p in group["params"]]
+    assert sorted(ids) == sorted(map(id, layer.parameters()))
 
 
 def test_a_missing_modality_leaves_the_layer_of_the_others():

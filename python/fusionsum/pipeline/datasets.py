@@ -167,7 +167,7 @@ def digits_sum(out: Path, files: Path, pairs: int = 51200, test_share: float = 0
             "image": {"kind": "image", "size": 8, "channels": 1, "features": 32},
             "text": {"kind": "text", "length": 24, "features": 32},
         },
-        "train": {"seeds": 3, "epochs": 1, "learning_rate": 2e-3, "schedule": "one-cycle", "patience": 0},
+        "train": {"seeds": 3, "epochs": 1, "learning_rate": 4e-3, "schedule": "one-cycle", "patience": 0},
     }
     return [_configure(out, "digits-sum.yaml", config)]
 
