@@ -78,10 +78,10 @@ def low_rank_any(p, xs, masks, o):
 
 
 def residual(p, xs, masks, o):
+    summed = late(p, xs, masks, o)
     xs = [present_or(0, x, mask) for x, mask in zip(xs, masks, strict=True)]
-    summed = sum(p.linear(f"linears.{m}", x, OUTPUTS, bias=False) for m, x in enumerate(xs))
     products = product(p.linear(f"factors.{m}", x, RANK * OUTPUTS) for m, x in enumerate(xs)).view(-1, RANK, OUTPUTS)
-    return p("fusion_bias", OUTPUTS) + summed + (p("fusion_weights", RANK, 1) * products).sum(1)
+    return summed + (p("fusion_weights", RANK, 1) * products).sum(1)
 
 
 def cp_bilinear(p, xs, masks, o):

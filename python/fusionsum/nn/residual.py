@@ -5,10 +5,8 @@ What lives elsewhere: the sum alone (`LateFusion`, ``baselines.py``), products a
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import fusion_sum
+from .baselines import summed_scores
 from .layer import FusionLayer
 
 # Chosen on validation loss alone; docs/pipeline.md has the search. WEIGHT is that of a product at the start, SCALE the
@@ -26,7 +25,7 @@ WEIGHT, SCALE, DECAY = 0.25, 0.4, 10.0
 class ResidualFusion(FusionLayer):
     """Linear maps of all modalities, added, plus a fusion sum of products of two modalities and more.
 
-    ``h = fusion_bias + sum_m V_m @ x_m + sum_i fusion_weights[i] * prod_m (W_m[i] @ x_m + c_m[i])``, i = 1..rank.
+    ``h = sum_m (V_m @ x_m + b_m) + sum_i fusion_weights[i] * prod_m (W_m[i] @ x_m + c_m[i])``, i = 1..rank.
 
     Parameters
     ----------
@@ -42,13 +41,11 @@ class ResidualFusion(FusionLayer):
     Attributes
     ----------
     linears : torch.nn.ModuleList
-        V: one ``Linear(input_dims[m], output_dim, bias=False)`` per modality.
+        V and b: one ``Linear(input_dims[m], output_dim)`` per modality.
     factors : torch.nn.ModuleList
         W and c: one ``Linear(input_dims[m], rank * output_dim)`` per modality.
     fusion_weights : torch.nn.Parameter
         ``(rank, 1)``.
-    fusion_bias : torch.nn.Parameter
-        ``(output_dim,)``.
 
     Raises
     ------
@@ -57,11 +54,11 @@ class ResidualFusion(FusionLayer):
 
     Notes
     -----
-    The layer is meant for features of mean 0 and variance 1, as `torch.nn.LayerNorm` makes them. A missing modality's count
-    as 0: its linear map adds nothing, and of each product there remains what `c_m` gives the others.
+    The layer is meant for features of mean 0 and variance 1, as `torch.nn.LayerNorm` makes them. Without a modality
+    its linear map adds nothing, nor its b, and c alone is its factor in every product.
 
-    The initialisation is ours. V starts as torch's linear maps do, the sum of `LateFusion`; products start small beside it,
-    but with factors that can move. Term by term the biases c are 0 for the modalities of a pair, then of the next pair, of
+    The initialisation is ours. The sum starts as `LateFusion` does; products start small beside it, but with factors
+    that can move. Term by term the biases c are 0 for the modalities of a pair, then of the next pair, of
     triples and so on, and 1 for all others: every order of interaction is there from the start, as far as `rank` goes.
 
     Ours too is the weight decay of `param_groups`. Where no sum helps, what V was drawn as is noise in the gradients of
@@ -98,14 +95,11 @@ class ResidualFusion(FusionLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_dims, output_dim=output_dim, rank=rank)
-        self.linears = nn.ModuleList(
-            nn.Linear(d, self.output_dim, bias=False, device=device, dtype=dtype) for d in self.input_dims
-        )
+        self.linears = nn.ModuleList(nn.Linear(d, self.output_dim, device=device, dtype=dtype) for d in self.input_dims)
         self.factors = nn.ModuleList(
             nn.Linear(d, self.rank * self.output_dim, device=device, dtype=dtype) for d in self.input_dims
         )
         self.fusion_weights = nn.Parameter(torch.empty(self.rank, 1, device=device, dtype=dtype))
-        self.fusion_bias = nn.Parameter(torch.empty(self.output_dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -119,7 +113,6 @@ class ResidualFusion(FusionLayer):
             for i, bias in enumerate(factor.bias.view(self.rank, self.output_dim)):
                 bias.fill_(m not in sets[i % len(sets)])
         nn.init.constant_(self.fusion_weights, WEIGHT)
-        nn.init.zeros_(self.fusion_bias)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return groups for an optimiser with decoupled weight decay: the linear maps with their own, and all the rest.
@@ -131,14 +124,14 @@ class ResidualFusion(FusionLayer):
         >>> [group["weight_decay"] for group in optimizer.param_groups]
         [10.0, 0.01]
         """
-        rest = [*self.factors.parameters(), self.fusion_weights, self.fusion_bias]
+        rest = [*self.factors.parameters(), self.fusion_weights]
         return [{"params": list(self.linears.parameters()), "weight_decay": DECAY}, {"params": rest}]
 
     def _fuse(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> Tensor:
-        # No masks: features that are missing are 0 here.
-        summed = functools.reduce(operator.add, (linear(x) for linear, x in zip(self.linears, inputs, strict=True)))
+        summed = summed_scores(self.linears, inputs, present)
         factors = [
             factor(x).unflatten(-1, (self.rank, self.output_dim))
             for factor, x in zip(self.factors, inputs, strict=True)
         ]
-        return summed + self.fusion_bias + fusion_sum(self.fusion_weights, *factors, dim=-2)
+        # No masks: features that are missing are 0 here, and c remains.
+        return summed + fusion_sum(self.fusion_weights, *factors, dim=-2)

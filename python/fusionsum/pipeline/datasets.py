@@ -222,7 +222,7 @@ def _pairs(out: Path, seconds: int) -> tuple[np.ndarray, dict[str, list[tuple[in
 
 
 _SCAN = {"kind": "image", "size": 8, "channels": 1, "features": 32}
-_DIGITS_TRAIN = {"seeds": 3, "epochs": 4}
+_DIGITS_TRAIN = {"seeds": 3, "epochs": 2, "learning_rate": 4e-3, "schedule": "one-cycle", "patience": 0}
 
 
 def digits_rules(out: Path, files: Path) -> Sequence[str]:

@@ -50,7 +50,7 @@ class NaiveFusion(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return logits (B, output_dim)."""
-        fused, product = self.fusion.fusion_bias, self.fusion.fusion_weights
+        fused, product = torch.zeros(()), self.fusion.fusion_weights
         for linear, factor, x in zip(self.fusion.linears, self.fusion.factors, inputs, strict=True):
             fused = fused + linear(x)
             product = product * factor(x).unflatten(-1, (self.fusion.rank, self.fusion.output_dim))
