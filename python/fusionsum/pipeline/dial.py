@@ -18,24 +18,19 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from .config import Fusion, load
+from .config import from_mapping, load, to_mapping
 from .datasets import DIALS
 from .fuse import FUSED
 from .predictor import MultimodalPredictor
 
 Curves = dict[str, dict[float, list[float]]]  # by layer and dial: an accuracy for each seed
-# As the table of layers in docs/pipeline.md has them.
 LAYERS: dict[str, dict[str, Any]] = {
     "ResidualFusion": {"layer": "ResidualFusion"},
     "concat linear": {"layer": "LateFusion"},
-    "concat-MLP": {"layer": "ConcatMLP", "dimensions": [256]},
-    "LowRankFusion": {"layer": "LowRankFusion", "rank": 16},
+    "concat-MLP": {"layer": "ConcatMLP"},
+    "LowRankFusion": {"layer": "LowRankFusion"},
     "LowRankFusion, additive": {"layer": "LowRankFusion", "rank": 16, "init": "additive"},
-    "MLB": {"layer": "MLB", "mm_dim": 128},
-    "MUTAN": {"layer": "MUTAN", "mm_dim": 64, "rank": 8},
-    "MFB": {"layer": "MFB", "mm_dim": 128, "factor": 2},
-    "BLOCK": {"layer": "BLOCK", "mm_dim": 64, "chunks": 8, "rank": 4},
-    "GatedFusion": {"layer": "GatedFusion"},
+    **{name: {"layer": name} for name in ("MLB", "MUTAN", "MFB", "BLOCK", "GatedFusion")},
 }
 
 
@@ -67,8 +62,7 @@ def accuracies(
     for dial in DIALS:
         config = dataclasses.replace(load(folder / f"dial-{dial}.yaml", overrides), baselines=())
         for name, given in layers.items():
-            options = {key: value for key, value in given.items() if key != "layer"}
-            fusion = dataclasses.replace(config, fusion=Fusion(given["layer"], options))
+            fusion = from_mapping(to_mapping(config) | {"fusion": given})
             evaluation = MultimodalPredictor(fusion).fit(progress=progress).evaluate(progress=progress)
             curves[name][dial] = evaluation.results["test"][FUSED]["all"]["accuracy"]
     return curves
@@ -102,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="what `fusionsum prepare digits-dial` made")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b=c", help="override a key")
     args = parser.parse_args(argv)
-    curves = accuracies(args.folder, overrides=args.overrides)
+    curves = accuracies(args.folder, LAYERS, args.overrides)
     (args.folder / "dial.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")
     figure(curves).savefig(args.folder / "dial.svg")
     print(f"Written to {args.folder / 'dial.json'} and {args.folder / 'dial.svg'}.")
