@@ -77,6 +77,13 @@ def low_rank_any(p, xs, masks, o):
     return (p("fusion_weights", RANK, 1) * product(held).view(-1, RANK, OUTPUTS)).sum(1)
 
 
+def residual(p, xs, masks, o):
+    summed = late(p, xs, masks, o)
+    xs = [present_or(0, x, mask) for x, mask in zip(xs, masks, strict=True)]
+    products = product(p.linear(f"factors.{m}", x, RANK * OUTPUTS) for m, x in enumerate(xs)).view(-1, RANK, OUTPUTS)
+    return summed + (p("fusion_weights", RANK, 1) * products).sum(1)
+
+
 def cp_bilinear(p, xs, masks, o):
     """torch.nn.Bilinear of the dense tensor; what is missing counts as 1 once it is mapped."""
     first, second = (p(f"linears.{m}.weight", RANK, x.shape[1]) for m, x in enumerate(xs))
@@ -285,6 +292,10 @@ TABLE = {
         {"rank": RANK, "bias": False, "activations": ["tanh", None, "gelu", "sigmoid"]},
         (*DIMS, 2),
         published=False,
+    ),
+    "ResidualFusion": Entry(layers.ResidualFusion, residual, {"rank": RANK}, DIMS, published=False),
+    "ResidualFusion of eight": Entry(
+        layers.ResidualFusion, residual, {"rank": RANK}, (*DIMS, *DIMS, 2, 3), published=False
     ),
     "CPBilinear": Entry(layers.CPBilinear, cp_bilinear, {"rank": RANK}, published=False),
     "GatedFusion": Entry(layers.GatedFusion, gated, published=False),

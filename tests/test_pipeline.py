@@ -12,7 +12,7 @@ from conftest import missing, run_python
 try:
     import torch
 
-    from fusionsum.nn import LowRankFusion
+    from fusionsum.nn import ResidualFusion
     from fusionsum.pipeline import demo
 except ModuleNotFoundError as error:
     missing(str(error))
@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 def test_the_naive_head_computes_the_same():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        fused = LowRankFusion((5, 4), 3, 6)
+        fused = ResidualFusion((5, 4), 3, 6)
         features = [torch.randn(8, d, requires_grad=True) for d in (5, 4)]
     naive = demo.NaiveFusion(fused)
     leaves = [*features, *fused.parameters()]

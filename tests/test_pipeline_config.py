@@ -100,7 +100,7 @@ def test_overrides(tmp_path):
     path.write_text("modalities: {photo: {kind: image, size: 16}}", encoding="utf-8")
     made = config.load(path, ["modalities.photo.size=32", "train.seeds=2", "baselines=[mlp]", "fusion.rank=3"])
     assert (made.modalities["photo"].size, made.train.seeds, made.baselines) == (32, (0, 1), ("mlp",))
-    assert made.fusion == config.Fusion("LowRankFusion", {"rank": 3})
+    assert made.fusion == config.Fusion("ResidualFusion", {"rank": 3})
     assert "size: 16" in path.read_text()
     with pytest.raises(ConfigError, match=r"expected a\.b=value, got 'train.seeds'"):
         config.load(path, ["train.seeds"])

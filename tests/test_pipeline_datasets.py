@@ -6,6 +6,8 @@ What lives elsewhere: training on digits-sum (``test_pipeline.py``).
 from __future__ import annotations
 
 import csv
+import functools
+import itertools
 import subprocess
 from pathlib import Path
 
@@ -69,6 +71,39 @@ def test_digits_sum_labels_are_sums_that_neither_tells(digits):
         assert int(row["label"]) == (digit[int(row["image"][7:-4])] + units[row["text"]]) % 10
     counts = [sum(row["label"] == str(k) for row in rows) / len(rows) for k in range(10)]
     assert all(abs(share - 0.1) <= 0.01 for share in counts)
+
+
+@pytest.mark.parametrize("name, columns", [("digits-rules", ("left", "right")), ("digits-dial", ("image", "text"))])
+def test_splits_of_the_constructed_tasks_share_no_scan(tmp_path, name, columns):
+    configs = datasets.prepare(name, tmp_path)
+    digit = datasets.load_digits().target
+    numbers = {datasets.spell(n, "en"): n for n in datasets.NUMBERS}
+    value = {f"digits/{i}.png": int(k) for i, k in enumerate(digit)} | numbers
+    assert len(configs) == len(datasets.RULES if name == "digits-rules" else datasets.DIALS)
+    for path in configs:
+        check_manifest_of(path)
+        rows = rows_of(path.with_suffix(".csv"))
+        scans = {
+            s: {row[c] for row in rows if row["split"] == s for c in columns if c != "text"} for s in datasets.COUNTS
+        }
+        assert {split: sum(row["split"] == split for row in rows) for split in datasets.COUNTS} == datasets.COUNTS
+        assert not any(scans[a] & scans[b] for a, b in itertools.combinations(datasets.COUNTS, 2))
+        rule = datasets.RULES.get(path.stem) or functools.partial(datasets.dialled, dial=float(path.stem[5:]))
+        assert all(row["label"] == str(rule(*(value[row[c]] for c in columns))) for row in rows[::97])
+        if path.stem == "equal":
+            assert 0.5 <= sum(row["label"] == "same" for row in rows) / len(rows) <= 0.6
+
+
+@pytest.mark.parametrize("dial", datasets.DIALS)
+def test_the_dial_is_the_share_of_numbers_that_need_the_digit(dial):
+    """Of the others as many leave the label to the digit alone as decide it alone, whatever the digit is."""
+    labels = {n: [datasets.dialled(digit, n, dial) for digit in range(10)] for n in datasets.NUMBERS}
+    alone = [n for n, found in labels.items() if set(found) == {n % 10}]
+    digits_own = [n for n, found in labels.items() if found == list(range(10)) and n >= 100 * dial]
+    assert len(alone) == len(digits_own) == round(50 * (1 - dial))
+    both = [found for n, found in labels.items() if n < 100 * dial]
+    assert len(both) == round(100 * dial)
+    assert all(sorted(found) == list(range(10)) for found in both)
 
 
 SVG = """<svg xmlns="http://www.w3.org/2000/svg"><metadata>

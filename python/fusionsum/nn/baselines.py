@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,15 @@ class LinearSum(MLB):
         return self._finished(functools.reduce(operator.add, dropped))
 
 
+def summed_scores(linears: Iterable[nn.Module], inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> Tensor:
+    """Map each modality by its own linear map and add; one that is missing adds nothing, not even a bias."""
+    scores = (
+        product([linear(x)], present=[mask], absent="zero")
+        for linear, x, mask in zip(linears, inputs, present, strict=True)
+    )
+    return functools.reduce(operator.add, scores)
+
+
 class LateFusion(FusionLayer):
     """Each modality scores alone, and the scores are added.
 
@@ -176,8 +185,4 @@ class LateFusion(FusionLayer):
         self.linears = nn.ModuleList(nn.Linear(d, self.output_dim, device=device, dtype=dtype) for d in self.input_dims)
 
     def _fuse(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> Tensor:
-        scores = (
-            product([linear(x)], present=[mask], absent="zero")
-            for linear, x, mask in zip(self.linears, inputs, present, strict=True)
-        )
-        return functools.reduce(operator.add, scores)
+        return summed_scores(self.linears, inputs, present)

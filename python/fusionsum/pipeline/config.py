@@ -121,8 +121,8 @@ LAYER_OPTIONS: dict[str, dict[str, Any]] = {
 class Fusion:
     """A layer of `fusionsum.nn` and the options of its constructor; those of `LAYER_OPTIONS` where it is given none."""
 
-    layer: str = "LowRankFusion"
-    options: dict[str, Any] = field(default_factory=lambda: dict(LAYER_OPTIONS["LowRankFusion"]))
+    layer: str = "ResidualFusion"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import native
-from ..nn import LowRankFusion
+from ..nn import ResidualFusion
 from .compare import interval
 from .config import load
 from .datasets import digits_sum
@@ -42,18 +42,19 @@ class StepTime:
 
 
 class NaiveFusion(nn.Module):
-    """The computation of a `LowRankFusion` in plain torch operations, with the same parameters: the contender."""
+    """The computation of a `ResidualFusion` in plain torch operations, with the same parameters: the contender."""
 
-    def __init__(self, fusion: LowRankFusion) -> None:
+    def __init__(self, fusion: ResidualFusion) -> None:
         super().__init__()
         self.fusion = fusion
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return logits (B, output_dim)."""
-        product = self.fusion.fusion_weights
-        for linear, x in zip(self.fusion.factors, inputs, strict=True):
-            product = product * linear(x).unflatten(-1, (self.fusion.rank, self.fusion.output_dim))
-        return product.sum(dim=-2) + self.fusion.fusion_bias
+        fused, product = torch.zeros(()), self.fusion.fusion_weights
+        for linear, factor, x in zip(self.fusion.linears, self.fusion.factors, inputs, strict=True):
+            fused = fused + linear(x)
+            product = product * factor(x).unflatten(-1, (self.fusion.rank, self.fusion.output_dim))
+        return fused + product.sum(dim=-2)
 
 
 def _interleave(ours: Callable[[], object], naive: Callable[[], object], pairs: int) -> StepTime:

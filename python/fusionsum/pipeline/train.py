@@ -89,8 +89,13 @@ def dropped(inputs: Inputs, probability: float) -> Inputs:
 
 
 def optimizer(model: nn.Module, settings: Train) -> torch.optim.AdamW:
-    """Return the optimiser that every model is trained with."""
-    return torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    """Return the optimiser that every model is trained with; a layer's `param_groups` override the settings."""
+    groups = [group for module in model.modules() if hasattr(module, "param_groups") for group in module.param_groups()]
+    special = {parameter for group in groups for parameter in group["params"]}
+    others = [parameter for parameter in model.parameters() if parameter not in special]
+    return torch.optim.AdamW(
+        [{"params": others}, *groups], lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
 
 
 def step(
