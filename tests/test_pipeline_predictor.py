@@ -76,7 +76,8 @@ def test_from_files_to_predictions(folder, tmp_path, task):
         log = list(csv.DictReader(file))
     assert {(row["model"], row["seed"]) for row in log} == {(m, str(s)) for m in predictor.models for s in range(2)}
 
-    predictions = predictor.predict(folder / f"{task}.csv", run / "predictions.csv", progress=False)
+    predictions = predictor.predict(folder / f"{task}.csv", progress=False)
+    assert predictor.write_predictions(folder / f"{task}.csv", run / "predictions.csv", progress=False) == made_up.ROWS
     again = MultimodalPredictor.load(run)
     assert same(predictor, again)
     assert again.evaluate(progress=False).results == results

@@ -182,9 +182,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--out", type=Path, help="folder of the report (the run's; of other rows, one in its evaluations)"
     )
-    verb = add("predict", "predict with a run's fused model", "run", "overwrite", "said")
+    verb = add("predict", "predict with a run's model", "run", "model", "overwrite", "said")
     verb.add_argument("--manifest", type=Path, required=True, help="the rows; they need no labels")
     verb.add_argument("--out", type=Path, help="a CSV file (RUN/predictions.csv)")
+    verb.add_argument(
+        "--on-error",
+        choices=["raise", "skip"],
+        default="raise",
+        help="stop at unreadable items, or leave their rows' predictions empty (%(default)s)",
+    )
     verb = add("retrieve", "find a gallery's items for queries with a run's fused model", "run", "said")
     verb.add_argument("--queries", type=Path, required=True, help="the manifest of the rows to ask with")
     verb.add_argument("--gallery", type=Path, required=True, help="the manifest of the rows to find")

@@ -227,7 +227,9 @@ def _label_problems(manifest: Manifest, kind: str) -> list[str]:
     problems = []
     for i, label in enumerate(manifest.column("label")):
         wrong = ""
-        if not isinstance(label, str):
+        if kind == "multilabel" and isinstance(label, str | list | tuple):
+            pass  # a row may have no label
+        elif not isinstance(label, str):
             wrong = f"expected text or a number, got {type(label).__name__}"
         elif not label or label.lower() == "nan":
             wrong = "is NaN" if label else "is empty"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import sources
 from .checkpoint import Checkpoint, History
-from .config import Config, from_mapping, load, to_mapping
+from .config import Config, from_mapping, load
 from .errors import ConfigError, ManifestError, unknown
 from .evaluate import GIVEN, Condition, Evaluation, Measured, combine, coverage, measure, outputs
 from .export import export
@@ -30,21 +30,16 @@ from .features import encoder_class, find, known
 from .fuse import ALONE, FUSED, build, combined_models, input_modalities, layer, parameter_count, trained_models
 from .infer import complete
 from .kinds import Modality, Vector
-from .labels import check_classes, encode, learn, predicted, tuned_offsets
-from .manifest import Manifest, splits, write_csv
-from .preprocess import Gathered, column, fit, gather_rows
+from .labels import check_classes, encode, predicted, probabilities, tuned_offsets
+from .plan import choose, numbered, plan
+from .plan import identity as identity_of
+from .prediction import embeddings, streamed, table, values, write_table
+from .preprocess import Gathered, column, gather_rows
 from .pretrained import EXTRACTORS
 from .retrieve import Retrieved, listed, search
 from .run import Run, write_checkpoint
 from .train import Rows, contained, loaded, loss_of, losses, train
 
-# Keys that may differ between the start of a training and its resumption: the weights do not depend on them, or, with
-# more epochs, go on from what they were.
-CIRCUMSTANCES = {
-    "data": ("manifest", "workers", "cache", "cache_limit", "code"),
-    "task": ("metric", "threshold"),
-    "train": ("seeds", "epochs", "threads"),
-}
 LOG = logging.getLogger("fusionsum")
 IN_MEMORY = ""  # the manifest of a training on rows in memory
 FOUND = 10  # targets that a prediction of retrieval lists
@@ -188,9 +183,12 @@ class MultimodalPredictor:
                 LOG.info("inferred: %s", note)
             self._configure(config)
             gathered = gather_rows(self.config, rows, progress=progress)
-            identity = self._identity(rows)
+            identity = identity_of(self.config, rows)
             drawn = {} if run is None or not resume else run.drawn(self.config.train.seeds)
-            plans = {seed: self._plan(gathered, seed, drawn.get(seed)) for seed in self.config.train.seeds}
+            plans = {
+                seed: plan(self.config, self.modalities, gathered, seed, drawn.get(seed))
+                for seed in self.config.train.seeds
+            }
             if run is not None:
                 if resume:
                     run.must_be_of(identity, self.config.train)
@@ -259,50 +257,6 @@ class MultimodalPredictor:
         made |= {name: combine(name, task.kind, alone) for name in combined_models(self.config) if alone}
         labels = rows.labels[chosen].numpy()
         return {name: tuned_offsets(task, output.values, labels) for name, output in made.items()}
-
-    def _identity(self, rows: Manifest) -> dict[str, Any]:
-        """Return everything that the weights depend on: the manifest's hash, and all keys but the `CIRCUMSTANCES`."""
-        identity = to_mapping(self.config)
-        for section, keys in CIRCUMSTANCES.items():
-            identity[section] = {k: v for k, v in identity[section].items() if k not in keys}
-        del identity["title"], identity["baselines"]
-        return identity | {"manifest": rows.digest()}
-
-    def _plan(
-        self, gathered: Gathered, seed: int, drawn: Mapping[str, Sequence[str]] | None
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Split the rows for a seed, or take the split that its run has `drawn`.
-
-        Returns
-        -------
-        dict
-            What the seed's models have in common: the ids of its ``split``, and the statistics of its training rows.
-        dict of str to Tensor
-            The numbers of the rows by split.
-        """
-        ids = gathered.manifest.column("id")
-        parts = splits(gathered.manifest, self.config.data, seed) if drawn is None else numbered(ids, drawn)
-        for part in ("train", *self.config.data.test):
-            if not len(parts[part]):
-                raise ConfigError(f"data: no row is in the split {part!r}")
-        if not len(parts["validation"]) and self.config.train.patience:
-            raise ConfigError(
-                "train.patience: there are no rows of the split 'validation' to stop early by; set it to 0"
-            )
-        cells = gathered.manifest.column("label")
-        trained = [cells[i] for i in parts["train"]]
-        # A drawn split may lack a rare class in training, so all labels count. In a manifest's split, a label that training
-        # lacks is a mistake.
-        task = learn(self.config.task, trained, trained if self.config.data.split == "manifest" else cells)
-        if "classes" in task:
-            check_classes(self.config.task, gathered.manifest, task["classes"])
-        fitted = {
-            name: fit(name, modality, gathered.items[name].of(parts["train"]))
-            for name, modality in self.modalities.items()
-        }
-        split = {name: [ids[i] for i in part] for name, part in parts.items()}
-        state = {"split": split, "task": task, "fitted": fitted}
-        return state, {name: torch.from_numpy(part) for name, part in parts.items()}
 
     def model(self, name: str, state: Mapping[str, Any]) -> Any:
         """Make a model, with the weights of `state` if there are any."""
@@ -400,48 +354,164 @@ class MultimodalPredictor:
             self.gathered = gather_rows(self.config, rows, progress=progress)
         return self.gathered
 
-    @torch.no_grad()
-    def predict(self, manifest: Any, out: str | Path | None = None, progress: bool = True) -> list[dict[str, Any]]:
-        """Predict with the fused model of the first seed.
+    def predict(
+        self,
+        rows: Any,
+        model: str = FUSED,
+        seed: int | None = None,
+        on_error: str = "raise",
+        progress: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Predict with one of the models.
 
         Parameters
         ----------
-        manifest
+        rows
             Rows, as in `fit`, with modalities; they need no label and no split. Retrieval finds among their targets.
-        out : str or pathlib.Path, optional
-            A CSV file to write.
+        model, seed
+            As in `chosen`.
+        on_error : str, optional
+            ``skip`` for rows without a prediction, and with the reason in ``error``, where an item cannot be read.
         progress : bool, optional
-            Whether to show bars.
+            Whether to show bars, on a terminal.
 
         Returns
         -------
         list of dict
-            For each row its ``id`` and: ``predicted`` and a probability per class, ``predicted``, or the ids and scores of
-            the best targets.
+            For each row its ``id``, ``label`` and ``split`` if it has them, and: ``predicted`` and a probability per class
+            or label, ``predicted``, or the ids and scores of the best targets.
+
+        Raises
+        ------
+        ManifestError, ConfigError
+            For bad rows; for an unknown model or seed.
         """
-        self._must_be_fitted()
-        state = self.states[FUSED, self.config.train.seeds[0]]
-        gathered = gather_rows(self.config, manifest, labelled=False, training=False, progress=progress)
-        rows = self.rows(gathered, state, labelled=False)
-        everything = torch.arange(len(gathered.manifest))
-        ids = gathered.manifest.column("id")
-        gallery = None
+        return list(self._predictions(rows, *self.chosen(model, seed)[:2], on_error, progress))
+
+    def write_predictions(
+        self,
+        rows: Any,
+        out: str | Path,
+        model: str = FUSED,
+        seed: int | None = None,
+        on_error: str = "raise",
+        progress: bool = True,
+    ) -> int:
+        """Write predictions to a CSV file, a part of the rows at a time; return their number.
+
+        Parameters are those of `predict`. Texts that a spreadsheet would execute begin with a ``'`` in the file.
+        """
+        model, seed, _ = self.chosen(model, seed)
+        found = self._predictions(rows, model, seed, on_error, progress)
+        first = next(found)
+        learnt = self.states[model, seed]["task"]
+        columns = ["id", *(name for name in ("label", "split") if name in first)]
         if self.config.task.kind == "retrieval":
-            numbers, first = np.unique(rows.labels.numpy(), return_index=True)
-            gallery = rows, torch.from_numpy(first[numbers >= 0])
-        with contained(self.config.train.threads):
-            output = outputs(self.model(FUSED, state), rows, everything, gallery)[Condition()]
-        predictions: list[dict[str, Any]] = [{"id": name} for name in ids]
-        if gallery is None:
-            found = predicted(self.config.task, state["task"], output.values, state["offsets"].get(FUSED))
-            predictions = [row | of_row for row, of_row in zip(predictions, found, strict=True)]
-        elif len(gallery[1]):
-            scores, places = search(output, FOUND)
-            for row, of_row in zip(predictions, listed([ids[i] for i in gallery[1]], scores, places), strict=True):
-                row |= of_row
-        if out is not None:
-            write_csv(Path(out), predictions)
-        return predictions
+            columns = list(first)
+        else:
+            columns += ["predicted", *(f"p({name})" for name in learnt.get("classes", ()))]
+            columns += ["error"] * (on_error == "skip")
+        return write_table(Path(out), itertools.chain([first], found), columns)
+
+    def _predictions(self, rows: Any, model: str, seed: int, on_error: str, progress: bool) -> Iterator[dict[str, Any]]:
+        if self.config.task.kind == "retrieval":
+            return iter(self._found(rows, model, seed, on_error, progress))
+        state, task = self.states[model, seed], self.config.task
+        offsets = state["offsets"].get(model)
+        parts = self._streamed(rows, values(self._network(model, seed)), state, None, on_error, progress)
+        return table(parts, lambda said: predicted(task, state["task"], said, offsets), on_error == "skip")
+
+    def _streamed(
+        self,
+        rows: Any,
+        say: Callable[[Rows], np.ndarray],
+        state: Mapping[str, Any],
+        only: Sequence[str] | None,
+        on_error: str,
+        progress: bool,
+    ) -> Iterator[tuple[Gathered, np.ndarray]]:
+        def tensors(part: Gathered) -> Rows:
+            return self.rows(part, state, labelled=False)
+
+        return streamed(self.config, rows, tensors, say, only, on_error, progress)
+
+    def predict_proba(
+        self, rows: Any, model: str = FUSED, seed: int | None = None, progress: bool = True
+    ) -> np.ndarray:
+        """Return the probabilities of the `classes`, or of each label by itself: (N, C) float32.
+
+        Parameters are those of `predict`.
+
+        Raises
+        ------
+        ManifestError, ConfigError
+            For bad rows; if the task has no classes.
+        """
+        model, seed, _ = self.chosen(model, seed)
+        if not self.classes:
+            raise ConfigError(f"task.kind: {self.config.task.kind} has no classes")
+        state = self.states[model, seed]
+        parts = self._streamed(rows, values(self._network(model, seed)), state, None, "raise", progress)
+        return np.concatenate([probabilities(self.config.task, said) for _, said in parts])
+
+    def embed(
+        self,
+        rows: Any,
+        side: str = "query",
+        model: str = FUSED,
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Return a vector for each row: (N, features) float32.
+
+        Parameters
+        ----------
+        rows, model, seed, progress
+            As in `predict`.
+        side : str, optional
+            Retrieval's ``query`` or ``target``, as a vector of unit length. For other tasks the vector joins the features
+            of all modalities that the model encodes, 0 for a modality that a row lacks.
+
+        Raises
+        ------
+        ManifestError, ConfigError
+            For bad rows; for an unknown side, model or seed.
+        """
+        if side not in ("query", "target"):
+            raise ConfigError(f"side: {unknown('side', side, ['query', 'target'])}")
+        model, seed, _ = self.chosen(model, seed)
+        state, task = self.states[model, seed], self.config.task
+        only = None
+        if task.kind == "retrieval":
+            only = list(task.target) if side == "target" else input_modalities(self.config)
+        parts = self._streamed(rows, embeddings(self._network(model, seed), side), state, only, "raise", progress)
+        return np.concatenate([said for _, said in parts])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Classification's classes or labels in the order of the probabilities; empty for other tasks."""
+        self._must_be_fitted()
+        return tuple(self.states[FUSED, self.config.train.seeds[0]]["task"].get("classes", ()))
+
+    @torch.no_grad()
+    def _found(self, source: Any, model: str, seed: int, on_error: str, progress: bool) -> list[dict[str, Any]]:
+        """Return what retrieval finds among the targets of the rows themselves."""
+        state = self.states[model, seed]
+        gathered = gather_rows(
+            self.config, source, labelled=False, training=False, on_error=on_error, progress=progress
+        )
+        rows = self.rows(gathered, state, labelled=False)
+        numbers, first = np.unique(rows.labels.numpy(), return_index=True)
+        first = first[numbers >= 0]
+        ids = gathered.manifest.column("id")
+        found: list[dict[str, Any]] = [{"id": name} for name in ids]
+        if len(first):
+            gallery = rows, torch.from_numpy(first)
+            with contained(self.config.train.threads):
+                output = outputs(self._network(model, seed), rows, torch.arange(len(ids)), gallery)[Condition()]
+            answers = listed([ids[i] for i in first], *search(output, FOUND))
+            found = [row | answer for row, answer in zip(found, answers, strict=True)]
+        return found
 
     @torch.no_grad()
     def retrieve(self, queries: Any, gallery: Any, k: int = FOUND, progress: bool = True) -> Retrieved:
@@ -495,43 +565,14 @@ class MultimodalPredictor:
         )
 
     def chosen(self, model: str = FUSED, seed: int | None = None) -> tuple[str, int, str]:
-        """Choose one of the trained models by the validation loss.
-
-        Parameters
-        ----------
-        model : str, optional
-            A model's name; ``best`` for that of the least validation loss, the mean over seeds.
-        seed : int, optional
-            None for that of the model's least validation loss, or the first if there are no validation rows.
-
-        Returns
-        -------
-        model : str
-        seed : int
-        reason : str
-            Why this one, in words.
-        """
+        """Choose one of the trained models by the validation loss: its name, its seed, and why (`plan.choose`)."""
         self._must_be_fitted()
-        seeds = self.config.train.seeds
-        loss = {key: _validation_loss(history, self.config.train.patience) for key, history in self.histories.items()}
-        means = {name: sum(loss[name, s] for s in seeds) / len(seeds) for name in self.models}
-        known = all(map(math.isfinite, means.values()))
-        best = min(means, key=means.__getitem__) if known else FUSED
-        reasons = []
-        if model == "best":
-            model = best
-            reasons.append("the model of the least validation loss" if known else "no validation rows to choose by")
-        elif model not in self.models:
-            raise ConfigError(f"--model: {unknown('model', model, [*self.models, 'best'])}")
-        elif best != model:
-            reasons.append(f"{best!r} has a lower validation loss, {means[best]:.4g} against {means[model]:.4g}")
-        if seed is None:
-            seed = min(seeds, key=lambda s: loss[model, s]) if known else seeds[0]
-            if len(seeds) > 1:
-                reasons.append(f"{'the best' if known else 'the first'} of {len(seeds)} seeds")
-        elif seed not in seeds:
-            raise ConfigError(f"--seed: expected one of {', '.join(map(str, seeds))}, got {seed}")
-        return model, seed, "; ".join(reasons) or "as it was asked for"
+        return choose(self.config, self.models, self.histories, model, seed)
+
+    def _network(self, name: str, seed: int) -> Any:
+        """Make a trained model; its initialisation draws no numbers of the caller's."""
+        with contained(self.config.train.threads):
+            return self.model(name, self.states[name, seed]).eval()
 
     def export(self, folder: str | Path, form: str = "onnx", model: str = FUSED, seed: int | None = None) -> list[Path]:
         """Write a model for other programs, and ``preprocessing.json``, which says how items become its inputs.
@@ -554,9 +595,7 @@ class MultimodalPredictor:
         state = self.states[model, seed]
         offsets = state["offsets"].get(model)
         with contained(self.config.train.threads):
-            return export(
-                Path(folder), form, self.config, self.model(model, state).eval(), self.modalities, state, offsets
-            )
+            return export(Path(folder), form, self.config, self._network(model, seed), self.modalities, state, offsets)
 
     # The folder ------------------------------------------------------------------------------------------------------
 
@@ -618,27 +657,6 @@ class MultimodalPredictor:
     def _must_be_fitted(self) -> None:
         if not self.states:
             raise RuntimeError("the predictor is not trained: call fit or load first")
-
-
-def numbered(ids: Sequence[str], split: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
-    """Return the numbers of the rows of each part of a split, int64; ids that no row has are left out.
-
-    Examples
-    --------
-    >>> numbered(["a", "b", "c"], {"train": ["a", "c"], "test": ["b", "gone"]})["test"]
-    array([1])
-    """
-    number = {name: i for i, name in enumerate(ids)}
-    return {
-        part: np.array([number[name] for name in names if name in number], dtype=np.int64)
-        for part, names in split.items()
-    }
-
-
-def _validation_loss(history: History, patience: int) -> float:
-    """Return the validation loss of a training's final weights, the best ones if it has patience; inf without rows."""
-    losses = [entry.get("validation_loss", math.inf) for entry in history]
-    return min(losses) if patience else losses[-1]
 
 
 def _query_encoders(model: nn.Module) -> set[str]:

@@ -434,6 +434,10 @@ class Gathered:
         What else is worth saying.
     kept : ndarray
         The numbers of the usable rows among all rows of the source: (N,) int64.
+    every : Manifest
+        All rows.
+    problems : list of Problem
+        Why some of these are not usable.
     """
 
     manifest: Manifest
@@ -441,6 +445,8 @@ class Gathered:
     messages: list[str]
     notes: list[str]
     kept: np.ndarray
+    every: Manifest
+    problems: list[Problem]
 
     def target_numbers(self, target: Sequence[str]) -> np.ndarray:
         """Return a number for each row's items of the target modalities, equal for equal items; -1 if all are missing."""
@@ -490,12 +496,18 @@ def gather_rows(
     return gathered
 
 
-def stream_rows(config: Config, source: Any, on_error: str | None = None, size: int = STREAMED) -> Iterator[Gathered]:
+def stream_rows(
+    config: Config,
+    source: Any,
+    on_error: str | None = None,
+    size: int = STREAMED,
+    only: Sequence[str] | None = None,
+) -> Iterator[Gathered]:
     """Read, check and gather rows to predict, `size` at a time: memory does not grow with their number.
 
     Parameters
     ----------
-    config, source, on_error
+    config, source, on_error, only
         As in `gather_rows`.
     size : int, optional
         Rows at a time.
@@ -508,7 +520,7 @@ def stream_rows(config: Config, source: Any, on_error: str | None = None, size: 
     with Cache(Path(config.data.cache), round(config.data.cache_limit * 2**30)) as cache:
         said: set[str] = set()
         for manifest in sources.batches(source, size, config.data.names):
-            gathered = _gather(config, manifest, cache, False, False, None, on_error, False, whole=False)
+            gathered = _gather(config, manifest, cache, False, False, only, on_error, False, whole=False)
             fresh = [note for note in gathered.notes if note not in said]
             said.update(fresh)
             yield replace(gathered, notes=fresh)
@@ -541,4 +553,12 @@ def _gather(
     if cache.trouble:
         notes.append(f"the cache cannot be used, so everything is decoded again: {cache.trouble}")
     left, kept, messages = without(manifest, problems, on_error or config.data.on_error, whole)
-    return Gathered(left, {name: Items(i.distinct, i.index[kept]) for name, i in items.items()}, messages, notes, kept)
+    return Gathered(
+        left,
+        {name: Items(i.distinct, i.index[kept]) for name, i in items.items()},
+        messages,
+        notes,
+        kept,
+        manifest,
+        problems,
+    )

@@ -71,12 +71,24 @@ def evaluate(run: Path, manifest: Path | None, out: Path | None, trust_encoder: 
     print(f"Written to {out / 'report.html'}.")
 
 
-def predict(run: Path, manifest: Path, out: Path | None, trust_encoder: bool, overwrite: bool, progress: bool) -> None:
-    """Write the predictions of a run's fused model for a manifest's rows."""
+def predict(
+    run: Path,
+    manifest: Path,
+    out: Path | None,
+    on_error: str,
+    model: str,
+    seed: int | None,
+    trust_encoder: bool,
+    overwrite: bool,
+    progress: bool,
+) -> None:
+    """Write the predictions of one of a run's models for a manifest's rows."""
     place = out or run / "predictions.csv"
     _must_be_free(place, overwrite or out is None, manifest)
-    predictions = MultimodalPredictor.load(run, trust_encoder).predict(manifest, place, progress)
-    print(f"{len(predictions)} predictions written to {place}.")
+    predictor = MultimodalPredictor.load(run, trust_encoder)
+    model, seed, reason = predictor.chosen(model, seed)
+    count = predictor.write_predictions(manifest, place, model, seed, on_error, progress)
+    print(f"{count} predictions of {model!r}, seed {seed} ({reason}), written to {place}.")
 
 
 def _must_be_free(place: Path, overwrite: bool, manifest: Path) -> None:
