@@ -12,8 +12,8 @@
 //
 // Sums are in float32 (`wide`: float64). With AVX512_BF16, where all factors and the weights are bf16, sides are
 // multiplied as pairs of bf16 and summed in float32: a side that is made of several factors, activations or weights is
-// rounded to bf16 once it is formed, as is Gamma. Each adds 2^-8 of the magnitude of a product to its error, and what is
-// below 2^-126 counts as zero. Search takes pairs only where nothing is rounded.
+// rounded to bf16 once it is formed, as is Gamma. Each adds 2^-8 of the magnitude of a product to its error, and what
+// is below 2^-126 counts as zero. Search takes pairs only where nothing is rounded.
 //
 // What lives elsewhere: the order of the work (cpu/scores/plan.h), the epilogues (cpu/scores/*.inl),
 // what losses are made of them (python/fusionsum/losses.py).

@@ -190,7 +190,7 @@ def test_a_floor_is_that_of_the_machine(name, against, traits, ratio):
         ("AuthenticAMD", "26", "avx2 avx512f avx512_bf16", ("Zen 5", "AVX-512", "AVX512_BF16")),
         ("AuthenticAMD", "25", "avx2 avx512f avx512_bf16", ("Zen 4", "AVX-512", "AVX512_BF16")),
         ("AuthenticAMD", "25", "avx avx2", ("Zen 3", "AVX2")),
-        ("GenuineIntel", "6", "avx2 avx512f", ("Intel", "AVX-512")),
+        ("GenuineIntel", "6", "avx2 avx512f avx512_bf16", ("Intel", "AVX-512")),
         ("", "", "", ("riscv64",)),
     ],
 )
