@@ -64,11 +64,14 @@ def benchmark(options: argparse.Namespace) -> Path:
         "limits": where.limits(),
         "rows": [],
     }
-    with tqdm(total=sum(len(row.phases) for row in chosen), unit="phase", mininterval=1.0) as bar:
-        for row in chosen:
-            result["rows"].append(measure.measure(row, where, options.pairs, threads, not options.quick, bar))
-            result["machine"]["load_after"] = os.getloadavg()
-            path = report.write(result, options.out)  # after each row: what is measured outlives a row that fails
+    try:
+        with tqdm(total=sum(len(row.phases) for row in chosen), unit="phase", mininterval=1.0) as bar:
+            for row in chosen:
+                result["rows"].append(measure.measure(row, where, options.pairs, threads, not options.quick, bar))
+    finally:  # what is measured outlives a row that fails
+        result["machine"]["load_after"] = os.getloadavg()
+        if result["rows"]:
+            path = report.write(result, options.out)
     return path
 
 
