@@ -86,7 +86,7 @@ class Cpu:
 
     @property
     def traits(self) -> tuple[str, ...]:
-        """The machine's kind as floors tell kinds apart: architecture or make, vectors, and AVX512_BF16 where it is used."""
+        """The machine's kind as floors tell kinds apart: architecture or make, vectors, AVX512_BF16 where it is used."""
         return _traits()
 
     def describe(self) -> dict[str, Any]:
