@@ -11,7 +11,7 @@
 namespace fusionsum {
 
 namespace scalar {
-extern const Isa isa{"emulator", {}, {}};  // the one that cpu/dispatch.cpp finds
+extern const Isa isa{"emulator", nullptr, nullptr, nullptr};  // the one that cpu/dispatch.cpp finds
 }
 
 namespace {
