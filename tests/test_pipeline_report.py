@@ -129,7 +129,7 @@ def test_one_seed_is_judged_by_its_rows():
     """As found by a user: 1,000 rows, .874 against .102, and the headline was that it cannot be told from it."""
     evaluation = made({"fused": [right(0.874)], "a alone": [right(0.102)], "chance": [right(0.1)]})
     first, second = verdicts(evaluation)
-    assert first == "On “test” (1,000 rows, one seed), fused: LowRankFusion has the best accuracy: 0.874."
+    assert first == "On “test” (1,000 rows, one seed), fused: ResidualFusion has the best accuracy: 0.874."
     assert second == "Fused: LowRankFusion is better than a alone (by 0.772)."
 
 
@@ -140,20 +140,20 @@ def test_who_is_worse_is_said():
         {"fused": half, "mlp": little, "score-sum": [right(0.9)] * 2, "a alone": [right(0.1)] * 2, "chance": half}
     )
     first, second, third, fourth, fifth = verdicts(said)
-    assert "score sum has the best accuracy, 0.900 ± 0.000; fused: LowRankFusion reaches 0.500 ± 0.000." in first
-    assert second == "That score sum is better than fused: LowRankFusion is certain."
+    assert "score sum has the best accuracy, 0.900 ± 0.000; fused: ResidualFusion reaches 0.500 ± 0.000." in first
+    assert second == "That score sum is better than fused: ResidualFusion is certain."
     assert third == (
         "Fused: LowRankFusion is better than a alone (by 0.400); it is worse than score sum (by 0.400); it cannot be told "
         "from concat-MLP, equal parameters (which is 0.002 better)."
     )
-    assert "It is not certain that fused: LowRankFusion is better than no model at all" in fourth
+    assert "It is not certain that fused: ResidualFusion is better than no model at all" in fourth
     assert fifth == "On “test” a simple sum of the unimodal models’ scores is better than learned fusion."
 
 
 def test_of_errors_less_is_better():
     small, large = -np.full(50, 0.1) - right(0.5, 50), -np.full(50, 3.0) - right(0.5, 50)
     first, second = verdicts(made({"fused": [small], "mlp": [large], "chance": [large]}, "regression", metric="mae"))
-    assert "fused: LowRankFusion has the best mean absolute error: 0.600" in first
+    assert "fused: ResidualFusion has the best mean absolute error: 0.600" in first
     assert "is better than concat-MLP, equal parameters (by 2.900)" in second
 
 
