@@ -130,7 +130,7 @@ def test_one_seed_is_judged_by_its_rows():
     evaluation = made({"fused": [right(0.874)], "a alone": [right(0.102)], "chance": [right(0.1)]})
     first, second = verdicts(evaluation)
     assert first == "On “test” (1,000 rows, one seed), fused: ResidualFusion has the best accuracy: 0.874."
-    assert second == "Fused: LowRankFusion is better than a alone (by 0.772)."
+    assert second == "Fused: ResidualFusion is better than a alone (by 0.772)."
 
 
 def test_who_is_worse_is_said():
@@ -143,7 +143,7 @@ def test_who_is_worse_is_said():
     assert "score sum has the best accuracy, 0.900 ± 0.000; fused: ResidualFusion reaches 0.500 ± 0.000." in first
     assert second == "That score sum is better than fused: ResidualFusion is certain."
     assert third == (
-        "Fused: LowRankFusion is better than a alone (by 0.400); it is worse than score sum (by 0.400); it cannot be told "
+        "Fused: ResidualFusion is better than a alone (by 0.400); it is worse than score sum (by 0.400); it cannot be told "
         "from concat-MLP, equal parameters (which is 0.002 better)."
     )
     assert "It is not certain that fused: ResidualFusion is better than no model at all" in fourth
