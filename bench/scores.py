@@ -265,6 +265,7 @@ def _in_16_bits(row: ScoreRow) -> list[ScoreRow]:
                 floors=(*pairs, *(Floor(phase, "our float32", 0.9) for phase in phases)),
                 dtype=dtype,
                 slack=slack,
+                memory=0,  # gradients are summed in float32, beyond those of 16 bits
                 arrays=(),
                 uncompiled="it is measured in float32",
                 omitted=tuple((name, "it has no 16-bit types") for name, _ in row.arrays),

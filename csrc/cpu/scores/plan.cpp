@@ -13,7 +13,7 @@ namespace fusionsum {
 namespace {
 
 constexpr int64_t kMaxStripes = 64, kFewestStripes = 16;  // as many cores are kept busy
-constexpr int64_t kKeyBytes = int64_t{8} << 20;           // of a chunk of keys, packed and formed
+constexpr int64_t kKeyBytes = int64_t{32} << 20;          // of a chunk of keys, packed and formed
 constexpr int64_t kQueryBytes = int64_t{32} << 20;        // of a chunk of queries, formed, or of its candidates
 constexpr int64_t kQueryChunk = 1 << 16;
 constexpr int64_t kFewestKeys = 64;  // of a segment: with fewer, gradients are read and written more than multiplied
@@ -134,9 +134,15 @@ void cut(const Scores& s, Tile tile, bool bf16_pairs, ScorePlan& p) {
   p.stripe = stripe_of(p.query_chunk);
   if (p.turned)  // as many panels as stay in the second-level cache
     p.stripe = round_up(divide_up(p.query_chunk, divide_up(p.query_chunk, p.block)), tile.cols);
-  // Each step of a Latin square has a segment for every stripe: no more stripes than give segments of kFewestKeys.
-  if (p.latin)
-    p.stripe = std::max(p.stripe, round_up(divide_up(p.query_chunk, divide_up(keys, kFewestKeys)), tile.rows));
+  const bool keys_twice = !p.keys_in_place && !p.by_dots && !p.turned;
+  const int64_t key_room = kKeyBytes / (row * (keys_twice ? 2 : 1));
+  // Each step of a Latin square has a segment for every stripe: no more stripes than give segments of kFewestKeys, and
+  // beyond kFewestStripes no more than give whole blocks (half a block took InfoNCE of B = 32768 1.3 times as long).
+  if (p.latin) {
+    const int64_t whole = std::max(kFewestStripes, divide_up(std::min(keys, key_room), p.block));
+    const int64_t most = std::min(divide_up(keys, kFewestKeys), whole);
+    p.stripe = std::max(p.stripe, round_up(divide_up(p.query_chunk, most), tile.rows));
+  }
   p.stripe = std::min(p.stripe, p.turned ? round_up(longest, tile.cols) : longest);
   p.query_chunk = std::min(p.query_chunk, (given ? 2 * kFewestStripes : kMaxStripes) * p.stripe);
   if (given) {  // a segment meets all queries of a chunk
@@ -146,10 +152,8 @@ void cut(const Scores& s, Tile tile, bool bf16_pairs, ScorePlan& p) {
   }
   p.stripes = divide_up(p.query_chunk, p.stripe);
 
-  const bool keys_twice = !p.keys_in_place && !p.by_dots && !p.turned;
   p.segments = p.latin ? p.stripes : cut_keys ? divide_up(kFewestStripes, p.stripes) : 1;
-  const int64_t most_keys =
-      std::min(kKeyBytes / (row * (keys_twice ? 2 : 1)), kSliceCost / (p.stripe * score) * p.segments);
+  const int64_t most_keys = std::min(key_room, kSliceCost / (p.stripe * score) * p.segments);
   p.key_chunk = std::min(std::max(p.block, round_down(most_keys, p.block)), round_up(keys, tile.cols));
   p.segment = round_up(divide_up(p.key_chunk, p.segments), tile.cols);
   p.segments = divide_up(p.key_chunk, p.segment);

@@ -15,17 +15,18 @@ inline double below(double x) { return __builtin_nextafter(x, -kInfinity<double>
 // and never the best k of them.
 template <class T>
 T find_bound(const ScorePlan& p, int64_t b, int64_t segment) {
-  T bound = static_cast<T>(__builtin_nan(""));
+  T bound = static_cast<T>(__builtin_nan("")), other = bound;
   for (int64_t g = 0; g < p.segments; ++g) {
     const int64_t slot = b * p.segments + g;
     if (!__atomic_load_n(&p.full[slot], __ATOMIC_ACQUIRE)) continue;
     T least;
     __atomic_load(piece<T>(p.threshold, 0) + slot, &least, __ATOMIC_RELAXED);
-    if (g != segment && least == -kInfinity<T>) continue;
-    if (g != segment) least = below(least);
-    bound = least <= bound ? bound : least;
+    T& greatest = g == segment ? bound : other;
+    greatest = least <= greatest ? greatest : least;
   }
-  return bound;
+  if (!(other > -kInfinity<T>)) return bound;
+  other = below(other);
+  return other <= bound ? bound : other;
 }
 
 // `query` is the first of `count` queries of the chunk; `bound` has whole vectors, which nothing passes beyond them but
