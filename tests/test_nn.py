@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import fusionsum.nn as fnn
-from fusionsum.nn import GMF, MFB, MLB, CPBilinear, DistMult, LowRankFusion, TensorFusion, tensor
+from fusionsum.nn import GMF, MFB, MLB, CPBilinear, DistMult, LowRankFusion, ResidualFusion, TensorFusion, tensor
 from fusionsum.nn.layer import mapped_twice, subsets
 from published import DIMS, F64, FEATURES, MM, ONE_EACH, OUTPUTS, ROWS, TABLE, Parameters, moved, parity
 
@@ -110,12 +110,9 @@ def test_contributions_add_up_to_the_output(name, masked):
                 assert (part[~present[m]].abs() <= 1e-12).all()
 
 
-def test_contributions_of_a_low_rank_fusion_are_its_product_multiplied_out():
-    layer, x, y = (
-        LowRankFusion((3, 4), 2, rank=5, dtype=F64),
-        torch.randn(6, 3, dtype=F64),
-        torch.randn(6, 4, dtype=F64),
-    )
+@pytest.mark.parametrize("kind", [LowRankFusion, ResidualFusion])
+def test_contributions_are_the_product_multiplied_out(kind):
+    layer, x, y = kind((3, 4), 2, rank=5, dtype=F64), torch.randn(6, 3, dtype=F64), torch.randn(6, 4, dtype=F64)
     parts = layer.contributions(x, y)
     (wx, wy), (bx, by) = (
         [f(z).reshape(-1, 5, 2) for f, z in zip(maps, (x, y), strict=True)]
@@ -125,7 +122,11 @@ def test_contributions_of_a_low_rank_fusion_are_its_product_multiplied_out():
         )
     )
     for chosen, product in {(0,): wx * by, (1,): bx * wy, (0, 1): wx * wy}.items():
-        torch.testing.assert_close(parts[chosen], layer.fusion_weights * product)
+        torch.testing.assert_close(parts[chosen][:, :5], layer.fusion_weights * product)
+        if kind is ResidualFusion and len(chosen) == 1:
+            torch.testing.assert_close(parts[chosen][:, 5], (x, y)[chosen[0]] @ layer.linears[chosen[0]].weight.T)
+        else:
+            assert parts[chosen].shape[1] == 5
 
 
 @each_of_features

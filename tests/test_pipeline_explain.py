@@ -11,7 +11,7 @@ try:
     import torch
     from torch import nn
 
-    from fusionsum.nn import GatedFusion, LowRankFusion
+    from fusionsum.nn import GatedFusion, LowRankFusion, ResidualFusion
     from fusionsum.pipeline import explain
     from fusionsum.pipeline.evaluate import outputs
     from fusionsum.pipeline.fuse import FusionModel, TwoTowers
@@ -38,7 +38,11 @@ def tower(head):
     return FusionModel({"a": nn.Identity(), "b": nn.Identity()}, head)
 
 
-@pytest.mark.parametrize("layer", [LowRankFusion((3, 4), 3, 5), GatedFusion((3, 4), 3)], ids=["terms", "no terms"])
+@pytest.mark.parametrize(
+    "layer",
+    [LowRankFusion((3, 4), 3, 5), ResidualFusion((3, 4), 3, 5), GatedFusion((3, 4), 3)],
+    ids=["terms", "terms beside a sum", "no terms"],
+)
 def test_parts_add_up_to_the_answer_and_are_what_changes_without_them(rows, layer, monkeypatch):
     monkeypatch.setattr(explain, "AT_ONCE", 7)
     chosen = torch.arange(5, ROWS)
@@ -78,7 +82,7 @@ def test_parts_add_up_to_the_answer_and_are_what_changes_without_them(rows, laye
         centred = whole - whole.mean(axis=0)
         assert abs(part.size - np.abs((centred * answered.directions).sum(axis=1)).mean()) <= 1e-4
         assert abs(part.without - ((output.values - centred).argmax(axis=1) == labels).mean()) <= 1e-9
-    assert len(found.terms) == (5 if isinstance(layer, LowRankFusion) else 0)
+    assert len(found.terms) == (0 if isinstance(layer, GatedFusion) else 5)
     for term in found.terms:
         assert abs(term.weight - layer.fusion_weights[term.term].item()) <= 1e-7
 

@@ -13,7 +13,8 @@ namespace fusionsum {
 namespace {
 
 constexpr int64_t kMaxStripes = 64, kFewestStripes = 16;  // as many cores are kept busy
-constexpr int64_t kKeyBytes = int64_t{32} << 20;          // of a chunk of keys, packed and formed
+// Of a chunk of keys, packed and formed: of a Latin square, whose segments are chunks' parts; of others, which read it once.
+constexpr int64_t kLatinBytes = int64_t{32} << 20, kKeyBytes = int64_t{4} << 20;
 constexpr int64_t kQueryBytes = int64_t{32} << 20;        // of a chunk of queries, formed, or of its candidates
 constexpr int64_t kQueryChunk = 1 << 16;
 constexpr int64_t kFewestKeys = 64;  // of a segment: with fewer, gradients are read and written more than multiplied
@@ -135,7 +136,7 @@ void cut(const Scores& s, Tile tile, bool bf16_pairs, ScorePlan& p) {
   if (p.turned)  // as many panels as stay in the second-level cache
     p.stripe = round_up(divide_up(p.query_chunk, divide_up(p.query_chunk, p.block)), tile.cols);
   const bool keys_twice = !p.keys_in_place && !p.by_dots && !p.turned;
-  const int64_t key_room = kKeyBytes / (row * (keys_twice ? 2 : 1));
+  const int64_t key_room = (p.latin ? kLatinBytes : kKeyBytes) / (row * (keys_twice ? 2 : 1));
   // Each step of a Latin square has a segment for every stripe: no more stripes than give segments of kFewestKeys, and
   // beyond kFewestStripes no more than give whole blocks (half a block took InfoNCE of B = 32768 1.3 times as long).
   if (p.latin) {

@@ -225,9 +225,9 @@ class FusionLayer(ReferenceState):
         -------
         dict of tuple of int to torch.Tensor
             By the modalities on whose features a part depends, ``()`` for the constant: ``(..., terms, output_dim)``. Of
-            `LowRankFusion`: what each of its terms adds, against features of 0, and in ``()`` the bias too. Of any other
-            layer, by inclusion and exclusion: one term, what a set of modalities gives beyond all smaller sets, against
-            modalities that are missing.
+            `LowRankFusion` and `ResidualFusion`: what each of their terms adds, against features of 0, and after them
+            the biases in ``()`` and the linear maps. Of any other layer, by inclusion and exclusion: one term, what a set
+            of modalities gives beyond all smaller sets, against modalities that are missing.
 
         Raises
         ------

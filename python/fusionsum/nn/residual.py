@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..api import fusion_sum
 from .baselines import summed_scores
 from .layer import FusionLayer
+from .low_rank import multiplied_out
 
 # Chosen on validation loss alone; docs/pipeline.md has the search. WEIGHT is that of a product at the start, SCALE the
 # deviation of the projections it multiplies, for features of unit variance. DECAY is the weight decay of the linear maps.
@@ -135,3 +136,11 @@ class ResidualFusion(FusionLayer):
         ]
         # No masks: features that are missing are 0 here, and c remains.
         return summed + fusion_sum(self.fusion_weights, *factors, dim=-2)
+
+    def _parts(self, inputs: Sequence[Tensor], present: Sequence[Tensor | None]) -> dict[tuple[int, ...], Tensor]:
+        parts = multiplied_out(self.fusion_weights, self.factors, inputs, [None] * len(inputs))
+        for m, (linear, x, mask) in enumerate(zip(self.linears, inputs, present, strict=True)):
+            constant, whole = (summed_scores([linear], [z], [mask]).unsqueeze(-2) for z in (torch.zeros_like(x), x))
+            parts[()] = torch.cat([parts[()], constant], dim=-2)
+            parts[(m,)] = torch.cat([parts[(m,)], whole - constant], dim=-2)
+        return parts
