@@ -121,3 +121,32 @@ def test_two_towers_embed_both_sides_at_unit_length():
     assert (query.shape, target.shape, towers.fusion_weights.shape) == ((6, 8), (6, 8), (8,))
     assert set(towers.query.encoders) == {"image", "sound", "size"}
     assert list(towers.target.encoders) == ["text"]
+
+
+@pytest.mark.parametrize("retrieval", [False, True])
+def test_a_fused_model_without_products_is_the_sum(retrieval):
+    task = {"kind": "retrieval", "target": ["text", "size"]} if retrieval else {"kind": "classification"}
+    make = model(task=task, fusion={"layer": "ResidualFusion", "rank": 2})
+    fused, summed = make("fused", 8).eval(), make("concat-linear", 8).eval()
+    given = inputs()
+    before, wanted = fused(given), summed(given)
+    fused.load_state_dict(fuse.without_products(fused.state_dict(), summed.state_dict()))
+    torch.testing.assert_close(fused(given), wanted)
+    assert not torch.allclose(before[0], wanted[0])
+
+
+@pytest.mark.parametrize(
+    ("sections", "may"),
+    [
+        ({"train": {"patience": 4}}, True),
+        ({"train": {"patience": 0}}, False),
+        ({"train": {"patience": 4}, "fusion": {"layer": "MLB"}}, False),
+        ({"train": {"patience": 4}, "task": {"kind": "retrieval", "target": ["text", "sound", "size"]}}, False),
+    ],
+)
+def test_the_sum_is_a_candidate_where_validation_rows_can_choose(sections, may):
+    config = from_mapping(
+        made_up.config(Path(), **{"fusion": {"layer": "ResidualFusion"}, "baselines": [], **sections})
+    )
+    assert fuse.may_be_sum(config) == may
+    assert (fuse.SUM in fuse.trained_models(config)) == may

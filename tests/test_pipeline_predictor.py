@@ -27,6 +27,7 @@ try:
         manifest,
         write_report,
     )
+    from fusionsum.pipeline import predictor as predictor_module
     from fusionsum.pipeline import train as step4
     from fusionsum.pipeline.preprocess import gather_rows
 except ModuleNotFoundError as error:
@@ -39,9 +40,9 @@ def folder(tmp_path_factory):
     return made_up.folder(tmp_path_factory.mktemp("made-up"))
 
 
-def fitted(folder, task="classification", out=None, **sections):
+def fitted(folder, task="classification", out=None, resume=False, **sections):
     given = made_up.config(folder, **made_up.TASKS[task], **sections)
-    return MultimodalPredictor(given).fit(folder / f"{task}.csv", out, progress=False)
+    return MultimodalPredictor(given).fit(folder / f"{task}.csv", out, resume=resume, progress=False)
 
 
 def weights(predictor):
@@ -84,6 +85,34 @@ def test_from_files_to_predictions(folder, tmp_path, task):
     assert again.predict(folder / f"{task}.csv", progress=False) == predictions
     with (run / "predictions.csv").open(encoding="utf-8") as file:
         assert [row["id"] for row in csv.DictReader(file)] == [f"row{i}" for i in range(made_up.ROWS)]
+
+
+@pytest.mark.parametrize("task", ["classification", "retrieval"])
+@pytest.mark.parametrize("helped", [False, True])
+def test_products_that_do_not_help_are_dropped(folder, tmp_path, monkeypatch, task, helped):
+    """In the predictor that is trained and in the one that is loaded; the training itself can be continued."""
+    asked = []
+
+    def products_help(fused, summed):
+        asked.append((len(fused), len(summed)))
+        return helped
+
+    monkeypatch.setattr(predictor_module, "products_help", products_help)
+    options = {"fusion": {"layer": "ResidualFusion", "rank": 2}, "baselines": [], "train": {"seeds": 1, "patience": 3}}
+    predictor = fitted(folder, task, out=tmp_path / "run", **options)
+    assert predictor.models == ["fused", "concat-linear"]  # it is a candidate, and so is always shown
+    (found,) = set(asked)
+    assert found[0] == found[1] > 0
+    for made in (predictor, MultimodalPredictor.load(tmp_path / "run")):
+        evaluation = made.evaluate(progress=False)
+        models = evaluation.results["test"]
+        assert (models["fused"]["all"] == models["concat-linear"]["all"]) == (not helped)
+        write_report(tmp_path / "report", evaluation)
+        said = f"its products helped in {int(helped)} of 1 seeds"
+        assert said in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+        assert made.chosen()[:2] == ("fused", 0)
+    again = fitted(folder, task, out=tmp_path / "run", resume=True, **options)
+    assert same(predictor, again)
 
 
 def test_the_made_up_task_is_learned_and_predicted(folder, tmp_path):

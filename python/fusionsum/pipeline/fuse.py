@@ -21,6 +21,7 @@ from .kinds import Modality
 
 Inputs = Mapping[str, tuple[Tensor, Tensor]]  # by modality: items (B, ...), and whether they are there (B,) bool
 FUSED = "fused"
+SUM = "concat-linear"
 ALONE = " alone"
 LOGIT_SCALE = 14.3  # 1 / 0.07, where CLIP starts
 
@@ -141,7 +142,27 @@ def trained_models(config: Config) -> list[str]:
     if len(inputs) == 1:
         return [FUSED]
     alone = [f"{name}{ALONE}" for name in inputs] if "alone" in config.baselines else []
-    return [FUSED, *alone, *(name for name in ("concat-linear", "mlp") if name in config.baselines)]
+    wanted = {*config.baselines, *([SUM] if may_be_sum(config) else [])}
+    return [FUSED, *alone, *(name for name in (SUM, "mlp") if name in wanted)]
+
+
+def may_be_sum(config: Config) -> bool:
+    """Tell whether the fused model becomes the sum of linear maps where products do not help (`without_products`).
+
+    That takes validation rows, which a training with patience has, and a layer that is a sum and products.
+    """
+    chosen = layers().get(config.fusion.layer)
+    products = chosen is not None and issubclass(chosen, fusion_layers.ResidualFusion)
+    return products and config.train.patience > 0 and len(input_modalities(config)) > 1
+
+
+def without_products(fused: Mapping[str, Tensor], summed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights of the fused model with which it is the sum `summed`: its maps, and fusion weights of 0."""
+    found = {
+        name: torch.zeros_like(value) if name.endswith("head.fusion_weights") else value
+        for name, value in fused.items()
+    }
+    return found | dict(summed)
 
 
 def combined_models(config: Config) -> list[str]:
@@ -186,13 +207,14 @@ def build(
     fused = model(inputs, head)
     if config.task.kind != "retrieval":
         return fused
-    return TwoTowers(fused, model(list(config.task.target), FUSED), output_dim, config.task.positives == "label")
+    target = model(list(config.task.target), SUM if name == SUM else FUSED)
+    return TwoTowers(fused, target, output_dim, config.task.positives == "label")
 
 
 def _head(config: Config, name: str, input_dims: Sequence[int], output_dim: int) -> nn.Module:
     if len(input_dims) == 1:
         return nn.Linear(input_dims[0], output_dim)
-    if name == "concat-linear":
+    if name == SUM:
         # A linear map of the concatenated features is a sum of linear maps of each modality's.
         return fusion_layers.LateFusion(input_dims, output_dim)
     fused = layer(config.fusion.layer, input_dims, output_dim, config.fusion.options)

@@ -27,18 +27,30 @@ from .errors import ConfigError, ManifestError, unknown
 from .evaluate import GIVEN, Condition, Evaluation, Measured, combine, coverage, measure, outputs
 from .export import export
 from .features import encoder_class, find, known
-from .fuse import ALONE, FUSED, build, combined_models, input_modalities, layer, parameter_count, trained_models
+from .fuse import (
+    ALONE,
+    FUSED,
+    SUM,
+    build,
+    combined_models,
+    input_modalities,
+    layer,
+    may_be_sum,
+    parameter_count,
+    trained_models,
+    without_products,
+)
 from .infer import complete
 from .kinds import Modality, Vector
 from .labels import check_classes, encode, predicted, probabilities, tuned_offsets
-from .plan import choose, numbered, plan
+from .plan import choose, numbered, plan, products_help
 from .plan import identity as identity_of
 from .prediction import embeddings, streamed, table, values, write_table
 from .preprocess import Gathered, column, gather_rows
 from .pretrained import EXTRACTORS
 from .retrieve import Retrieved, listed, search
 from .run import Run, write_checkpoint
-from .train import Rows, contained, loaded, loss_of, losses, train
+from .train import Rows, contained, loaded, loss_of, losses, row_losses, train
 
 LOG = logging.getLogger("fusionsum")
 IN_MEMORY = ""  # the manifest of a training on rows in memory
@@ -240,11 +252,35 @@ class MultimodalPredictor:
                     self.histories[name, seed] = history
                     self.states[name, seed] = state | {"model": model.state_dict()}
                     LOG.info("seed %s, %s: %s epochs, %s", seed, name, len(history), losses(history[-1]))
-                shared = state | {"offsets": self._offsets(rows, chosen["validation"], seed)}
+                helped = self._helped(rows, state, chosen["validation"], seed)
+                self._settle(seed, helped)
+                shared = state | {"products": helped, "offsets": self._offsets(rows, chosen["validation"], seed)}
                 for name in self.models:
                     self.states[name, seed] |= shared
                 if run is not None:
                     run.write_seed(seed, shared)
+
+    def _helped(self, rows: Rows, state: Mapping[str, Any], chosen: torch.Tensor, seed: int) -> bool:
+        """Tell whether the fused model's products make validation rows likelier than the sum of linear maps alone."""
+        if not may_be_sum(self.config):
+            return True
+        loss = loss_of(self.config.task.kind, state["task"].get("weights"), reduction="none")
+        size = self.config.train.batch_size
+        fused, summed = (
+            row_losses(self.model(name, self.states[name, seed]), loss, rows, chosen, size) for name in (FUSED, SUM)
+        )
+        helped = products_help(fused, summed)
+        LOG.info(
+            "seed %s: the fused model %s", seed, "keeps its products" if helped else "is the sum: products do not help"
+        )
+        return helped
+
+    def _settle(self, seed: int, helped: bool) -> None:
+        """Make the fused model of a seed the sum of linear maps if its products have not `helped`."""
+        if not helped:
+            fused, summed = (self.states[name, seed]["model"] for name in (FUSED, SUM))
+            self.states[FUSED, seed] |= {"model": without_products(fused, summed)}
+            self.histories[FUSED, seed] = self.histories[SUM, seed]
 
     def _offsets(self, rows: Rows, chosen: torch.Tensor, seed: int) -> dict[str, list[float] | None]:
         """Return by model the offsets of its decisions, tuned on the validation rows (`labels.tuned_offsets`)."""
@@ -652,6 +688,7 @@ class MultimodalPredictor:
                 predictor.states[name, seed] = shared | {"model": checkpoint.model}
                 predictor.histories[name, seed] = checkpoint.history
                 predictor.identity = checkpoint.identity
+            predictor._settle(seed, shared.get("products", True))
         return predictor
 
     def _must_be_fitted(self) -> None:

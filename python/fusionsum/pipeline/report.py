@@ -29,7 +29,7 @@ from .compare import Difference, Effect, Interval, interval
 from .config import Config, to_yaml
 from .evaluate import CHANCE, GIVEN, Evaluation, Results
 from .explain import Example, Part
-from .fuse import ALONE, FUSED, combined_models, input_modalities, sides
+from .fuse import ALONE, FUSED, SUM, combined_models, input_modalities, may_be_sum, sides
 from .items import shown
 from .metrics import average_precisions, better, bounds, calibration
 
@@ -263,11 +263,10 @@ def _facts(evaluation: Evaluation, command: str | None) -> list[tuple[str, str]]
     task = (
         f"{config.task.kind}: {query} → {target}" if target else f"{config.task.kind} from {query.replace('+', ' + ')}"
     )
-    options = ", ".join(f"{k}={v}" for k, v in config.fusion.options.items())
     encoders = ", ".join(f"{name}: {m.encoder}" for name, m in config.modalities.items())
     return [
         ("task", task),
-        ("fusion", f"{config.fusion.layer}({options})" if len(input_modalities(config)) > 1 else "none: one modality"),
+        ("fusion", _fusion(evaluation)),
         ("encoders", encoders),
         ("rows", f"{evaluation.rows:,} of {evaluation.manifest.name}"),
         ("split", SPLITS[evaluation.split]),
@@ -275,6 +274,19 @@ def _facts(evaluation: Evaluation, command: str | None) -> list[tuple[str, str]]
         ("evaluated", f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"),
         *([("command", command)] if command else []),
     ]
+
+
+def _fusion(evaluation: Evaluation) -> str:
+    """Return the layer, and of one whose products may be dropped in how many seeds they were kept."""
+    config, histories = evaluation.config, evaluation.histories
+    if len(input_modalities(config)) == 1:
+        return "none: one modality"
+    fusion = f"{config.fusion.layer}({', '.join(f'{k}={v}' for k, v in config.fusion.options.items())})"
+    if not may_be_sum(config):
+        return fusion
+    seeds = config.train.seeds
+    kept = sum(histories.get((FUSED, seed)) != histories.get((SUM, seed)) for seed in seeds)
+    return f"{fusion}; its products helped in {kept} of {len(seeds)} seeds (validation rows), else it is the sum"
 
 
 def _written(metric: str, value: Interval, best: bool = False) -> Cell:

@@ -47,8 +47,8 @@ class Rows:
         return {name: column.batch(rows) for name, column in self.columns.items()}, self.labels[rows]
 
 
-def contrastive(model: TwoTowers, embedded: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-    """Return the symmetric InfoNCE loss of a batch.
+def contrastive(model: TwoTowers, embedded: tuple[Tensor, Tensor], labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the symmetric InfoNCE loss of a batch, the mean of both directions.
 
     Rows of the same label, which is the same target or, of a model of `several`, the manifest's label, are not each other's
     negatives; in the latter case they are positives.
@@ -58,26 +58,34 @@ def contrastive(model: TwoTowers, embedded: tuple[Tensor, Tensor], labels: Tenso
     A. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3. P. Khosla
     et al., "Supervised Contrastive Learning", NeurIPS 2020, eq. 2.
     """
-    if model.several:
-        return contrastive_loss(*embedded, fusion_weights=model.fusion_weights, labels=labels, key_labels=labels)
-    return contrastive_loss(*embedded, fusion_weights=model.fusion_weights, exclude=(labels, labels))
+    pairs = {"labels": labels, "key_labels": labels} if model.several else {"exclude": (labels, labels)}
+    found = contrastive_loss(*embedded, fusion_weights=model.fusion_weights, reduction=reduction, **pairs)
+    return found if reduction == "mean" else sum(found) / 2
 
 
-def loss_of(kind: str, weights: Sequence[float] | None = None) -> Callable[[Any, Any, Tensor], Tensor]:
+def loss_of(
+    kind: str, weights: Sequence[float] | None = None, reduction: str = "mean"
+) -> Callable[[Any, Any, Tensor], Tensor]:
     """Return a task's loss, a function of the model, the model's output and the labels.
 
-    `weights`: one a class; of a label of multi-label classification, for the rows that have it.
+    `weights`: one a class; of a label of multi-label classification, for the rows that have it. `reduction`: ``mean``, or
+    ``none`` for a loss per row (B,).
     """
     weighted = None if weights is None else torch.tensor(weights, dtype=torch.float32)
     losses: dict[str, Callable[[Any, Any, Tensor], Tensor]] = {
-        "classification": lambda model, logits, labels: cross_entropy(logits, labels, weight=weighted),
-        "multilabel": lambda model, logits, labels: binary_cross_entropy_with_logits(
-            logits, labels, pos_weight=weighted
+        "classification": lambda model, logits, labels: cross_entropy(
+            logits, labels, weight=weighted, reduction=reduction
         ),
-        "regression": lambda model, values, labels: mse_loss(values.squeeze(-1), labels),
-        "retrieval": contrastive,
+        "multilabel": lambda model, logits, labels: binary_cross_entropy_with_logits(
+            logits, labels, pos_weight=weighted, reduction=reduction
+        ),
+        "regression": lambda model, values, labels: mse_loss(values.squeeze(-1), labels, reduction=reduction),
+        "retrieval": lambda model, embedded, labels: contrastive(model, embedded, labels, reduction),
     }
-    return losses[kind]
+    loss = losses[kind]
+    if reduction == "none" and kind == "multilabel":
+        return lambda *given: loss(*given).mean(dim=-1)
+    return loss
 
 
 def dropped(inputs: Inputs, probability: float) -> Inputs:
@@ -113,6 +121,14 @@ def step(
     nn.utils.clip_grad_norm_(model.parameters(), clip)
     optim.step()
     return value.item()
+
+
+@torch.no_grad()
+def row_losses(model: nn.Module, loss: Callable[..., Tensor], rows: Rows, chosen: Tensor, batch_size: int) -> Tensor:
+    """Return the loss of each of some rows (N,), by a `loss_of` without reduction, in batches as `mean_loss` takes them."""
+    model.eval()
+    batches = map(rows.batch, chosen.split(batch_size))
+    return torch.cat([loss(model, model(inputs), labels) for inputs, labels in batches])
 
 
 @torch.no_grad()
