@@ -93,16 +93,16 @@ def test_products_that_do_not_help_are_dropped(folder, tmp_path, monkeypatch, ta
     """In the predictor that is trained and in the one that is loaded; the training itself can be continued."""
     asked = []
 
-    def products_help(fused, summed):
-        asked.append((len(fused), len(summed)))
+    def clearly_less(fused, summed, groups):
+        asked.append((len(fused), len(summed), len(groups)))
         return helped
 
-    monkeypatch.setattr(predictor_module, "products_help", products_help)
+    monkeypatch.setattr(predictor_module, "clearly_less", clearly_less)
     options = {"fusion": {"layer": "ResidualFusion", "rank": 2}, "baselines": [], "train": {"seeds": 1, "patience": 3}}
     predictor = fitted(folder, task, out=tmp_path / "run", **options)
     assert predictor.models == ["fused", "concat-linear"]  # it is a candidate, and so is always shown
     (found,) = set(asked)
-    assert found[0] == found[1] > 0
+    assert found[0] == found[1] == found[2] > 0
     for made in (predictor, MultimodalPredictor.load(tmp_path / "run")):
         evaluation = made.evaluate(progress=False)
         models = evaluation.results["test"]

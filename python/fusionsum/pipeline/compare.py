@@ -164,7 +164,7 @@ def _over_rows(by_seed: Sequence[np.ndarray], units: Sequence[np.ndarray]) -> Ef
     if not sums.any():  # no row tells the models apart, and so none says how far apart they may be
         return Effect(Interval(0.0), 1.0)
     if len(sums) > MANY:
-        error = float(np.sqrt(np.square(sums - mean * weights).sum()))
+        error = _error(sums, weights)
         half = float(norm.ppf((1 + LEVEL) / 2)) * error
         return Effect(Interval(mean, mean - half, mean + half), 2 * float(norm.sf(abs(mean) / error)))
     if len(sums) < 2:
@@ -195,3 +195,30 @@ def _over_rows(by_seed: Sequence[np.ndarray], units: Sequence[np.ndarray]) -> Ef
             random_state=rng,
         ).pvalue
     return Effect(Interval(mean, float(drawn.low), float(drawn.high)), float(p))
+
+
+def _error(sums: np.ndarray, weights: np.ndarray) -> float:
+    """Return the standard error of ``sums.sum()``, a mean to which each unit adds its part, and has its share of 1."""
+    return float(np.sqrt(np.square(sums - sums.sum() * weights).sum()))
+
+
+def clearly_less(ours: np.ndarray, theirs: np.ndarray, units: np.ndarray) -> bool:
+    """Tell whether our losses (N,) are less than those of a simpler model on the same rows, by over a standard error.
+
+    Rows of one unit (N,) count as one.
+
+    References
+    ----------
+    The one-standard-error rule, the simplest model whose loss is within one standard error of the least: L. Breiman,
+    J. Friedman, R. Olshen and C. Stone, "Classification and Regression Trees", 1984, section 3.4.3; here the error is that
+    of the paired difference.
+
+    Examples
+    --------
+    >>> ours, theirs = np.array([0.1, 0.2, 0.4, 0.4]), np.array([0.6, 0.7, 0.1, 0.5])
+    >>> clearly_less(ours, theirs, np.arange(4)), clearly_less(ours, theirs, np.array([0, 0, 1, 1]))
+    (True, False)
+    """
+    _, number = np.unique(units, return_inverse=True)
+    sums = np.bincount(number, (theirs - ours) / len(units))
+    return len(sums) > 1 and bool(sums.sum() > _error(sums, np.bincount(number) / len(units)))

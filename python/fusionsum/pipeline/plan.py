@@ -140,26 +140,6 @@ def choose(
     return model, seed, "; ".join(reasons) or "as it was asked for"
 
 
-def products_help(fused: torch.Tensor, summed: torch.Tensor) -> bool:
-    """Tell whether the fused model's losses (N,) are below the sum's on the same rows, by more than a standard error.
-
-    References
-    ----------
-    The one-standard-error rule, "choose the simplest model whose error is within one standard error of the best's":
-    L. Breiman, J. Friedman, R. Olshen and C. Stone, "Classification and Regression Trees", 1984, section 3.4.3; here of
-    the paired difference.
-
-    Examples
-    --------
-    >>> products_help(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.7, 0.6]))
-    True
-    >>> products_help(torch.tensor([0.1, 0.9, 0.3]), torch.tensor([0.5, 0.7, 0.2]))
-    False
-    """
-    gain = (summed - fused).double()
-    return len(gain) > 1 and bool(gain.mean() > gain.std() / math.sqrt(len(gain)))
-
-
 def _validation_loss(history: History, patience: int) -> float:
     """Return the validation loss of a training's final weights, the best ones if it has patience; inf without rows."""
     losses = [entry.get("validation_loss", math.inf) for entry in history]

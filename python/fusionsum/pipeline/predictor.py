@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import sources
 from .checkpoint import Checkpoint, History
+from .compare import clearly_less
 from .config import Config, from_mapping, load
 from .errors import ConfigError, ManifestError, unknown
 from .evaluate import GIVEN, Condition, Evaluation, Measured, combine, coverage, measure, outputs
@@ -43,7 +44,7 @@ from .fuse import (
 from .infer import complete
 from .kinds import Modality, Vector
 from .labels import check_classes, encode, predicted, probabilities, tuned_offsets
-from .plan import choose, numbered, plan, products_help
+from .plan import choose, numbered, plan
 from .plan import identity as identity_of
 from .prediction import embeddings, streamed, table, values, write_table
 from .preprocess import Gathered, column, gather_rows
@@ -252,7 +253,7 @@ class MultimodalPredictor:
                     self.histories[name, seed] = history
                     self.states[name, seed] = state | {"model": model.state_dict()}
                     LOG.info("seed %s, %s: %s epochs, %s", seed, name, len(history), losses(history[-1]))
-                helped = self._helped(rows, state, chosen["validation"], seed)
+                helped = self._helped(rows, state, chosen["validation"], gathered.manifest.groups(), seed)
                 self._settle(seed, helped)
                 shared = state | {"products": helped, "offsets": self._offsets(rows, chosen["validation"], seed)}
                 for name in self.models:
@@ -260,19 +261,20 @@ class MultimodalPredictor:
                 if run is not None:
                     run.write_seed(seed, shared)
 
-    def _helped(self, rows: Rows, state: Mapping[str, Any], chosen: torch.Tensor, seed: int) -> bool:
+    def _helped(
+        self, rows: Rows, state: Mapping[str, Any], chosen: torch.Tensor, groups: np.ndarray, seed: int
+    ) -> bool:
         """Tell whether the fused model's products make validation rows likelier than the sum of linear maps alone."""
         if not may_be_sum(self.config):
             return True
         loss = loss_of(self.config.task.kind, state["task"].get("weights"), reduction="none")
         size = self.config.train.batch_size
         fused, summed = (
-            row_losses(self.model(name, self.states[name, seed]), loss, rows, chosen, size) for name in (FUSED, SUM)
+            row_losses(self.model(name, self.states[name, seed]), loss, rows, chosen, size).numpy()
+            for name in (FUSED, SUM)
         )
-        helped = products_help(fused, summed)
-        LOG.info(
-            "seed %s: the fused model %s", seed, "keeps its products" if helped else "is the sum: products do not help"
-        )
+        helped = clearly_less(fused, summed, groups[chosen.numpy()])
+        LOG.info("seed %s: the fused model %s", seed, "keeps its products" if helped else "is the sum alone")
         return helped
 
     def _settle(self, seed: int, helped: bool) -> None:
