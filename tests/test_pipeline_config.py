@@ -5,6 +5,8 @@ What lives elsewhere: unknown encoders (``test_pipeline_predictor.py``), a layer
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from conftest import missing
@@ -16,6 +18,10 @@ except ModuleNotFoundError as error:
 
 IMAGE = {"modalities": {"photo": {"kind": "image"}}}
 BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
+
+
+def of(kind, **options):
+    return {"modalities": {"x": {"kind": kind} | options}}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +73,22 @@ BOTH = {"modalities": {"photo": {"kind": "image"}, "words": {"kind": "text"}}}
             {"modalities": {"photo": {"kind": "image", "sise": 3}}},
             "modalities.photo: unknown key 'sise'; did you mean 'size'?",
         ),
-        ({"modalities": {"photo": {"kind": "image", "size": 0}}}, "modalities.photo.size: expected 1 to 4096, got 0"),
+        (of("image", size=0), "modalities.x.size: expected 1 to 4096, got 0"),
+        (of("image", size=100000), "modalities.x.size: expected 1 to 4096, got 100000"),
+        (of("image", size=8.5), "modalities.x.size: expected int, got 8.5"),
+        (of("image", channels=2), "modalities.x.channels: unknown choice '2'; There are: 1, 3"),
+        (of("image", channels="3"), "modalities.x.channels: expected int, got '3'"),
+        (of("image", channels=True), "modalities.x.channels: expected int, got True"),
+        (of("image", range=[1, 0]), "modalities.x.range: expected the least and the greatest value, got [1.0, 0.0]"),
+        (
+            of("image", range=[0, "inf"]),
+            "modalities.x.range: expected the least and the greatest value, got [0.0, inf]",
+        ),
+        (of("audio", rate=1), "modalities.x.rate: expected 1000 to 384000, got 1"),
+        (of("audio", seconds="nan"), "modalities.x.seconds: expected 0.05 to 3600, got nan"),
+        (of("audio", mels=1000), "modalities.x.mels: expected 1 to 512, got 1000"),
+        (of("text", length=0), "modalities.x.length: expected 1 to 65536, got 0"),
+        (of("vector", features=0), "modalities.x.features: expected 1 to 65536, got 0"),
         ({"modalities": {"a photo": {"kind": "image"}}}, "modalities: expected names of letters"),
     ],
 )
@@ -75,6 +96,29 @@ def test_a_wrong_configuration_is_an_error_that_names_the_key(given, message):
     with pytest.raises(ConfigError) as raised:
         config.from_mapping(given)
     assert message in str(raised.value)
+
+
+NAMES = {"id": "key", "label": "price", "group": "lot"}
+READING = {
+    "name": lambda column: {column: {"kind": "text"}},
+    "column": lambda column: {"x": {"kind": "text", "column": column}},
+    "columns": lambda column: {"x": {"kind": "table", "columns": ["width", column]}},
+}
+
+
+@pytest.mark.parametrize("reading", READING)
+@pytest.mark.parametrize("column", ["id", "label", "split", "group", *NAMES.values()])
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression", "retrieval"])
+def test_no_modality_reads_the_answer(task, column, reading):
+    """Nor by the manifest's own name for it. Retrieval's answer is not the label, which may be a text to find."""
+    modalities = READING[reading](column) | BOTH["modalities"]
+    given = {"modalities": modalities, "data": NAMES, "task": {"kind": task}}
+    if task == "retrieval":
+        given["task"]["target"] = ["words"]
+    allowed = task == "retrieval" and column in ("label", "price")
+    message = rf"^modalities\.\w+: reads the column '{column}', which is no input"
+    with contextlib.nullcontext() if allowed else pytest.raises(ConfigError, match=message):
+        assert config.from_mapping(given).modalities.keys() == modalities.keys()
 
 
 def test_a_configuration_comes_back_from_its_yaml(tmp_path):

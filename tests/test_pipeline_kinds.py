@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import made_up
-from conftest import missing
+from conftest import missing, run_python
 
 try:
     import torch
@@ -30,13 +30,56 @@ def test_transparency_is_white_and_the_rest_is_padded_white():
     assert kinds.Image(size=4, channels=1).decode(made_up.png(picture)).shape == (1, 4, 4)
 
 
-def test_pictures_are_turned_as_exif_says():
-    picture = Image.new("RGB", (4, 4), "white")
-    picture.paste((0, 0, 0), (0, 0, 4, 2))
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("side", [4, 64])
+def test_pictures_are_turned_as_exif_says(dtype, side, monkeypatch):
+    monkeypatch.setattr(kinds, "LARGE", 100)
+    pixels = np.full((side, side), np.iinfo(dtype).max, dtype)
+    pixels[: side // 2] = 0
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by a quarter, clockwise: the black top comes to the right
-    decoded = kinds.Image(size=4).decode(made_up.png(picture, exif=exif))
-    assert (decoded[:, :, 2:] == 0).all() and (decoded[:, :, :2] == 255).all()
+    decoded = kinds.Image(size=4).decode(made_up.png(Image.fromarray(pixels), exif=exif))
+    assert (decoded[:, :, 2:] < 64).all() and (decoded[:, :, :2] > 192).all()
+
+
+FORMS = {
+    "1": lambda grey: Image.fromarray(grey).convert("1"),
+    "L": Image.fromarray,
+    "P": lambda grey: Image.fromarray(grey).convert("P"),
+    "LA": lambda grey: Image.merge("LA", [Image.fromarray(grey), Image.fromarray(grey.T.reshape(grey.shape))]),
+    "RGBA": lambda grey: Image.merge("RGBA", [Image.fromarray(np.roll(grey, k)) for k in range(4)]),
+    "16 bits": lambda grey: Image.fromarray(grey * np.uint16(257)),
+    "floats": lambda grey: Image.fromarray(grey / np.float32(255)),
+    "floats of any range": lambda grey: Image.fromarray(grey * np.float32(0.5) - 3),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_large_pictures_are_averaged_first(form, monkeypatch, rng):
+    """Some rows at a time, which does not show."""
+    grey = rng.integers(1, 255, size=(301, 203), dtype=np.uint8)
+    grey[0, 0], grey[-1, -1] = 0, 255  # what 32 bits are scaled by is in the first rows and in the last
+    picture, eight = FORMS[form](grey), FORMS[form if len(form) <= 4 else "L"](grey)
+    averaged = eight.convert("RGBA").reduce(301 // (8 * kinds.SPARE))
+    monkeypatch.setattr(kinds, "LARGE", 5000)
+    image = kinds.Image(size=8)
+    assert np.array_equal(image.decode(made_up.png(picture, format="TIFF")), image.decode(made_up.png(averaged)))
+
+
+def test_pictures_of_very_many_pixels_take_little_memory():
+    """Pillow's own is a byte for a pixel of one bit; all of them in RGBA would take eight more."""
+    code = """
+import io, pathlib, re
+from PIL import Image
+from fusionsum.pipeline import kinds
+def peak():  # of this program; what getrusage tells begins with the peak of the process that started it
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+before, file = peak(), io.BytesIO()
+Image.new("1", (13000, 13000)).save(file, "PNG", compress_level=1)
+assert kinds.Image().decode(file.getvalue()).shape == (3, 64, 64)
+print((peak() - before) / 13000**2)
+"""
+    assert float(run_python(code)) <= 4
 
 
 @pytest.mark.parametrize("options", [{}, {"lower": False}, {"accents": False}])

@@ -66,10 +66,17 @@ def test_a_bad_row_is_named_by_line_and_column(tmp_path, text, message):
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize("label", ["nan", "inf", "tall"])
+@pytest.mark.parametrize("label", ["nan", "inf", "-inf", "1e39", "-1e300", "1e400", "tall"])
 def test_regression_needs_finite_numbers(tmp_path, label):
-    with pytest.raises(ManifestError, match=r"m\.csv:3, column 'label': "):
-        checked(tmp_path, f"{HEADER}a,train,1e-3,,w\nb,train,{label},,w\n", WORDS | {"task": {"kind": "regression"}})
+    given = WORDS | {"task": {"kind": "regression"}}
+    with pytest.raises(ManifestError, match=r"^m\.csv:3, column 'label': (is NaN|expected a finite number)") as raised:
+        checked(tmp_path, f"{HEADER}a,train,1e-3,,w\nb,train,{label},,w\nc,train,-3e38,,w\n", given)
+    assert len(raised.value.problems) == 1
+    if label == "tall":
+        return
+    rows = [{"split": "train", "label": value, "words": "w"} for value in (1e-3, float(label), -3e38)]
+    with pytest.raises(ManifestError, match=r"^list, row 1, column 'label': (is empty|expected a finite number)"):
+        check(sources.read(rows), given)
 
 
 def test_retrieval_needs_both_sides_but_no_label(tmp_path):

@@ -79,6 +79,21 @@ def test_embeddings_of_retrieval_have_unit_length_and_two_sides(folder, retrieva
         retrieval.predict_proba(only)
 
 
+def test_a_modality_without_a_column_is_missing_in_all_rows(folder, predictor, tmp_path, caplog):
+    rows = made_up.rows(folder, 6)
+    lacking = [{name: cell for name, cell in row.items() if name not in ("text", "height")} for row in rows]
+    blank = made_up.write(folder / "blank.csv", [row | {"text": "", "height": ""} for row in rows])
+    found = predictor.predict(made_up.write(folder / "lacking.csv", lacking), progress=False)
+    assert found == predictor.predict(blank, progress=False) and len(found) == 6
+    assert found != predictor.predict(made_up.write(folder / "whole.csv", rows), progress=False)
+    slip = made_up.write(folder / "slip.csv", [row | {"txt": "a red thing"} for row in lacking])
+    with pytest.raises(ManifestError, match=r"^slip\.csv: unknown column 'text'; did you mean 'txt'\?"):
+        predictor.predict(slip, progress=False)
+    nothing = made_up.write(folder / "nothing.csv", [{"id": row["id"], "value": row["value"]} for row in rows])
+    with pytest.raises(ManifestError, match=r"^nothing\.csv: unknown column 'image'"):
+        predictor.predict(nothing, progress=False)
+
+
 def test_a_row_that_cannot_be_read_keeps_its_place(folder, predictor, tmp_path):
     rows = made_up.rows(tmp_path, 6)
     (tmp_path / "2.png").write_bytes(b"broken")

@@ -6,6 +6,9 @@ What lives elsewhere: how each kind decodes (``test_pipeline_kinds.py``); the ch
 
 from __future__ import annotations
 
+import json
+import os
+
 import numpy as np
 import pytest
 
@@ -13,10 +16,11 @@ import made_up
 from conftest import missing
 
 try:
+    import soundfile
     import torch
     from PIL import Image
 
-    from fusionsum.pipeline import ManifestError, kinds, preprocess, sources
+    from fusionsum.pipeline import ManifestError, files, kinds, preprocess, sources
     from fusionsum.pipeline.cache import Cache
     from fusionsum.pipeline.config import from_mapping
     from fusionsum.pipeline.kinds import KINDS
@@ -25,7 +29,12 @@ except ModuleNotFoundError as error:
 
 
 BAD = {
-    "image": [(b"", "is no picture"), (b"no picture", "is no picture"), ("cut", "truncated")],
+    "image": [
+        (b"", "is no picture"),
+        (b"P4 20000 20000\n", "400000000 pixels) exceeds limit of 178956970"),
+        (b"no picture", "is no picture"),
+        ("cut", "truncated"),
+    ],
     "audio": [
         (b"", "is no sound that libsndfile reads: "),
         (b"no sound", "is no sound that libsndfile reads: "),
@@ -68,6 +77,26 @@ def test_a_bad_file_is_named_with_its_row_and_column(tmp_path, kind, content, me
 def test_a_bad_cell_is_named(tmp_path, kind, cell, message):
     problem, _ = gathered(tmp_path, kind, cell)
     assert message in problem.reason
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "vector"])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("fifo", "is not a regular file"),
+        ("/dev/zero", "is not a regular file"),
+        ("folder", "irectory"),
+        ("large", "is larger than 512 MiB"),
+        ("\0", "embedded null byte"),
+    ],
+)
+def test_only_regular_files_of_some_size_are_read(tmp_path, kind, name, message):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(files.MOST + 1)
+    problem, _ = gathered(tmp_path, kind, name)
+    assert message in problem.reason and repr(name) in problem.reason
 
 
 def gathered(tmp_path, kind, cell):
@@ -119,6 +148,50 @@ def test_each_content_is_decoded_once_and_never_again(tmp_path, monkeypatch):
     assert gather(8).index.tolist() == [0, 0, 1, 2, 3, 1, 0]
     assert len(decoded) == 10
     assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_rows_as_hugging_face_holds_them_are_those_of_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # file names in memory are relative to the current folder
+    row = made_up.rows(tmp_path, 2)[1]
+    picture, sound = ((tmp_path / row[name]).read_bytes() for name in ("image", "sound"))
+    samples, rate = soundfile.read(tmp_path / row["sound"], dtype="float32")
+    array = {"path": None, "array": samples, "sampling_rate": rate}
+    columns = {
+        "image": [row["image"], {"bytes": picture, "path": None}, {"bytes": None, "path": row["image"]}, None],
+        "sound": [row["sound"], {"bytes": sound, "path": "elsewhere.wav"}, array, None],
+    }
+    for name, cells in columns.items():
+        read, modality = sources.read([{name: cell} for cell in cells]), config(name).modalities[name]
+        items, problems = preprocess.gather(read, name, modality, Cache(tmp_path / "cache"), progress=False)
+        assert not problems and [k >= 0 for k in items.index] == [True, True, True, False]
+        assert all(np.array_equal(items.distinct[k], items.distinct[0]) for k in items.index[:3])
+
+
+def config(*names, **data):
+    return from_mapping({"modalities": {name: made_up.MODALITIES[name] for name in names}, "data": data})
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("size", [1, 5, 6, 12, 13])
+def test_parts_of_the_rows_hold_what_all_hold(tmp_path, suffix, size):
+    """A row that cannot be read included; a line of JSONL has only what its row has."""
+    rows, path = made_up.rows(tmp_path, 12), tmp_path / f"m.{suffix}"
+    (tmp_path / "7.png").write_bytes(b"broken")
+    made_up.write(tmp_path / "m.csv", rows)
+    lines = [json.dumps({name: cell for name, cell in row.items() if cell}) for row in rows]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    given = config(*made_up.MODALITIES, cache=str(tmp_path / "cache"), on_error="skip")
+    whole = preprocess.gather_rows(given, path, labelled=False, training=False, progress=False)
+    parts = list(preprocess.stream_rows(given, path, size=size))
+    assert [len(part.every) for part in parts] == [min(size, 12 - k) for k in range(0, 12, size)]
+    assert [row for part in parts for row in by_row(part)] == by_row(whole) and len(by_row(whole)) == 11
+    assert [message for part in parts for message in part.messages] == whole.messages and len(whole.messages) == 1
+
+
+def by_row(part):
+    """Return the line, the id and the items of each usable row."""
+    items = [[None if k < 0 else of.distinct[k].tolist() for k in of.index] for of in part.items.values()]
+    return list(zip(part.manifest.lines, part.manifest.column("id"), *items, strict=True))
 
 
 def test_columns_mark_missing_items():

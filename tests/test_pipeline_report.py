@@ -212,6 +212,24 @@ def test_curves_of_ones_own_and_the_command_are_shown(tmp_path):
     assert (tmp_path / "plots" / "The-dial.svg").exists()
 
 
+def test_the_report_of_several_labels(folder, tmp_path):
+    rows = [
+        row | {"label": f"{row['label']}|{'odd' if i % 2 else 'even'}"} for i, row in enumerate(made_up.rows(tmp_path))
+    ]
+    rows[0]["label"] = ""
+    path = made_up.write(tmp_path / "m.csv", rows)
+    config = made_up.config(tmp_path, task={"kind": "multilabel"}, train={"epochs": 1})
+    evaluation = MultimodalPredictor(config).fit(path, progress=False).evaluate(progress=False)
+    page, html = written(evaluation, tmp_path / "report")
+    assert not page.open and not page.loads
+    for sentence in verdicts(evaluation):
+        assert sentence in page.text
+    for name in evaluation.results["test"]["fused"]["all"]:
+        assert readable(name).split(" ")[-1] in page.text
+    for label in (*made_up.COLOURS, "odd", "even"):
+        assert re.search(rf"<th[^>]*>(<span>)?{label}", html)
+
+
 ODD = ["under $5", "$5_$10", "<b>&", "猫が好き", "a" * 300]
 
 

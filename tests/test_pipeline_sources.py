@@ -6,6 +6,7 @@ What lives elsewhere: the lines of CSV and JSONL files (``test_pipeline_manifest
 from __future__ import annotations
 
 import csv
+import json
 import os
 
 import numpy as np
@@ -33,11 +34,14 @@ def made(kind, tmp_path):
         path = tmp_path / "m.csv"
         path.write_text("\n".join(map(",".join, [CELLS, *zip(*CELLS.values(), strict=True)])), encoding="utf-8")
         return path
+    if kind == "jsonl":
+        (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+        return tmp_path / "m.jsonl"
     package = pytest.importorskip(kind)
     return package.Dataset.from_list(ROWS) if kind == "datasets" else package.DataFrame(ROWS)
 
 
-KINDS = ["csv", "list", "iterator", "pandas", "polars", "datasets"]
+KINDS = ["csv", "jsonl", "list", "iterator", "pandas", "polars", "datasets"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,6 +58,15 @@ def test_columns_of_other_names_and_rows_without_an_id():
     read = sources.read([{"price": 1, "word": "a"}, {"word": "b"}], {"label": "price"})
     assert read.column("label") == ["1", ""] and read.column("id") == ["0", "1"]
     assert read.where(1, "label") == "list, row 1, column 'price'"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "iterator"])
+def test_a_column_that_was_there_once_is_there_in_all_later_parts(kind, tmp_path, monkeypatch):
+    rows = [{"id": "a", "word": "x"}, {"id": "b"}, {"size": 1}, {"id": "d"}]
+    monkeypatch.setitem(globals(), "ROWS", rows)
+    parts = list(sources.batches(made(kind, tmp_path), 1))
+    assert [part.columns for part in parts] == [("id", "word")] * 2 + [("id", "word", "size")] * 2
+    assert [cell for part in parts for cell in part.column("word")] == ["x", "", "", ""]
 
 
 def test_objects_in_memory_stay(tmp_path):

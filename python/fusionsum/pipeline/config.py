@@ -171,6 +171,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     if kind is Any:
         return value
     if origin is Literal:
+        _convert(value, type(options[0]), key)
         if value not in options:
             raise ConfigError(f"{key}: {unknown('choice', str(value), options)}")
         return value
@@ -226,7 +227,11 @@ def _modality(given: Any, key: str) -> Modality:
         for column in made.categories or ():
             if column not in made.columns:
                 raise ConfigError(f"{key}.categories: {unknown('column', column, made.columns)}")
-    if isinstance(made, Image) and made.range and not (len(made.range) == 2 and made.range[0] < made.range[1]):
+    if (
+        isinstance(made, Image)
+        and made.range
+        and not (len(made.range) == 2 and -math.inf < made.range[0] < made.range[1] < math.inf)
+    ):
         raise ConfigError(f"{key}.range: expected the least and the greatest value, got {list(made.range)}")
     return made
 

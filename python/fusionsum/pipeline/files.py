@@ -26,10 +26,9 @@ def opened(path: Path) -> io.BufferedReader:
 def content(path: Path) -> bytes:
     """Return the bytes of a regular file; more than `MOST` are a ValueError."""
     with opened(path) as file:
-        read = file.read(MOST + 1)
-    if len(read) > MOST:
-        raise ValueError(f"is larger than {MOST >> 20} MiB")
-    return read
+        if os.fstat(file.fileno()).st_size <= MOST and len(read := file.read(MOST + 1)) <= MOST:
+            return read
+    raise ValueError(f"is larger than {MOST >> 20} MiB")
 
 
 def state(path: Path) -> str:
@@ -39,7 +38,7 @@ def state(path: Path) -> str:
     """
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # the latter for a name that holds the character 0
         return ""
     changed = max(found.st_mtime_ns, found.st_ctime_ns)
     if not stat.S_ISREG(found.st_mode) or time.time_ns() - changed < 2_000_000_000:

@@ -168,6 +168,8 @@ def _of_bytes(content: bytes) -> str:
     try:
         PillowImage.open(io.BytesIO(content)).close()
         return "image"
+    except PillowImage.DecompressionBombError:  # the rows of such pictures are named when they are read
+        return "image"
     except OSError:
         pass
     try:

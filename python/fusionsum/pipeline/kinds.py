@@ -12,7 +12,7 @@ import json
 import math
 import threading
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import files
 
-VERSION = "2"  # of the cached arrays: raise it when a kind decodes the same bytes to another array
+VERSION = "3"  # of the cached arrays: raise it when a kind decodes the same bytes to another array
 
 
 LARGE = 1 << 24  # pixels: larger pictures are shrunk before anything else, and decoded one at a time
@@ -173,37 +173,53 @@ class Image(Modality):
         large = file.width * file.height > LARGE
         enough = SPARE * self.size
         file.draft("RGB", (enough, enough))  # JPEGs only: a half, a quarter or an eighth of the size is decoded
-        picture: PillowImage.Image = file
-        if file.mode.startswith(("I", "F")):
-            picture = PillowImage.fromarray(self._eight_bits(np.asarray(file), file.mode))
-        factor = min(max(picture.size) // enough, *picture.size)
-        if large and factor > 1:
-            picture = picture.convert("RGBA") if picture.mode in ("P", "PA", "1") else picture
-            picture = picture.reduce(factor)
-            picture.getexif().update(file.getexif())
+        file.load()
+        deep = file.mode.startswith(("I", "F"))
+        factor = max(1, min(max(file.size) // enough, *file.size)) if large else 1
+        if not deep and factor == 1:
+            return file
+        rows = factor * max(1, LARGE // (file.width * factor))  # at a time, for each conversion is a copy
+        low, high = self._limits(map(np.asarray, _strips(file, rows)), file.mode) if deep else (0.0, 0.0)
+        parts = []
+        for strip in _strips(file, rows):
+            if deep:
+                strip = PillowImage.fromarray(_eight_bits(np.asarray(strip), low, high))
+            elif strip.mode in ("P", "PA", "1") or "transparency" in strip.info:
+                strip = strip.convert("RGBA")
+            parts.append(strip.reduce(factor))
+        picture = PillowImage.new(parts[0].mode, (parts[0].width, sum(part.height for part in parts)))
+        for k, part in enumerate(parts):
+            picture.paste(part, (0, k * parts[0].height))
+        picture.getexif().update(file.getexif())
         return picture
 
-    def _eight_bits(self, values: np.ndarray, mode: str) -> np.ndarray:
-        """Scale values of 16 or 32 bits to uint8, some rows at a time."""
+    def _limits(self, parts: Iterable[np.ndarray], mode: str) -> tuple[float, ...]:
+        """Return the values of 16 or 32 bits that become 0 and 255."""
         if self.range:
-            low, high = self.range
-        else:
-            known = values[np.isfinite(values)] if mode == "F" else values
-            low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
-            for top in (1.0, 255.0) if mode == "F" else (65535.0,):
-                if low >= 0 and high <= top:
-                    low, high = 0.0, top
-                    break
-        scale = 255 / (high - low) if high > low else 0.0
-        scaled = np.empty(values.shape, dtype=np.uint8)
-        for k in range(0, len(values), 256):
-            part = (values[k : k + 256].astype(np.float32) - low) * scale
-            scaled[k : k + 256] = np.nan_to_num(part).clip(0, 255).round()
-        return scaled
+            return self.range
+        known = (values[np.isfinite(values)] for values in parts)
+        extremes = [(float(values.min()), float(values.max())) for values in known if values.size] or [(0.0, 0.0)]
+        low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
+        for top in (1.0, 255.0) if mode == "F" else (65535.0,):
+            if low >= 0 and high <= top:
+                return 0.0, top
+        return low, high
 
     def nbytes(self) -> int:
         """Return the bytes of the decoded picture."""
         return self.channels * self.size**2
+
+
+def _strips(picture: PillowImage.Image, rows: int) -> Iterator[PillowImage.Image]:
+    """Give a picture's rows, some at a time."""
+    for top in range(0, picture.height, rows):
+        yield picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+
+
+def _eight_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Scale values of 16 or 32 bits to uint8."""
+    scale = 255 / (high - low) if high > low else 0.0
+    return np.nan_to_num((values.astype(np.float32) - low) * scale).clip(0, 255).round().astype(np.uint8)
 
 
 def _picture(given: Any) -> PillowImage.Image:

@@ -213,13 +213,14 @@ def _from_jsonl(path: Path, size: int | None) -> Iterator[Manifest]:
                 yield number, row
 
     problems: list[str] = []
+    names: dict[Any, None] = {}
     try:
         found = rows(problems)
         while chunk := list(itertools.islice(found, size)):
             if problems:
                 break
             lines, given = zip(*chunk, strict=True)
-            yield Manifest(path.name, path.parent, _transposed(given), list(lines), path)
+            yield Manifest(path.name, path.parent, _transposed(given, names), list(lines), path)
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError([f"{path}: {error}"]) from None
     if problems:
@@ -232,9 +233,9 @@ def _plain(value: Any) -> bool:
     return not isinstance(value, dict)
 
 
-def _transposed(rows: Sequence[Mapping[Any, Any]]) -> dict[str, list[Any]]:
-    """Return the cells of rows by column; what a row lacks is missing."""
-    names = dict.fromkeys(key for row in rows for key in row)
+def _transposed(rows: Sequence[Mapping[Any, Any]], names: dict[Any, None]) -> dict[str, list[Any]]:
+    """Return the cells of rows by column; what a row lacks is missing. `names` collects the columns of all parts so far."""
+    names |= dict.fromkeys(key for row in rows for key in row)
     return {str(name): [cell(row.get(name)) for row in rows] for name in names}
 
 
@@ -266,11 +267,12 @@ def _polars(frame: Any) -> Take:
 
 def _from_dicts(rows: Iterable[Any], size: int | None) -> Iterator[Manifest]:
     name, start, left = _name(rows), 0, iter(rows)
+    names: dict[Any, None] = {}
     while chunk := list(itertools.islice(left, size)):
         for number, row in enumerate(chunk, start):
             if not isinstance(row, Mapping):
                 raise ManifestError([f"{name}, row {number}: expected a dict, got {type(row).__name__}"])
-        yield Manifest(name, Path(), _transposed(chunk), range(start, start + len(chunk)))
+        yield Manifest(name, Path(), _transposed(chunk, names), range(start, start + len(chunk)))
         start += len(chunk)
 
 
