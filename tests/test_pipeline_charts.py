@@ -66,6 +66,13 @@ def test_curves_go_through_their_points_and_bands_hold_them():
     assert len(list(tree.iter(f"{SVG}circle"))) == 4
 
 
+def test_curves_that_share_a_colour_are_told_apart_by_dashes():
+    names = [f"curve {k}" for k in range(charts.COLOURS + 2)]
+    tree = ElementTree.fromstring(charts.lines(charts.Curves("t", "x", "y", [0, 1], {n: [[0], [1]] for n in names})))
+    kinds = [line.get("class") for line in tree.iter(f"{SVG}polyline")]
+    assert len(set(kinds)) == len(names)
+
+
 @pytest.mark.parametrize("low, high", [(0, 1), (0.26, 0.94), (-3, 1200), (1e-6, 3e-6), (5, 5), (-1, 1e12)])
 def test_ticks_are_few_round_and_inside(low, high):
     found = charts.ticks(low, high)

@@ -151,6 +151,11 @@ def strips(title: str, rows: Sequence[Strip], at: Mapping[float, str], low: floa
     return _drawing(title, bottom + 22, body)
 
 
+def _stroke(k: int) -> str:
+    """Return the classes of a curve: once all colours are taken, dashes tell it from the one that shares its colour."""
+    return f"c{k % COLOURS}{' dashed' if k >= COLOURS else ''}"
+
+
 def lines(curves: Curves, height: int = 220) -> Markup:
     """Draw curves: the mean at each place and, of several values, the band from the least to the greatest."""
     points: dict[str, list[tuple[float, float, float, float]]] = {}
@@ -165,7 +170,7 @@ def lines(curves: Curves, height: int = 220) -> Markup:
     low, high = low - pad, high + pad
     left, right = min(curves.x), max(curves.x)
     keys = -(-len(points) // 2)
-    top = 22 + 20 * keys
+    top = 30 + 20 * keys
     bottom = top + height
 
     def across(x: float) -> float:
@@ -179,7 +184,7 @@ def lines(curves: Curves, height: int = 220) -> Markup:
         x, y = ("0", "50%")[k % 2], 34 + 20 * (k // 2)
         body.append(
             Markup('<svg x="{}" y="{}" width="22" height="8" overflow="visible">').format(x, y - 8)
-            + Markup('<line class="curve c{}" x1="0" x2="18" y1="4" y2="4"/>').format(k % COLOURS)
+            + Markup('<line class="curve {}" x1="0" x2="18" y1="4" y2="4"/>').format(_stroke(k))
             + Markup('<text x="24" y="8" class="{}">{}</text></svg>').format(
                 "ours" if name in curves.marked else "other", _cut(name, 24)
             )
@@ -197,7 +202,7 @@ def lines(curves: Curves, height: int = 220) -> Markup:
             body.append(Markup('<polygon class="band c{}" points="{}"/>').format(k % COLOURS, corners))
     for k, found in enumerate(points.values()):
         places = " ".join(f"{across(x):.2f},{down(mean):.2f}" for x, _, mean, _ in found)
-        body.append(Markup('<polyline class="curve c{}" points="{}"/>').format(k % COLOURS, places))
+        body.append(Markup('<polyline class="curve {}" points="{}"/>').format(_stroke(k), places))
     body.append(Markup("</svg>"))
     for k, found in enumerate(points.values()):
         if len(found) <= 12:  # few enough to show each
