@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from . import sources
 from .checkpoint import History
 from .config import Config, to_mapping
-from .errors import ConfigError, unknown
+from .errors import ConfigError, ManifestError, unknown
 from .fuse import FUSED
 from .kinds import Modality
 from .labels import check_classes, learn
@@ -38,6 +40,26 @@ def identity(config: Config, rows: Manifest) -> dict[str, Any]:
         found[section] = {k: v for k, v in found[section].items() if k not in keys}
     del found["title"], found["baselines"]
     return found | {"manifest": rows.digest()}
+
+
+def own_rows(config: Config, identity: Mapping[str, Any] | None) -> Manifest:
+    """Return the rows of a training; raise ManifestError if their manifest is gone or has changed since."""
+    path = Path(config.data.manifest)
+    if not path.is_file():
+        raise ManifestError(
+            [f"{path}: the manifest of the training is not there; give other rows (--manifest)"]
+            if config.data.manifest
+            else ["the rows of the training were in memory: give them, or others, to evaluate"]
+        )
+    rows = sources.read(path, config.data.names)
+    if identity is not None and rows.digest() != identity["manifest"]:
+        raise ManifestError(
+            [
+                f"{path}: has changed since the training, whose splits and labels are the old one's: restore it, "
+                f"or evaluate all of its rows (--manifest {path.name})"
+            ]
+        )
+    return rows
 
 
 def plan(

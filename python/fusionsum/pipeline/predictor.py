@@ -16,45 +16,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import sources
 from .checkpoint import Checkpoint, History
 from .config import Config, from_mapping, load
-from .errors import ConfigError, ManifestError, unknown
-from .evaluate import GIVEN, Condition, Evaluation, Measured, combine, coverage, measure, outputs
+from .errors import ConfigError, unknown
+from .evaluate import GIVEN, Evaluation, Measured, coverage, measure, tuned
 from .export import export
-from .features import encoder_class, find, known
 from .fuse import (
-    ALONE,
     FUSED,
     SUM,
     build,
-    combined_models,
+    checked,
     input_modalities,
-    layer,
     may_be_sum,
     parameter_count,
     trained_models,
     without_products,
 )
 from .infer import complete
-from .kinds import Modality, Vector
-from .labels import check_classes, encode, predicted, probabilities, tuned_offsets
-from .plan import choose, numbered, plan, products_help
+from .labels import check_classes, encode, predicted, probabilities
+from .plan import choose, numbered, own_rows, plan, products_help
 from .plan import identity as identity_of
 from .prediction import embeddings, streamed, table, values, write_table
 from .preprocess import Gathered, column, gather_rows
-from .pretrained import EXTRACTORS
-from .retrieve import Retrieved, listed, search
+from .retrieve import FOUND, Retrieved, among, retrieve
 from .run import Run, write_checkpoint
 from .train import Rows, contained, loaded, loss_of, losses, row_losses, train
 
 LOG = logging.getLogger("fusionsum")
 IN_MEMORY = ""  # the manifest of a training on rows in memory
-FOUND = 10  # targets that a prediction of retrieval lists
 
 
 class MultimodalPredictor:
@@ -101,25 +94,7 @@ class MultimodalPredictor:
     def _configure(self, config: Config) -> None:
         """Take a configuration and check what it names; one without modalities is completed by the rows of `fit`."""
         self.config = config
-        self.modalities: dict[str, Modality] = {}
-        for name, modality in config.modalities.items():
-            frozen = EXTRACTORS[modality.kind]
-            try:
-                if modality.encoder in frozen:
-                    self.modalities[name] = Vector(features=modality.features)
-                else:
-                    find(modality.encoder, config.data.code)
-                    encoder_class(modality.kind, modality.encoder, tuple(frozen))
-                    self.modalities[name] = modality
-            except ValueError as error:
-                raise ConfigError(f"modalities.{name}: {error}") from None
-        inputs = input_modalities(config)
-        if len(inputs) > 1:
-            try:
-                with torch.device("meta"):  # where initialising a layer draws no random numbers
-                    layer(config.fusion.layer, [2] * len(inputs), 2, config.fusion.options)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+        self.modalities = checked(config)
         self.models = trained_models(config)
 
     # Step 1 ----------------------------------------------------------------------------------------------------------
@@ -244,7 +219,7 @@ class MultimodalPredictor:
                     torch.manual_seed(seed)
                     model = self.model(name, state)
                     place = None if run is None else run.checkpoint(name, seed)
-                    query = [m for m in input_modalities(self.config) if m in _query_encoders(model)]
+                    query = list(getattr(model, "query", model).encoders)
                     try:
                         history = train(model, loss, rows, chosen, settings, identity, query, place, bar)
                     except ArithmeticError as error:
@@ -254,7 +229,9 @@ class MultimodalPredictor:
                     LOG.info("seed %s, %s: %s epochs, %s", seed, name, len(history), losses(history[-1]))
                 helped = self._helped(rows, state, chosen["validation"], seed)
                 self._settle(seed, helped)
-                shared = state | {"products": helped, "offsets": self._offsets(rows, chosen["validation"], seed)}
+                models = {name: self.model(name, self.states[name, seed]) for name in self.models}
+                offsets = tuned(self.config, models, rows, chosen["validation"])
+                shared = state | {"products": helped, "offsets": offsets}
                 for name in self.models:
                     self.states[name, seed] |= shared
                 if run is not None:
@@ -281,18 +258,6 @@ class MultimodalPredictor:
             fused, summed = (self.states[name, seed]["model"] for name in (FUSED, SUM))
             self.states[FUSED, seed] |= {"model": without_products(fused, summed)}
             self.histories[FUSED, seed] = self.histories[SUM, seed]
-
-    def _offsets(self, rows: Rows, chosen: torch.Tensor, seed: int) -> dict[str, list[float] | None]:
-        """Return by model the offsets of its decisions, tuned on the validation rows (`labels.tuned_offsets`)."""
-        task = self.config.task
-        if not task.tuned or not len(chosen):
-            return {}
-        models = {name: self.model(name, self.states[name, seed]) for name in self.models}
-        made = {name: outputs(model, rows, chosen)[Condition()] for name, model in models.items()}
-        alone = [made[name] for name in made if name.endswith(ALONE)]
-        made |= {name: combine(name, task.kind, alone) for name in combined_models(self.config) if alone}
-        labels = rows.labels[chosen].numpy()
-        return {name: tuned_offsets(task, output.values, labels) for name, output in made.items()}
 
     def model(self, name: str, state: Mapping[str, Any]) -> Any:
         """Make a model, with the weights of `state` if there are any."""
@@ -372,22 +337,7 @@ class MultimodalPredictor:
     def _own_rows(self, progress: bool) -> Gathered:
         """Return the rows of the training; raise ManifestError if their manifest is gone or has changed since."""
         if self.gathered is None:
-            path = Path(self.config.data.manifest)
-            if not path.is_file():
-                raise ManifestError(
-                    [f"{path}: the manifest of the training is not there; give other rows (--manifest)"]
-                    if self.config.data.manifest
-                    else ["the rows of the training were in memory: give them, or others, to evaluate"]
-                )
-            rows = sources.read(path, self.config.data.names)
-            if self.identity is not None and rows.digest() != self.identity["manifest"]:
-                raise ManifestError(
-                    [
-                        f"{path}: has changed since the training, whose splits and labels are the old one's: restore it, "
-                        f"or evaluate all of its rows (--manifest {path.name})"
-                    ]
-                )
-            self.gathered = gather_rows(self.config, rows, progress=progress)
+            self.gathered = gather_rows(self.config, own_rows(self.config, self.identity), progress=progress)
         return self.gathered
 
     def predict(
@@ -450,12 +400,21 @@ class MultimodalPredictor:
         return write_table(Path(out), itertools.chain([first], found), columns)
 
     def _predictions(self, rows: Any, model: str, seed: int, on_error: str, progress: bool) -> Iterator[dict[str, Any]]:
-        if self.config.task.kind == "retrieval":
-            return iter(self._found(rows, model, seed, on_error, progress))
-        state, task = self.states[model, seed], self.config.task
+        state, task, network = self.states[model, seed], self.config.task, self._network(model, seed)
+        if task.kind == "retrieval":
+            gathered = gather_rows(
+                self.config, rows, labelled=False, training=False, on_error=on_error, progress=progress
+            )
+            ids = gathered.manifest.column("id")
+            with contained(self.config.train.threads):
+                found = among(network, self.rows(gathered, state, labelled=False), ids)
+            return ({"id": name} | row for name, row in zip(ids, found, strict=True))
         offsets = state["offsets"].get(model)
-        parts = self._streamed(rows, values(self._network(model, seed)), state, None, on_error, progress)
+        parts = self._streamed(rows, values(network), state, None, on_error, progress)
         return table(parts, lambda said: predicted(task, state["task"], said, offsets), on_error == "skip")
+
+    def _tensors(self, state: Mapping[str, Any]) -> Callable[[Gathered], Rows]:
+        return lambda part: self.rows(part, state, labelled=False)
 
     def _streamed(
         self,
@@ -466,10 +425,7 @@ class MultimodalPredictor:
         on_error: str,
         progress: bool,
     ) -> Iterator[tuple[Gathered, np.ndarray]]:
-        def tensors(part: Gathered) -> Rows:
-            return self.rows(part, state, labelled=False)
-
-        return streamed(self.config, rows, tensors, say, only, on_error, progress)
+        return streamed(self.config, rows, self._tensors(state), say, only, on_error, progress)
 
     def predict_proba(
         self, rows: Any, model: str = FUSED, seed: int | None = None, progress: bool = True
@@ -529,27 +485,6 @@ class MultimodalPredictor:
         self._must_be_fitted()
         return tuple(self.states[FUSED, self.config.train.seeds[0]]["task"].get("classes", ()))
 
-    @torch.no_grad()
-    def _found(self, source: Any, model: str, seed: int, on_error: str, progress: bool) -> list[dict[str, Any]]:
-        """Return what retrieval finds among the targets of the rows themselves."""
-        state = self.states[model, seed]
-        gathered = gather_rows(
-            self.config, source, labelled=False, training=False, on_error=on_error, progress=progress
-        )
-        rows = self.rows(gathered, state, labelled=False)
-        numbers, first = np.unique(rows.labels.numpy(), return_index=True)
-        first = first[numbers >= 0]
-        ids = gathered.manifest.column("id")
-        found: list[dict[str, Any]] = [{"id": name} for name in ids]
-        if len(first):
-            gallery = rows, torch.from_numpy(first)
-            with contained(self.config.train.threads):
-                output = outputs(self._network(model, seed), rows, torch.arange(len(ids)), gallery)[Condition()]
-            answers = listed([ids[i] for i in first], *search(output, FOUND))
-            found = [row | answer for row, answer in zip(found, answers, strict=True)]
-        return found
-
-    @torch.no_grad()
     def retrieve(self, queries: Any, gallery: Any, k: int = FOUND, progress: bool = True) -> Retrieved:
         """Find a gallery's best targets for queries, by the fused model of the first seed.
 
@@ -575,30 +510,9 @@ class MultimodalPredictor:
         self._must_be_fitted()
         if self.config.task.kind != "retrieval":
             raise ConfigError(f"task.kind: expected 'retrieval', got {self.config.task.kind!r}")
-        state, target = self.states[FUSED, self.config.train.seeds[0]], self.config.task.target
-        asked, given = (
-            gather_rows(self.config, rows, labelled=False, training=False, only=only, progress=progress)
-            for rows, only in ((queries, input_modalities(self.config)), (gallery, target))
-        )
-        _, first, number = np.unique(given.target_numbers(target), return_index=True, return_inverse=True)
-        with contained(self.config.train.threads):
-            output = outputs(
-                self.model(FUSED, state),
-                self.rows(asked, state, labelled=False),
-                torch.arange(len(asked.manifest)),
-                (self.rows(given, state, labelled=False), torch.from_numpy(first)),
-            )[Condition()]
-            scores, found = search(output, k)
-        own = dict(zip(given.manifest.column("id"), number.tolist(), strict=True))
-        return Retrieved(
-            config=self.config,
-            queries=asked.manifest,
-            gallery=given.manifest.take(first),
-            rows=len(given.manifest),
-            scores=scores,
-            found=found,
-            own=np.array([own.get(name, -1) for name in asked.manifest.column("id")]),
-        )
+        seed = self.config.train.seeds[0]
+        tensors = self._tensors(self.states[FUSED, seed])
+        return retrieve(self.config, self._network(FUSED, seed), tensors, queries, gallery, k, progress)
 
     def chosen(self, model: str = FUSED, seed: int | None = None) -> tuple[str, int, str]:
         """Choose one of the trained models by the validation loss: its name, its seed, and why (`plan.choose`)."""
@@ -674,13 +588,7 @@ class MultimodalPredictor:
             If the folder is not a run, its training is not done, or it names a module that is not trusted.
         """
         run = Run(folder)
-        config = run.config()
-        for name, modality in config.modalities.items():
-            if ":" in modality.encoder and not (trust_encoder or known(modality.encoder)):
-                raise ConfigError(
-                    f"modalities.{name}.encoder: {folder} asks to import {modality.encoder!r}, which executes it: say so "
-                    f"if you trust it (--trust-encoder, trust_encoder=True)"
-                )
+        config = run.config(trust_encoder)
         predictor = cls(config)
         for seed in config.train.seeds:
             shared, checkpoints = run.read(predictor.models, seed)
@@ -694,8 +602,3 @@ class MultimodalPredictor:
     def _must_be_fitted(self) -> None:
         if not self.states:
             raise RuntimeError("the predictor is not trained: call fit or load first")
-
-
-def _query_encoders(model: nn.Module) -> set[str]:
-    """Return the modalities that a model encodes, of two towers only the query's."""
-    return set(getattr(model, "query", model).encoders)

@@ -20,6 +20,7 @@ from . import checkpoint as files
 from .checkpoint import Checkpoint, History
 from .config import Config, Train, load, to_yaml
 from .errors import CheckpointError, ConfigError
+from .features import known
 from .manifest import write_csv
 
 MADE = ("checkpoints", "tensorboard", "plots", "evaluations")  # folders of a run
@@ -122,15 +123,28 @@ class Run:
         """Say that the training ended without a model: the folder is no run."""
         files.replace(self._failed, f"{reason}\n".encode())
 
-    def config(self) -> Config:
-        """Read the configuration; raise ConfigError if the folder is no run."""
+    def config(self, trust_encoder: bool = False) -> Config:
+        """Read the configuration.
+
+        Raises
+        ------
+        ConfigError, CheckpointError
+            If the folder is no run, or the configuration names a module to import that is not trusted.
+        """
         path = self.folder / "config.yaml"
         if not path.is_file():
             raise ConfigError(f"{self.folder}: is no run: it has no config.yaml")
         if self._failed.exists():
             reason = self._failed.read_text(encoding="utf-8", errors="replace").strip()
             raise CheckpointError(f"{self.folder}: is no run, for its training failed: {reason}")
-        return load(path)
+        config = load(path)
+        for name, modality in config.modalities.items():
+            if ":" in modality.encoder and not (trust_encoder or known(modality.encoder)):
+                raise ConfigError(
+                    f"modalities.{name}.encoder: {self.folder} asks to import {modality.encoder!r}, which executes it: say "
+                    f"so if you trust it (--trust-encoder, trust_encoder=True)"
+                )
+        return config
 
     def drawn(self, seeds: Sequence[int]) -> dict[int, dict[str, list[str]]]:
         """Return the splits that the run has drawn, ids by part, of those of the seeds that it has trained with."""
