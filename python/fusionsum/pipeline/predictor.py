@@ -389,26 +389,29 @@ class MultimodalPredictor:
         """
         model, seed, _ = self.chosen(model, seed)
         found = self._predictions(rows, model, seed, on_error, progress)
-        first = next(found)
-        learnt = self.states[model, seed]["task"]
-        columns = ["id", *(name for name in ("label", "split") if name in first)]
         if self.config.task.kind == "retrieval":
-            columns = list(first)
-        else:
-            columns += ["predicted", *(f"p({name})" for name in learnt.get("classes", ()))]
-            columns += ["error"] * (on_error == "skip")
+            every = list(found)
+            longest = max(map(list, every), key=len)  # a row with a prediction, which the first may not have
+            return write_table(Path(out), every, longest)
+        first = next(found)
+        columns = ["id", *(name for name in ("label", "split") if name in first), "predicted"]
+        columns += [f"p({name})" for name in self.states[model, seed]["task"].get("classes", ())]
+        columns += ["error"] * (on_error == "skip")
         return write_table(Path(out), itertools.chain([first], found), columns)
 
     def _predictions(self, rows: Any, model: str, seed: int, on_error: str, progress: bool) -> Iterator[dict[str, Any]]:
         state, task, network = self.states[model, seed], self.config.task, self._network(model, seed)
         if task.kind == "retrieval":
-            gathered = gather_rows(
-                self.config, rows, labelled=False, training=False, on_error=on_error, progress=progress
+            tensors = self._tensors(state)
+            parts = streamed(
+                self.config,
+                rows,
+                lambda part: among(network, tensors(part), part.manifest.column("id")),
+                on_error=on_error,
+                progress=progress,
+                size=None,  # each row is searched for among all
             )
-            ids = gathered.manifest.column("id")
-            with contained(self.config.train.threads):
-                found = among(network, self.rows(gathered, state, labelled=False), ids)
-            return ({"id": name} | row for name, row in zip(ids, found, strict=True))
+            return table(parts, list, on_error == "skip")
         offsets = state["offsets"].get(model)
         parts = self._streamed(rows, values(network), state, None, on_error, progress)
         return table(parts, lambda said: predicted(task, state["task"], said, offsets), on_error == "skip")
@@ -425,7 +428,8 @@ class MultimodalPredictor:
         on_error: str,
         progress: bool,
     ) -> Iterator[tuple[Gathered, np.ndarray]]:
-        return streamed(self.config, rows, self._tensors(state), say, only, on_error, progress)
+        tensors = self._tensors(state)
+        return streamed(self.config, rows, lambda part: say(tensors(part)), only, on_error, progress)
 
     def predict_proba(
         self, rows: Any, model: str = FUSED, seed: int | None = None, progress: bool = True
