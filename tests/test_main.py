@@ -174,11 +174,11 @@ def test_the_verbs_from_files_to_predictions(tmp_path, capsys):
     assert command.main([*train, "--resume"]) == 0
 
 
-def test_retrieve_writes_a_table_and_a_page(tmp_path, capsys):
+def test_retrieve_writes_a_table_and_a_page_that_a_new_run_does_not_keep(tmp_path, capsys):
     try:
         import yaml
 
-        import fusionsum.pipeline  # noqa: F401
+        from fusionsum.pipeline.run import Run
     except ModuleNotFoundError as error:
         missing(str(error))
     folder, run = made_up.folder(tmp_path), tmp_path / "run"
@@ -195,6 +195,10 @@ def test_retrieve_writes_a_table_and_a_page(tmp_path, capsys):
             header, *rows = csv.reader(file)
         assert (header[-1], len(rows)) == ("score_3" if options else "score_10", made_up.ROWS)
         assert (place / "retrieved.html").exists()
+    assert command.main(["evaluate", str(run)]) == 0
+    assert command.main(["predict", str(run), "--manifest", manifest]) == 0
+    Run(run).clear()  # as --overwrite does
+    assert not list(run.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 ``config.yaml`` (resolved), ``checkpoints/MODEL-SEED.safetensors`` and ``.csv`` (its log), ``checkpoints/SEED.json``
 (the seed's split, the statistics of its training rows, its decision offsets), ``log.csv`` (of all models),
 ``failed.txt`` (why a training ended without a model). What lives elsewhere: what is in a checkpoint (``checkpoint.py``);
-TensorBoard's files (``train.py``); ``metrics.json``, ``plots/`` and ``report.html`` (``report.py``).
+TensorBoard's files (``train.py``); ``metrics.json``, ``differences.json``, ``plots/`` and ``report.html`` (``report.py``);
+``retrieved.csv`` and ``retrieved.html`` (``retrieve.py``); ``predictions.csv`` (``prediction.py``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from .features import known
 from .manifest import write_csv
 
 MADE = ("checkpoints", "tensorboard", "plots", "evaluations")  # folders of a run
-WRITTEN = ("config.yaml", "log.csv", "failed.txt", "metrics.json", "report.html", "predictions.csv")
+WRITTEN = (
+    *("config.yaml", "log.csv", "failed.txt", "metrics.json", "differences.json", "report.html"),
+    *("predictions.csv", "retrieved.csv", "retrieved.html"),
+)
 
 
 class Run:
