@@ -399,6 +399,8 @@ class Evaluation:
         Classification's labels, in the order of the outputs.
     coverage : dict
         By modality, of the first seed's splits.
+    notes : sequence of str
+        What else is worth saying of the rows.
     """
 
     config: Config
@@ -410,6 +412,7 @@ class Evaluation:
     histories: dict[tuple[str, int], History]
     classes: tuple[str, ...]
     coverage: dict[str, Coverage]
+    notes: Sequence[str] = ()
 
     @cached_property
     def results(self) -> Results:

@@ -7,7 +7,7 @@ What lives here: decisions that need no model's weights. What lives elsewhere: t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,17 @@ def numbered(ids: Sequence[str], split: Mapping[str, Sequence[str]]) -> dict[str
         part: np.array([number[name] for name in names if name in number], dtype=np.int64)
         for part, names in split.items()
     }
+
+
+def trained_on(rows: Gathered, drawn: Iterable[Mapping[str, Sequence[str]]], identity: Mapping[str, Any]) -> int:
+    """Count the usable rows whose ids a seed trained on, by the splits that the seeds have `drawn`.
+
+    Ids that only number the rows say something of the training's own rows alone, by its `identity`.
+    """
+    if rows.every.numbered and rows.every.digest() != identity.get("manifest"):
+        return 0
+    trained = {name for split in drawn for name in split["train"]}
+    return sum(name in trained for name in rows.manifest.column("id"))
 
 
 def choose(

@@ -38,7 +38,7 @@ from .fuse import (
 )
 from .infer import complete
 from .labels import check_classes, encode, predicted, probabilities
-from .plan import choose, numbered, own_rows, plan, products_help
+from .plan import choose, numbered, own_rows, plan, products_help, trained_on
 from .plan import identity as identity_of
 from .prediction import embeddings, streamed, table, values, write_table
 from .preprocess import Gathered, column, gather_rows
@@ -296,7 +296,7 @@ class MultimodalPredictor:
             For bad rows; for a configuration without test splits.
         """
         self._must_be_fitted()
-        config, split = self.config, GIVEN
+        config, split, notes = self.config, GIVEN, []
         classes = tuple(self.states[FUSED, config.train.seeds[0]]["task"].get("classes", ()))
         if manifest is None:
             if not config.data.test:
@@ -309,6 +309,11 @@ class MultimodalPredictor:
             gathered = gather_rows(config, manifest, training=False, progress=progress)
             if classes:
                 check_classes(config.task, gathered.manifest, classes)
+            drawn = [self.states[FUSED, seed]["split"] for seed in config.train.seeds]
+            if count := trained_on(gathered, drawn, self.identity or {}):
+                said = f"{count:,} of {len(gathered.manifest):,} rows were trained on, by their ids"
+                notes = [f"Beware: {said}: this is no measure of what the models say of new rows."]
+                LOG.warning(notes[0])
             tests = (GIVEN,)
             parts = [{GIVEN: np.arange(len(gathered.manifest))}] * len(config.train.seeds)
         measured: dict[str, list[Measured]] = {test: [] for test in tests}
@@ -332,6 +337,7 @@ class MultimodalPredictor:
             histories=dict(self.histories),
             classes=classes,
             coverage={name: coverage(items.index, parts[0], tests) for name, items in gathered.items.items()},
+            notes=notes,
         )
 
     def _own_rows(self, progress: bool) -> Gathered:
