@@ -115,15 +115,17 @@ def numbered(ids: Sequence[str], split: Mapping[str, Sequence[str]]) -> dict[str
     }
 
 
-def trained_on(rows: Gathered, drawn: Iterable[Mapping[str, Sequence[str]]], identity: Mapping[str, Any]) -> int:
-    """Count the usable rows whose ids a seed trained on, by the splits that the seeds have `drawn`.
+def trained_on(rows: Gathered, drawn: Iterable[Mapping[str, Sequence[str]]], identity: Mapping[str, Any]) -> list[str]:
+    """Say how many of the usable rows have ids that a seed trained on, by the splits that the seeds have `drawn`, if any.
 
     Ids that only number the rows say something of the training's own rows alone, by its `identity`.
     """
     if rows.every.numbered and rows.every.digest() != identity.get("manifest"):
-        return 0
+        return []
     trained = {name for split in drawn for name in split["train"]}
-    return sum(name in trained for name in rows.manifest.column("id"))
+    count = sum(name in trained for name in rows.manifest.column("id"))
+    said = f"Beware: {count:,} of {len(rows.manifest):,} rows were trained on, by their ids"
+    return [f"{said}: this is no measure of what the models say of new rows."] if count else []
 
 
 def choose(

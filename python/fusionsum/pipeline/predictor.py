@@ -295,25 +295,22 @@ class MultimodalPredictor:
         ManifestError, ConfigError
             For bad rows; for a configuration without test splits.
         """
-        self._must_be_fitted()
-        config, split, notes = self.config, GIVEN, []
-        classes = tuple(self.states[FUSED, config.train.seeds[0]]["task"].get("classes", ()))
+        config, classes, split, notes = self.config, self.classes, GIVEN, []
+        drawn = [self.states[FUSED, seed]["split"] for seed in config.train.seeds]
         if manifest is None:
             if not config.data.test:
                 raise ConfigError("data.test: expected the name of a split or more to evaluate, got []")
-            gathered = self._own_rows(progress)
-            tests, split = config.data.test, config.data.split
-            ids = gathered.manifest.column("id")
-            parts = [numbered(ids, self.states[FUSED, seed]["split"]) for seed in config.train.seeds]
+            if self.gathered is None:
+                self.gathered = gather_rows(config, own_rows(config, self.identity), progress=progress)
+            gathered, tests, split = self.gathered, config.data.test, config.data.split
+            parts = [numbered(gathered.manifest.column("id"), of_seed) for of_seed in drawn]
         else:
             gathered = gather_rows(config, manifest, training=False, progress=progress)
             if classes:
                 check_classes(config.task, gathered.manifest, classes)
-            drawn = [self.states[FUSED, seed]["split"] for seed in config.train.seeds]
-            if count := trained_on(gathered, drawn, self.identity or {}):
-                said = f"{count:,} of {len(gathered.manifest):,} rows were trained on, by their ids"
-                notes = [f"Beware: {said}: this is no measure of what the models say of new rows."]
-                LOG.warning(notes[0])
+            notes = trained_on(gathered, drawn, self.identity or {})
+            for note in notes:
+                LOG.warning(note)
             tests = (GIVEN,)
             parts = [{GIVEN: np.arange(len(gathered.manifest))}] * len(config.train.seeds)
         measured: dict[str, list[Measured]] = {test: [] for test in tests}
@@ -339,12 +336,6 @@ class MultimodalPredictor:
             coverage={name: coverage(items.index, parts[0], tests) for name, items in gathered.items.items()},
             notes=notes,
         )
-
-    def _own_rows(self, progress: bool) -> Gathered:
-        """Return the rows of the training; raise ManifestError if their manifest is gone or has changed since."""
-        if self.gathered is None:
-            self.gathered = gather_rows(self.config, own_rows(self.config, self.identity), progress=progress)
-        return self.gathered
 
     def predict(
         self,
