@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,11 +175,11 @@ def test_the_verbs_from_files_to_predictions(tmp_path, capsys):
     assert command.main([*train, "--resume"]) == 0
 
 
-def test_retrieve_writes_a_table_and_a_page(tmp_path, capsys):
+def test_retrieve_writes_a_table_and_a_page_that_a_new_run_does_not_keep(tmp_path, capsys):
     try:
         import yaml
 
-        import fusionsum.pipeline  # noqa: F401
+        from fusionsum.pipeline.run import Run
     except ModuleNotFoundError as error:
         missing(str(error))
     folder, run = made_up.folder(tmp_path), tmp_path / "run"
@@ -195,12 +196,18 @@ def test_retrieve_writes_a_table_and_a_page(tmp_path, capsys):
             header, *rows = csv.reader(file)
         assert (header[-1], len(rows)) == ("score_3" if options else "score_10", made_up.ROWS)
         assert (place / "retrieved.html").exists()
+    assert command.main(["evaluate", str(run)]) == 0
+    assert command.main(["predict", str(run), "--manifest", manifest]) == 0
+    Run(run).clear()  # as --overwrite does
+    assert not list(run.iterdir())
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["prepare", "digit-sum"], "unknown data set 'digit-sum'; did you mean 'digits-sum'?"),
+        (["init", "none.csv"], "none.csv"),
+        (["init", "manifest.csv", "--out", "manifest.csv"], "--out: manifest.csv is the manifest"),
         (["train", "none.yaml", "--out", "run"], "none.yaml"),
         (["train", "config.yaml", "--out", "run", "--set", "train.seed=3"], "did you mean 'seeds'?"),
         (["train", "config.yaml", "--out", "run"], "column 'image': no such file: 0.png"),
@@ -266,6 +273,43 @@ def test_evaluation_on_other_rows_leaves_the_runs_own_report(folder, monkeypatch
         file.write("\n")
     assert command.main(["evaluate", str(run)]) == 1
     assert "classification.csv: has changed since the training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind, split, label",
+    [
+        ("classification", "manifest", lambda row: row["label"]),
+        ("multilabel", "by-seed", lambda row: f"{row['label']}|thing"),
+        ("regression", "manifest", lambda row: row["value"]),
+        ("retrieval", "by-seed", None),
+    ],
+)
+def test_init_writes_a_configuration_that_trains_as_it_is(folder, monkeypatch, capsys, kind, split, label):
+    from fusionsum.pipeline.config import load
+
+    monkeypatch.chdir(folder)
+    rows = [
+        {"id": row["id"], "image": row["image"], "text": row["text"] or f"thing {row['id']}", "height": row["height"]}
+        | ({"split": row["split"]} if split == "manifest" else {})
+        | ({"label": label(row)} if label else {})
+        for row in made_up.rows(folder)
+    ]
+    made_up.write(folder / "things.csv", rows)
+    (folder / "configurations").mkdir()
+    for place, options in (("things.yaml", []), ("configurations/c.yaml", ["--out", "configurations/c.yaml"])):
+        given, place = ["init", "things.csv", *options], Path(place)
+        assert command.main(given) == 0
+        assert f"fusionsum train {place}\n" in capsys.readouterr().out
+        assert command.main(given) == 1
+        assert f"{place} is there already: replace it (--overwrite)" in capsys.readouterr().err
+        assert command.main([*given, "--overwrite"]) == 0
+        made = load(place)
+        assert [modality.kind for modality in made.modalities.values()] == ["image", "text", "table"]
+        assert (made.task.kind, made.task.target) == (kind, ("text",) if kind == "retrieval" else ())
+        assert (made.title, made.data.split) == ("things", split)
+        assert os.path.samefile(made.data.manifest, folder / "things.csv")
+    sets = ["--set", "train.epochs=1", "--set", "train.seeds=1", "--set", "baselines=[]"]
+    assert command.main(["train", "things.yaml", "--out", "run", *sets]) == 0
 
 
 @pytest.mark.parametrize("options, lines", [([], 1), (["-q"], 0), (["-v"], 3)])

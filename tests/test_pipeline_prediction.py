@@ -15,7 +15,7 @@ try:
     import torch
 
     from fusionsum.pipeline import ConfigError, ManifestError, MultimodalPredictor, prediction
-    from fusionsum.pipeline.preprocess import stream_rows
+    from fusionsum.pipeline import predictor as predictor_module
 except ModuleNotFoundError as error:
     missing(str(error))
 
@@ -46,7 +46,7 @@ def test_parts_say_what_all_say(folder, predictor, monkeypatch):
     for row, share in zip(whole, shares, strict=True):
         assert [row[f"p({name})"] for name in predictor.classes] == pytest.approx(share, abs=1e-6)
         assert row["predicted"] == predictor.classes[share.argmax()]
-    monkeypatch.setattr(prediction, "stream_rows", functools.partial(stream_rows, size=7))
+    monkeypatch.setattr(predictor_module, "streamed", functools.partial(prediction.streamed, size=7))
     parts = predictor.predict(path, progress=False)
     assert [row["predicted"] for row in parts] == [row["predicted"] for row in whole]
     np.testing.assert_allclose(predictor.predict_proba(path, progress=False), shares, atol=1e-6)
@@ -94,21 +94,27 @@ def test_a_modality_without_a_column_is_missing_in_all_rows(folder, predictor, t
         predictor.predict(nothing, progress=False)
 
 
-def test_a_row_that_cannot_be_read_keeps_its_place(folder, predictor, tmp_path):
+@pytest.mark.parametrize("broken", [[0], [2, 3], list(range(6))])
+@pytest.mark.parametrize("task, answer", [("classification", "predicted"), ("retrieval", "found_1")])
+def test_a_row_that_cannot_be_read_keeps_its_place(request, tmp_path, task, answer, broken):
+    predictor = request.getfixturevalue("predictor" if task == "classification" else "retrieval")
     rows = made_up.rows(tmp_path, 6)
-    (tmp_path / "2.png").write_bytes(b"broken")
-    path = made_up.write(tmp_path / "m.csv", rows)
-    with pytest.raises(ManifestError, match=r"m\.csv:4, column 'image': '2\.png'"):
+    for i in broken:
+        (tmp_path / f"{i}.png").write_bytes(b"broken")
+    path = made_up.write(tmp_path / "m.csv", [row | {"text": f"thing {row['id']}"} for row in rows])
+    with pytest.raises(ManifestError, match=rf"m\.csv:{broken[0] + 2}, column 'image': '{broken[0]}\.png'"):
         predictor.predict(path, progress=False)
     out = tmp_path / "p.csv"
     assert predictor.write_predictions(path, out, on_error="skip", progress=False) == 6
     with out.open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
-    assert [row["id"] for row in found] == [f"row{i}" for i in range(6)]
-    assert [bool(row["error"]) for row in found] == [i == 2 for i in range(6)]
-    assert [row["predicted"] == "" for row in found] == [i == 2 for i in range(6)]
-    assert "column 'image'" in found[2]["error"]
-    assert [(row["label"], row["split"]) for row in found] == [(row["label"], row["split"]) for row in rows]
+    assert [(row["id"], row["label"], row["split"]) for row in found] == [
+        (row["id"], row["label"], row["split"]) for row in rows
+    ]
+    assert list(found[0])[-1] == "error"
+    for i, row in enumerate(found):
+        assert ("column 'image'" in row["error"], row.get(answer, "") == "") == (i in broken, i in broken)
+        assert row.get(answer) not in [f"row{j}" for j in broken]
 
 
 def test_no_cell_of_a_table_is_a_formula(folder, predictor, tmp_path):

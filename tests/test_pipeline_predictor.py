@@ -279,6 +279,26 @@ def test_evaluation_on_another_manifest(folder, tmp_path):
         predictor.evaluate(made_up.write(path, rows), progress=False)
 
 
+@pytest.mark.parametrize("numbered", [False, True])
+def test_rows_that_were_trained_on_are_no_test(tmp_path, caplog, numbered):
+    """Ids that only number the rows are said of the training's own manifest alone."""
+    rows = made_up.rows(tmp_path)
+    given = [{k: v for k, v in row.items() if not (numbered and k == "id")} for row in rows]
+    sections = {"train": {"seeds": 1, "epochs": 1}, "baselines": []}
+    path = made_up.write(tmp_path / "m.csv", given)
+    predictor = MultimodalPredictor(made_up.config(tmp_path, **sections)).fit(path, progress=False)
+    renamed = [row | {"id": f"new{i}"} for i, row in enumerate(rows)]
+    for others, count in ((given, 18), (given[:9], 0 if numbered else 6), (renamed, 0)):
+        caplog.clear()
+        evaluation = predictor.evaluate(made_up.write(tmp_path / "others.csv", others), progress=False)
+        said = f"Beware: {count} of {len(others)} rows were trained on"
+        assert [note.startswith(said) for note in evaluation.notes] == [True] * (count > 0)
+        assert [record.message for record in caplog.records if "trained on" in record.message] == evaluation.notes
+        write_report(tmp_path / "report", evaluation)
+        assert (said in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")) == (count > 0)
+    assert not predictor.evaluate(progress=False).notes
+
+
 BY_SEED = {"split": "by-seed", "test_share": 0.3, "validation_share": 0.2}
 
 

@@ -73,7 +73,8 @@ def test_predictions_are_what_is_found_in_the_same_manifest(predictor, folder):
     found = predictor.retrieve(folder / "retrieval.csv", folder / "retrieval.csv", progress=False)
     ids = found.gallery.column("id")
     predicted = predictor.predict(folder / "retrieval.csv", progress=False)
-    assert [row.pop("id") for row in predicted] == found.queries.column("id")
+    for name in ("id", "label", "split"):
+        assert [row.pop(name) for row in predicted] == found.queries.column(name)
     assert predicted == retrieve.listed(ids, found.scores, found.found)
 
 

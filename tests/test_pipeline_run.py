@@ -102,7 +102,8 @@ def test_what_a_failed_training_left_is_no_run(run):
 def test_only_a_runs_own_files_are_deleted(run, tmp_path):
     for name in ("notes.txt", "manifest.csv"):
         (run.folder / name).write_text("mine")
-    (run.folder / "report.html").write_text("")
+    for name in ("report.html", "differences.json", "retrieved.csv", "retrieved.html"):
+        (run.folder / name).write_text("")
     run.clear()
     assert {path.name for path in run.folder.iterdir()} == {"notes.txt", "manifest.csv"}
     (tmp_path / "config.yaml").write_text("mine")

@@ -123,7 +123,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusionsum", description="Multiplicative fusion of modalities.")
     parser.add_argument("--version", action="version", version=f"fusionsum {__version__}")
-    names = "{info,demo,prepare,train,evaluate,predict,retrieve,export,cache}"
+    names = "{info,demo,prepare,init,train,evaluate,predict,retrieve,export,cache}"
     commands = parser.add_subparsers(dest="command", metavar=names, parser_class=_Parser)
 
     def add(name: str, about: str, *common: str) -> argparse.ArgumentParser:
@@ -164,6 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--from", type=Path, dest="source", help="folder of Debian packages, .deb or unpacked (apt-get download)"
     )
+    verb = add("init", "write a configuration for a manifest, to be edited: what its columns tell", "overwrite")
+    verb.add_argument("manifest", type=Path, help="a CSV or JSONL file")
+    verb.add_argument("--out", type=Path, help="a YAML file (beside the manifest, MANIFEST.yaml)")
     verb = add("train", "train the models that a configuration describes", "overwrite", "said")
     verb.add_argument("config", type=Path, help="a YAML file")
     verb.add_argument("--out", type=Path, help="folder of the run (runs/CONFIG)")

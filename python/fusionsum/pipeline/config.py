@@ -1,7 +1,8 @@
 """The configuration of a training: its keys, their defaults, and errors that name the key and suggest the right one.
 
-What lives here: the sections, YAML in and out, ``--set a.b=c``. What lives elsewhere: the options of a kind of modality
-(``kinds.py``), the options of a fusion layer (its constructor, checked in ``fuse.py``).
+What lives here: the sections, YAML in and out, ``--set a.b=c``, the template that ``fusionsum init`` writes. What lives
+elsewhere: the options of a kind of modality (``kinds.py``), the options of a fusion layer (its constructor, checked in
+``fuse.py``), what a manifest tells (``infer.py``).
 """
 
 from __future__ import annotations
@@ -142,6 +143,15 @@ class Train:
     modality_dropout: float = 0.0
     clip: float = 1.0
     threads: int = 1
+
+
+# By section, the keys that a template shows even where they have their defaults.
+USEFUL = {
+    "data": ("label", "group", "validation_share", "test_share", "on_error"),
+    "task": ("metric", "class_weights"),
+    "fusion": ("layer",),
+    "train": ("seeds", "epochs", "batch_size", "learning_rate", "patience", "modality_dropout"),
+}
 
 
 @dataclass(frozen=True)
@@ -410,6 +420,64 @@ def to_yaml(config: Config, folder: Path | None = None) -> str:
             with contextlib.suppress(ValueError):  # on another drive, or empty
                 mapping["data"][key] = os.path.relpath(mapping["data"][key], folder)
     return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
+
+
+def template(config: Config, notes: Iterable[str] = ()) -> str:
+    """Return YAML to be edited: what is not the default, and the `USEFUL` keys that are, as comments.
+
+    Parameters
+    ----------
+    config : Config
+    notes : iterable of str, optional
+        Comments to begin with.
+
+    Examples
+    --------
+    >>> config = from_mapping({"modalities": {"photo": {"kind": "image"}}, "train": {"epochs": 3}})
+    >>> print(template(config, ["column 'photo' is image"]))  # doctest: +ELLIPSIS
+    # column 'photo' is image
+    # Behind a # are defaults. Paths are relative to this file. All keys: docs/pipeline.md.
+    title: fusionsum
+    modalities:
+      photo: {kind: image, encoder: cnn}
+    data:
+      manifest: manifest.csv
+      ...
+      epochs: 3
+      # batch_size: 64
+      # learning_rate: 0.001
+      # patience: 10
+      # modality_dropout: 0.0
+    # baselines: [alone, concat-linear, mlp, late-product, score-sum]
+    <BLANKLINE>
+    """
+    task = Task(config.task.kind)
+    given = to_mapping(config)
+    usual = to_mapping(Config({name: type(m)() for name, m in config.modalities.items()}, task=task))
+    given["task"]["metric"] = config.task.compared_by
+    usual["task"] |= {"kind": "", "metric": task.compared_by}  # the kind and the manifest are no comments
+    usual["data"]["manifest"] = ""
+
+    def line(key: str, value: Any, default: bool = False) -> str:
+        mapping = yaml.safe_dump(
+            {key: value}, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
+        )
+        return f"{'# ' * default}{mapping[1:-2]}"
+
+    lines = [f"# {note}" for note in notes]
+    lines += ["# Behind a # are defaults. Paths are relative to this file. All keys: docs/pipeline.md."]
+    lines += [line("title", config.title), "modalities:"]
+    for name, options in given["modalities"].items():
+        shown = {k: v for k, v in options.items() if k in ("kind", "encoder") or v != usual["modalities"][name][k]}
+        lines.append(f"  {line(name, shown)}")
+    for section, keys in USEFUL.items():
+        lines.append(f"{section}:")
+        for key, value in given[section].items():
+            default = value == usual[section].get(key)
+            if key in keys or not default:
+                lines.append(f"  {line(key, value, default)}")
+    lines.append(line("baselines", given["baselines"], config.baselines == BASELINES))
+    return "\n".join(lines) + "\n"
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:

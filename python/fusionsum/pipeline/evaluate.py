@@ -1,6 +1,6 @@
 """Step 5: the models' outputs on rows, what is measured on them, and how the models compare.
 
-What lives here: outputs with modalities withheld, the combination of unimodal models, and the record of an evaluation. What
+What lives here: outputs with modalities withheld, combined, and with decisions tuned; the record of an evaluation. What
 lives elsewhere: the metrics (``metrics.py``), intervals and tests (``compare.py``), an answer taken apart
 (``explain.py``), the report (``report.py``), the names of the models (``fuse.py``), the splits and seeds that are
 evaluated (``predictor.py``).
@@ -22,6 +22,7 @@ from .compare import Difference, Interval, difference
 from .config import Config
 from .explain import Explained, answers, explain
 from .fuse import ALONE, FUSED, FusionModel, TwoTowers, combined_models, input_modalities, sides
+from .labels import tuned_offsets
 from .manifest import Manifest
 from .metrics import (
     better,
@@ -149,6 +150,21 @@ def combine(name: str, kind: str, parts: Sequence[Outputs]) -> Outputs:
     return Outputs(total, np.any(known, axis=0))
 
 
+def _with_combined(config: Config, made: dict[str, Outputs], withheld: str | None = None) -> dict[str, Outputs]:
+    """Add the combinations of the unimodal models' outputs, without the model of the modality that is withheld."""
+    alone = [output for name, output in made.items() if name.endswith(ALONE) and name != f"{withheld}{ALONE}"]
+    return made | {name: combine(name, config.task.kind, alone) for name in combined_models(config) if alone}
+
+
+def tuned(config: Config, models: Mapping[str, nn.Module], rows: Rows, chosen: Tensor) -> dict[str, list[float] | None]:
+    """Return by model, combinations too, the offsets of its decisions that are best on some rows (`tuned_offsets`)."""
+    if not config.task.tuned or not len(chosen):
+        return {}
+    made = _with_combined(config, {name: outputs(model, rows, chosen)[Condition()] for name, model in models.items()})
+    labels = rows.labels[chosen].numpy()
+    return {name: tuned_offsets(config.task, output.values, labels) for name, output in made.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class Measured:
     """One seed's models on one split: their metrics ``[model][condition][metric]``, and what comparisons and plots need.
@@ -231,11 +247,9 @@ def measure(
     scores: dict[str, np.ndarray] = {}
     for condition in conditions:
         of_model = {name: made[condition] for name, made in every.items()}
-        # A unimodal model is measured on all modalities only. A combination leaves the withheld modality's model out,
-        # which has no zero-filled counterpart.
-        alone = [of_model[name] for name in of_model if name.endswith(ALONE) and name != f"{condition.withheld}{ALONE}"]
-        if alone and not condition.zero_fill:
-            of_model |= {name: combine(name, kind, alone) for name in combined_models(config)}
+        # A unimodal model is measured on all modalities only, and has no zero-filled counterpart.
+        if not condition.zero_fill:
+            of_model = _with_combined(config, of_model, condition.withheld)
         for name, output in of_model.items():
             if not (condition.withheld and name.endswith(ALONE)):
                 values, of_rows = metrics(output, offsets.get(name))
@@ -385,6 +399,8 @@ class Evaluation:
         Classification's labels, in the order of the outputs.
     coverage : dict
         By modality, of the first seed's splits.
+    notes : sequence of str
+        What else is worth saying of the rows.
     """
 
     config: Config
@@ -396,6 +412,7 @@ class Evaluation:
     histories: dict[tuple[str, int], History]
     classes: tuple[str, ...]
     coverage: dict[str, Coverage]
+    notes: Sequence[str] = ()
 
     @cached_property
     def results(self) -> Results:

@@ -1,7 +1,8 @@
 """Step 3: a model is an encoder per modality and a head that fuses their features, any layer of `fusionsum.nn`.
 
-What lives here: the look-up of layers, the names and the making of the fused model and of the baselines that it is
-compared with. What lives elsewhere: the fusion layers (``fusionsum.nn``), the encoders (``features.py``).
+What lives here: the look-up and check of layers and encoders, the names and the making of the fused model and of the
+baselines that it is compared with. What lives elsewhere: the fusion layers (``fusionsum.nn``), the encoders
+(``features.py``).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from .. import nn as fusion_layers
 from .config import Config
-from .errors import unknown
-from .features import make
-from .kinds import Modality
+from .errors import ConfigError, unknown
+from .features import encoder_class, find, make
+from .kinds import Modality, Vector
+from .pretrained import EXTRACTORS
 
 Inputs = Mapping[str, tuple[Tensor, Tensor]]  # by modality: items (B, ...), and whether they are there (B,) bool
 FUSED = "fused"
@@ -65,6 +67,36 @@ def layer(name: str, input_dims: Sequence[int], output_dim: int, options: Mappin
         return known[name](input_dims=input_dims, output_dim=output_dim, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"fusion: {name}: {error}") from error
+
+
+def checked(config: Config) -> dict[str, Modality]:
+    """Return each modality as its encoder gets it, `Vector` behind a frozen encoder; import encoders of one's own.
+
+    Raises
+    ------
+    ConfigError
+        If an encoder, the layer or one of its options is unknown or wrong.
+    """
+    found: dict[str, Modality] = {}
+    for name, modality in config.modalities.items():
+        frozen = EXTRACTORS[modality.kind]
+        try:
+            if modality.encoder in frozen:
+                found[name] = Vector(features=modality.features)
+            else:
+                find(modality.encoder, config.data.code)
+                encoder_class(modality.kind, modality.encoder, tuple(frozen))
+                found[name] = modality
+        except ValueError as error:
+            raise ConfigError(f"modalities.{name}: {error}") from None
+    inputs = input_modalities(config)
+    if len(inputs) > 1:
+        try:
+            with torch.device("meta"):  # where initialising a layer draws no random numbers
+                layer(config.fusion.layer, [2] * len(inputs), 2, config.fusion.options)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return found
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -1,7 +1,7 @@
-"""What a configuration does not say, the data does: the kinds of the columns, and whether they hold the splits.
+"""What a configuration does not say, the data does: the kinds of the columns, whether they hold the splits, the task.
 
-What lives here: the rules by which columns become modalities. Whatever a configuration says is left as it is. What lives
-elsewhere: the kinds and their options (``kinds.py``).
+What lives here: the rules by which columns become modalities, and labels a task. Whatever a configuration says is left as
+it is. What lives elsewhere: the kinds and their options (``kinds.py``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import soundfile
 from PIL import Image as PillowImage
 
-from .config import Config, from_mapping, to_mapping
-from .errors import ConfigError, ManifestError, near
+from .config import Config, Task, from_mapping, to_mapping
+from .errors import ConfigError, ManifestError, near, unknown
 from .kinds import Table, as_array, encoded, is_number
 from .manifest import Manifest
 
@@ -87,6 +87,43 @@ def complete(config: Config, manifest: Manifest) -> tuple[Config, list[str]]:
     return replace(config, modalities=modalities), notes
 
 
+def task(config: Config, manifest: Manifest) -> tuple[Task, str]:
+    """Return the task that rows seem to be for, and why; training takes the configuration's, whatever the rows hold.
+
+    Parameters
+    ----------
+    config : Config
+        With all modalities.
+    manifest : Manifest
+
+    Raises
+    ------
+    ManifestError
+        If there are neither labels nor two modalities, of which one can be found by the other.
+
+    Examples
+    --------
+    >>> from fusionsum.pipeline.sources import read
+    >>> rows = read([{"label": f"{i / 7}", "comment": f"a text of {i} words"} for i in range(60)])
+    >>> task(complete(Config(), rows)[0], rows)[1]
+    'the labels are numbers (task.kind: regression)'
+    """
+    if "label" not in manifest.columns:
+        if len(config.modalities) < 2:
+            raise ManifestError([f"{manifest.name}: {unknown('column', 'label', manifest.columns)}"])
+        there = {name: np.any([manifest.present(c) for c in of], axis=0) for name, of in config.columns.items()}
+        whole = [name for name in there if there[name].all()]  # a row without its target cannot be trained on
+        texts = [name for name in whole if config.modalities[name].kind == "text"]
+        target = (texts or whole or list(there))[-1]
+        return Task("retrieval", (target,)), f"no column 'label': {target} is to be found (task.kind: retrieval)"
+    sample = _sample(manifest, "label")
+    if any(not isinstance(cell, str) or Task.separator in cell for cell in sample):
+        return Task("multilabel"), f"some labels hold {Task.separator!r} (task.kind: multilabel)"
+    if sample and _numeric(sample) and not _repeated(manifest.column("label")):
+        return Task("regression"), "the labels are numbers (task.kind: regression)"
+    return Task(), "the labels are classes (task.kind: classification)"
+
+
 def _modalities(manifest: Manifest) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return the section ``modalities`` of a configuration, and a note for each column."""
     found: dict[str, dict[str, Any]] = {}
@@ -131,15 +168,19 @@ def _kind(manifest: Manifest, column: str) -> tuple[str, str]:
     if all(cell.startswith("[") for cell in sample):
         return "vector", ""
     cells = manifest.column(column)
-    distinct = set(cells)
-    if len(distinct) == 1:
+    if len(set(cells)) == 1:
         return "", f"always {sample[0]!r}"
     if _numeric(sample):
         counted = [list(map(str, range(k, k + len(cells)))) for k in (0, 1)]
         return ("", "it numbers the rows") if list(cells) in counted else (NUMBER, "")
     words = sum(len(cell.split()) for cell in sample) / len(sample)
-    repeated = len(cells) >= REPEATED * len(distinct) and len(distinct) <= CATEGORIES
-    return (CATEGORY if repeated and words <= WORDS else "text"), ""
+    return (CATEGORY if _repeated(cells) and words <= WORDS else "text"), ""
+
+
+def _repeated(cells: Sequence[str]) -> bool:
+    """Return whether cells are of few values, each of which occurs often."""
+    distinct = len(set(cells))
+    return len(cells) >= REPEATED * distinct and distinct <= CATEGORIES
 
 
 def _numeric(sample: Sequence[Any]) -> bool:

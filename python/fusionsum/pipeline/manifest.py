@@ -42,6 +42,8 @@ class Manifest:
         The file.
     aliases : mapping of str to str
         The file's names of columns that are called otherwise here, for messages.
+    numbered : bool
+        Whether ids are the numbers of the rows, for the source has none.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Manifest:
     lines: Sequence[int]
     path: Path | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
+    numbered: bool = False
 
     def __len__(self) -> int:
         return len(self.lines)

@@ -7,15 +7,17 @@ What lives here: decisions that need no model's weights. What lives elsewhere: t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from . import sources
 from .checkpoint import History
 from .config import Config, to_mapping
-from .errors import ConfigError, unknown
+from .errors import ConfigError, ManifestError, unknown
 from .fuse import FUSED
 from .kinds import Modality
 from .labels import check_classes, learn
@@ -38,6 +40,26 @@ def identity(config: Config, rows: Manifest) -> dict[str, Any]:
         found[section] = {k: v for k, v in found[section].items() if k not in keys}
     del found["title"], found["baselines"]
     return found | {"manifest": rows.digest()}
+
+
+def own_rows(config: Config, identity: Mapping[str, Any] | None) -> Manifest:
+    """Return the rows of a training; raise ManifestError if their manifest is gone or has changed since."""
+    path = Path(config.data.manifest)
+    if not path.is_file():
+        raise ManifestError(
+            [f"{path}: the manifest of the training is not there; give other rows (--manifest)"]
+            if config.data.manifest
+            else ["the rows of the training were in memory: give them, or others, to evaluate"]
+        )
+    rows = sources.read(path, config.data.names)
+    if identity is not None and rows.digest() != identity["manifest"]:
+        raise ManifestError(
+            [
+                f"{path}: has changed since the training, whose splits and labels are the old one's: restore it, "
+                f"or evaluate all of its rows (--manifest {path.name})"
+            ]
+        )
+    return rows
 
 
 def plan(
@@ -91,6 +113,19 @@ def numbered(ids: Sequence[str], split: Mapping[str, Sequence[str]]) -> dict[str
         part: np.array([number[name] for name in names if name in number], dtype=np.int64)
         for part, names in split.items()
     }
+
+
+def trained_on(rows: Gathered, drawn: Iterable[Mapping[str, Sequence[str]]], identity: Mapping[str, Any]) -> list[str]:
+    """Say how many of the usable rows have ids that a seed trained on, by the splits that the seeds have `drawn`, if any.
+
+    Ids that only number the rows say something of the training's own rows alone, by its `identity`.
+    """
+    if rows.every.numbered and rows.every.digest() != identity.get("manifest"):
+        return []
+    trained = {name for split in drawn for name in split["train"]}
+    count = sum(name in trained for name in rows.manifest.column("id"))
+    said = f"Beware: {count:,} of {len(rows.manifest):,} rows were trained on, by their ids"
+    return [f"{said}: this is no measure of what the models say of new rows."] if count else []
 
 
 def choose(

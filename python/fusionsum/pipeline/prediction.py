@@ -21,41 +21,37 @@ from .config import Config
 from .evaluate import EVALUATED, Condition, outputs
 from .fuse import FusionModel, TwoTowers
 from .labels import safe
-from .preprocess import Gathered, stream_rows
+from .preprocess import STREAMED, Gathered, stream_rows
 from .train import Rows, contained
-
-Tensors = Callable[[Gathered], Rows]
 
 
 def streamed(
     config: Config,
     source: Any,
-    tensors: Tensors,
-    say: Callable[[Rows], np.ndarray],
+    say: Callable[[Gathered], Any],
     only: Sequence[str] | None = None,
     on_error: str = "raise",
     progress: bool = True,
-) -> Iterator[tuple[Gathered, np.ndarray]]:
+    size: int | None = STREAMED,
+) -> Iterator[tuple[Gathered, Any]]:
     """Give what a model says of the usable rows of each part of a source.
 
     Parameters
     ----------
-    config, source, only, on_error
+    config, source, only, on_error, size
         As in `preprocess.stream_rows`.
-    tensors : callable
-        Makes the model's inputs of a part.
     say : callable
-        Returns the model's outputs for these, an array with a row for each.
+        Returns what the model says of the usable rows of a part, an array or list with an entry for each.
     progress : bool, optional
         Whether to show a bar, on a terminal.
     """
     with tqdm(unit="row", disable=None if progress else True) as bar:
-        for part in stream_rows(config, source, on_error, only=only):
+        for part in stream_rows(config, source, on_error, size, only, progress and size is None):
             if len(part.manifest):
                 with contained(config.train.threads), torch.no_grad():
-                    said = say(tensors(part))
+                    said = say(part)
             else:
-                said = np.empty((0, 0), dtype=np.float32)
+                said = []
             yield part, said
             bar.update(len(part.every))
 
@@ -87,7 +83,7 @@ def embeddings(model: FusionModel | TwoTowers, side: str) -> Callable[[Rows], np
 
 
 def table(
-    parts: Iterable[tuple[Gathered, np.ndarray]], predicted: Callable[[np.ndarray], list[dict[str, Any]]], errors: bool
+    parts: Iterable[tuple[Gathered, Any]], predicted: Callable[[Any], list[dict[str, Any]]], errors: bool
 ) -> Iterator[dict[str, Any]]:
     """Give for every row its ``id``, ``label`` and ``split`` if there are any, and what is predicted, in the rows' order.
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -24,38 +23,32 @@ from . import sources
 from .checkpoint import Checkpoint, History
 from .compare import clearly_less
 from .config import Config, from_mapping, load
-from .errors import ConfigError, ManifestError, unknown
-from .evaluate import GIVEN, Condition, Evaluation, Measured, combine, coverage, measure, outputs
+from .errors import ConfigError, unknown
+from .evaluate import GIVEN, Evaluation, Measured, coverage, measure, tuned
 from .export import export
-from .features import encoder_class, find, known
 from .fuse import (
-    ALONE,
     FUSED,
     SUM,
     build,
-    combined_models,
+    checked,
     input_modalities,
-    layer,
     may_be_sum,
     parameter_count,
     trained_models,
     without_products,
 )
 from .infer import complete
-from .kinds import Modality, Vector
-from .labels import check_classes, encode, predicted, probabilities, tuned_offsets
-from .plan import choose, numbered, plan
+from .labels import check_classes, encode, predicted, probabilities
+from .plan import choose, numbered, own_rows, plan, trained_on
 from .plan import identity as identity_of
 from .prediction import embeddings, streamed, table, values, write_table
 from .preprocess import Gathered, column, gather_rows
-from .pretrained import EXTRACTORS
-from .retrieve import Retrieved, listed, search
+from .retrieve import FOUND, Retrieved, among, retrieve
 from .run import Run, write_checkpoint
 from .train import Rows, contained, loaded, loss_of, losses, row_losses, train
 
 LOG = logging.getLogger("fusionsum")
 IN_MEMORY = ""  # the manifest of a training on rows in memory
-FOUND = 10  # targets that a prediction of retrieval lists
 
 
 class MultimodalPredictor:
@@ -102,25 +95,7 @@ class MultimodalPredictor:
     def _configure(self, config: Config) -> None:
         """Take a configuration and check what it names; one without modalities is completed by the rows of `fit`."""
         self.config = config
-        self.modalities: dict[str, Modality] = {}
-        for name, modality in config.modalities.items():
-            frozen = EXTRACTORS[modality.kind]
-            try:
-                if modality.encoder in frozen:
-                    self.modalities[name] = Vector(features=modality.features)
-                else:
-                    find(modality.encoder, config.data.code)
-                    encoder_class(modality.kind, modality.encoder, tuple(frozen))
-                    self.modalities[name] = modality
-            except ValueError as error:
-                raise ConfigError(f"modalities.{name}: {error}") from None
-        inputs = input_modalities(config)
-        if len(inputs) > 1:
-            try:
-                with torch.device("meta"):  # where initialising a layer draws no random numbers
-                    layer(config.fusion.layer, [2] * len(inputs), 2, config.fusion.options)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+        self.modalities = checked(config)
         self.models = trained_models(config)
 
     # Step 1 ----------------------------------------------------------------------------------------------------------
@@ -245,7 +220,7 @@ class MultimodalPredictor:
                     torch.manual_seed(seed)
                     model = self.model(name, state)
                     place = None if run is None else run.checkpoint(name, seed)
-                    query = [m for m in input_modalities(self.config) if m in _query_encoders(model)]
+                    query = list(getattr(model, "query", model).encoders)
                     try:
                         history = train(model, loss, rows, chosen, settings, identity, query, place, bar)
                     except ArithmeticError as error:
@@ -255,7 +230,9 @@ class MultimodalPredictor:
                     LOG.info("seed %s, %s: %s epochs, %s", seed, name, len(history), losses(history[-1]))
                 helped = self._helped(rows, state, chosen["validation"], gathered.manifest.groups(), seed)
                 self._settle(seed, helped)
-                shared = state | {"products": helped, "offsets": self._offsets(rows, chosen["validation"], seed)}
+                models = {name: self.model(name, self.states[name, seed]) for name in self.models}
+                offsets = tuned(self.config, models, rows, chosen["validation"])
+                shared = state | {"products": helped, "offsets": offsets}
                 for name in self.models:
                     self.states[name, seed] |= shared
                 if run is not None:
@@ -283,18 +260,6 @@ class MultimodalPredictor:
             fused, summed = (self.states[name, seed]["model"] for name in (FUSED, SUM))
             self.states[FUSED, seed] |= {"model": without_products(fused, summed)}
             self.histories[FUSED, seed] = self.histories[SUM, seed]
-
-    def _offsets(self, rows: Rows, chosen: torch.Tensor, seed: int) -> dict[str, list[float] | None]:
-        """Return by model the offsets of its decisions, tuned on the validation rows (`labels.tuned_offsets`)."""
-        task = self.config.task
-        if not task.tuned or not len(chosen):
-            return {}
-        models = {name: self.model(name, self.states[name, seed]) for name in self.models}
-        made = {name: outputs(model, rows, chosen)[Condition()] for name, model in models.items()}
-        alone = [made[name] for name in made if name.endswith(ALONE)]
-        made |= {name: combine(name, task.kind, alone) for name in combined_models(self.config) if alone}
-        labels = rows.labels[chosen].numpy()
-        return {name: tuned_offsets(task, output.values, labels) for name, output in made.items()}
 
     def model(self, name: str, state: Mapping[str, Any]) -> Any:
         """Make a model, with the weights of `state` if there are any."""
@@ -332,20 +297,22 @@ class MultimodalPredictor:
         ManifestError, ConfigError
             For bad rows; for a configuration without test splits.
         """
-        self._must_be_fitted()
-        config, split = self.config, GIVEN
-        classes = tuple(self.states[FUSED, config.train.seeds[0]]["task"].get("classes", ()))
+        config, classes, split, notes = self.config, self.classes, GIVEN, []
+        drawn = [self.states[FUSED, seed]["split"] for seed in config.train.seeds]
         if manifest is None:
             if not config.data.test:
                 raise ConfigError("data.test: expected the name of a split or more to evaluate, got []")
-            gathered = self._own_rows(progress)
-            tests, split = config.data.test, config.data.split
-            ids = gathered.manifest.column("id")
-            parts = [numbered(ids, self.states[FUSED, seed]["split"]) for seed in config.train.seeds]
+            if self.gathered is None:
+                self.gathered = gather_rows(config, own_rows(config, self.identity), progress=progress)
+            gathered, tests, split = self.gathered, config.data.test, config.data.split
+            parts = [numbered(gathered.manifest.column("id"), of_seed) for of_seed in drawn]
         else:
             gathered = gather_rows(config, manifest, training=False, progress=progress)
             if classes:
                 check_classes(config.task, gathered.manifest, classes)
+            notes = trained_on(gathered, drawn, self.identity or {})
+            for note in notes:
+                LOG.warning(note)
             tests = (GIVEN,)
             parts = [{GIVEN: np.arange(len(gathered.manifest))}] * len(config.train.seeds)
         measured: dict[str, list[Measured]] = {test: [] for test in tests}
@@ -369,28 +336,8 @@ class MultimodalPredictor:
             histories=dict(self.histories),
             classes=classes,
             coverage={name: coverage(items.index, parts[0], tests) for name, items in gathered.items.items()},
+            notes=notes,
         )
-
-    def _own_rows(self, progress: bool) -> Gathered:
-        """Return the rows of the training; raise ManifestError if their manifest is gone or has changed since."""
-        if self.gathered is None:
-            path = Path(self.config.data.manifest)
-            if not path.is_file():
-                raise ManifestError(
-                    [f"{path}: the manifest of the training is not there; give other rows (--manifest)"]
-                    if self.config.data.manifest
-                    else ["the rows of the training were in memory: give them, or others, to evaluate"]
-                )
-            rows = sources.read(path, self.config.data.names)
-            if self.identity is not None and rows.digest() != self.identity["manifest"]:
-                raise ManifestError(
-                    [
-                        f"{path}: has changed since the training, whose splits and labels are the old one's: restore it, "
-                        f"or evaluate all of its rows (--manifest {path.name})"
-                    ]
-                )
-            self.gathered = gather_rows(self.config, rows, progress=progress)
-        return self.gathered
 
     def predict(
         self,
@@ -441,23 +388,35 @@ class MultimodalPredictor:
         """
         model, seed, _ = self.chosen(model, seed)
         found = self._predictions(rows, model, seed, on_error, progress)
-        first = next(found)
-        learnt = self.states[model, seed]["task"]
-        columns = ["id", *(name for name in ("label", "split") if name in first)]
         if self.config.task.kind == "retrieval":
-            columns = list(first)
-        else:
-            columns += ["predicted", *(f"p({name})" for name in learnt.get("classes", ()))]
-            columns += ["error"] * (on_error == "skip")
+            every = list(found)
+            longest = max(map(list, every), key=len)  # a row with a prediction, which the first may not have
+            return write_table(Path(out), every, longest)
+        first = next(found)
+        columns = ["id", *(name for name in ("label", "split") if name in first), "predicted"]
+        columns += [f"p({name})" for name in self.states[model, seed]["task"].get("classes", ())]
+        columns += ["error"] * (on_error == "skip")
         return write_table(Path(out), itertools.chain([first], found), columns)
 
     def _predictions(self, rows: Any, model: str, seed: int, on_error: str, progress: bool) -> Iterator[dict[str, Any]]:
-        if self.config.task.kind == "retrieval":
-            return iter(self._found(rows, model, seed, on_error, progress))
-        state, task = self.states[model, seed], self.config.task
+        state, task, network = self.states[model, seed], self.config.task, self._network(model, seed)
+        if task.kind == "retrieval":
+            tensors = self._tensors(state)
+            parts = streamed(
+                self.config,
+                rows,
+                lambda part: among(network, tensors(part), part.manifest.column("id")),
+                on_error=on_error,
+                progress=progress,
+                size=None,  # each row is searched for among all
+            )
+            return table(parts, list, on_error == "skip")
         offsets = state["offsets"].get(model)
-        parts = self._streamed(rows, values(self._network(model, seed)), state, None, on_error, progress)
+        parts = self._streamed(rows, values(network), state, None, on_error, progress)
         return table(parts, lambda said: predicted(task, state["task"], said, offsets), on_error == "skip")
+
+    def _tensors(self, state: Mapping[str, Any]) -> Callable[[Gathered], Rows]:
+        return lambda part: self.rows(part, state, labelled=False)
 
     def _streamed(
         self,
@@ -468,10 +427,8 @@ class MultimodalPredictor:
         on_error: str,
         progress: bool,
     ) -> Iterator[tuple[Gathered, np.ndarray]]:
-        def tensors(part: Gathered) -> Rows:
-            return self.rows(part, state, labelled=False)
-
-        return streamed(self.config, rows, tensors, say, only, on_error, progress)
+        tensors = self._tensors(state)
+        return streamed(self.config, rows, lambda part: say(tensors(part)), only, on_error, progress)
 
     def predict_proba(
         self, rows: Any, model: str = FUSED, seed: int | None = None, progress: bool = True
@@ -531,27 +488,6 @@ class MultimodalPredictor:
         self._must_be_fitted()
         return tuple(self.states[FUSED, self.config.train.seeds[0]]["task"].get("classes", ()))
 
-    @torch.no_grad()
-    def _found(self, source: Any, model: str, seed: int, on_error: str, progress: bool) -> list[dict[str, Any]]:
-        """Return what retrieval finds among the targets of the rows themselves."""
-        state = self.states[model, seed]
-        gathered = gather_rows(
-            self.config, source, labelled=False, training=False, on_error=on_error, progress=progress
-        )
-        rows = self.rows(gathered, state, labelled=False)
-        numbers, first = np.unique(rows.labels.numpy(), return_index=True)
-        first = first[numbers >= 0]
-        ids = gathered.manifest.column("id")
-        found: list[dict[str, Any]] = [{"id": name} for name in ids]
-        if len(first):
-            gallery = rows, torch.from_numpy(first)
-            with contained(self.config.train.threads):
-                output = outputs(self._network(model, seed), rows, torch.arange(len(ids)), gallery)[Condition()]
-            answers = listed([ids[i] for i in first], *search(output, FOUND))
-            found = [row | answer for row, answer in zip(found, answers, strict=True)]
-        return found
-
-    @torch.no_grad()
     def retrieve(self, queries: Any, gallery: Any, k: int = FOUND, progress: bool = True) -> Retrieved:
         """Find a gallery's best targets for queries, by the fused model of the first seed.
 
@@ -577,30 +513,9 @@ class MultimodalPredictor:
         self._must_be_fitted()
         if self.config.task.kind != "retrieval":
             raise ConfigError(f"task.kind: expected 'retrieval', got {self.config.task.kind!r}")
-        state, target = self.states[FUSED, self.config.train.seeds[0]], self.config.task.target
-        asked, given = (
-            gather_rows(self.config, rows, labelled=False, training=False, only=only, progress=progress)
-            for rows, only in ((queries, input_modalities(self.config)), (gallery, target))
-        )
-        _, first, number = np.unique(given.target_numbers(target), return_index=True, return_inverse=True)
-        with contained(self.config.train.threads):
-            output = outputs(
-                self.model(FUSED, state),
-                self.rows(asked, state, labelled=False),
-                torch.arange(len(asked.manifest)),
-                (self.rows(given, state, labelled=False), torch.from_numpy(first)),
-            )[Condition()]
-            scores, found = search(output, k)
-        own = dict(zip(given.manifest.column("id"), number.tolist(), strict=True))
-        return Retrieved(
-            config=self.config,
-            queries=asked.manifest,
-            gallery=given.manifest.take(first),
-            rows=len(given.manifest),
-            scores=scores,
-            found=found,
-            own=np.array([own.get(name, -1) for name in asked.manifest.column("id")]),
-        )
+        seed = self.config.train.seeds[0]
+        tensors = self._tensors(self.states[FUSED, seed])
+        return retrieve(self.config, self._network(FUSED, seed), tensors, queries, gallery, k, progress)
 
     def chosen(self, model: str = FUSED, seed: int | None = None) -> tuple[str, int, str]:
         """Choose one of the trained models by the validation loss: its name, its seed, and why (`plan.choose`)."""
@@ -676,13 +591,7 @@ class MultimodalPredictor:
             If the folder is not a run, its training is not done, or it names a module that is not trusted.
         """
         run = Run(folder)
-        config = run.config()
-        for name, modality in config.modalities.items():
-            if ":" in modality.encoder and not (trust_encoder or known(modality.encoder)):
-                raise ConfigError(
-                    f"modalities.{name}.encoder: {folder} asks to import {modality.encoder!r}, which executes it: say so "
-                    f"if you trust it (--trust-encoder, trust_encoder=True)"
-                )
+        config = run.config(trust_encoder)
         predictor = cls(config)
         for seed in config.train.seeds:
             shared, checkpoints = run.read(predictor.models, seed)
@@ -696,8 +605,3 @@ class MultimodalPredictor:
     def _must_be_fitted(self) -> None:
         if not self.states:
             raise RuntimeError("the predictor is not trained: call fit or load first")
-
-
-def _query_encoders(model: nn.Module) -> set[str]:
-    """Return the modalities that a model encodes, of two towers only the query's."""
-    return set(getattr(model, "query", model).encoders)

@@ -500,17 +500,20 @@ def stream_rows(
     config: Config,
     source: Any,
     on_error: str | None = None,
-    size: int = STREAMED,
+    size: int | None = STREAMED,
     only: Sequence[str] | None = None,
+    progress: bool = False,
 ) -> Iterator[Gathered]:
     """Read, check and gather rows to predict, `size` at a time: memory does not grow with their number.
 
+    Unlike `gather_rows`, it gives parts of which no row is usable, and leaves it to the caller to tell why.
+
     Parameters
     ----------
-    config, source, on_error, only
+    config, source, on_error, only, progress
         As in `gather_rows`.
-    size : int, optional
-        Rows at a time.
+    size : int or None, optional
+        Rows at a time; None for all, whose ids are then checked to be different.
 
     Raises
     ------
@@ -520,10 +523,14 @@ def stream_rows(
     with Cache(Path(config.data.cache), round(config.data.cache_limit * 2**30)) as cache:
         said: set[str] = set()
         for manifest in sources.batches(source, size, config.data.names):
-            gathered = _gather(config, manifest, cache, False, False, only, on_error, False, whole=False)
-            fresh = [note for note in gathered.notes if note not in said]
-            said.update(fresh)
-            yield replace(gathered, notes=fresh)
+            gathered = _gather(
+                config, manifest, cache, False, False, only, on_error, progress, whole=size is None, some=False
+            )
+            for note in gathered.notes:
+                if note not in said:
+                    LOG.warning(note)
+            said.update(gathered.notes)
+            yield gathered
 
 
 def _gather(
@@ -536,6 +543,7 @@ def _gather(
     on_error: str | None,
     progress: bool,
     whole: bool = True,
+    some: bool = True,
 ) -> Gathered:
     columns, task = config.columns, config.task
     if only is not None:
@@ -552,7 +560,7 @@ def _gather(
             notes += [f"modality {name!r}: {note}" for note in modality.notes(items[name].distinct)]
     if cache.trouble:
         notes.append(f"the cache cannot be used, so everything is decoded again: {cache.trouble}")
-    left, kept, messages = without(manifest, problems, on_error or config.data.on_error, whole)
+    left, kept, messages = without(manifest, problems, on_error or config.data.on_error, some)
     return Gathered(
         left,
         {name: Items(i.distinct, i.index[kept]) for name, i in items.items()},

@@ -78,7 +78,7 @@ def write_report(
     evaluation : Evaluation
         As `MultimodalPredictor.evaluate` returns it.
     notes : sequence of str, optional
-        Paragraphs to end the summary with.
+        Paragraphs to end the summary with, after the evaluation's own.
     curves : sequence of charts.Curves, optional
         Further drawings, which follow the summary.
     command : str, optional
@@ -102,7 +102,7 @@ def write_report(
         title=config.title,
         facts=_facts(evaluation, command),
         verdicts={split: _verdict(evaluation, split, compared[split]) for split in evaluation.results},
-        notes=notes,
+        notes=[*evaluation.notes, *notes],
         curves=extra,
         plots=drawn,
         metric=readable(evaluation.metric),

@@ -1,27 +1,32 @@
 """Search with a trained model: what it finds in a gallery, as ``retrieved.csv`` and as ``retrieved.html``, one file.
 
-What lives here: the search and its record. What lives elsewhere: the embeddings (``evaluate.py``), how items are shown
-(``items.py``), the page (``retrieved.html``, a Jinja template, and ``page.html`` around it).
+What lives here: the search, in a gallery or among the rows themselves, and its record. What lives elsewhere: the embeddings
+(``evaluate.py``), how items are shown (``items.py``), the page (``retrieved.html``, a Jinja template, and ``page.html``
+around it).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..search import top_k
 from .config import Config
-from .evaluate import Outputs
-from .fuse import input_modalities, sides
+from .evaluate import Condition, outputs
+from .fuse import TwoTowers, input_modalities, sides
 from .items import shown
 from .manifest import Manifest, write_csv
+from .preprocess import Gathered, gather_rows
 from .report import rendered
+from .train import Rows, contained
 
+FOUND = 10  # targets that a prediction lists
 SHOWN = 50  # queries on the page
 
 
@@ -43,8 +48,9 @@ class Retrieved:
     own: np.ndarray
 
 
-def search(output: Outputs, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scores and the numbers of the k best of the gallery, or of all where it has fewer: (Q, k) each."""
+def search(model: TwoTowers, rows: Rows, gallery: Rows, chosen: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores and the numbers of the k best of a gallery's `chosen` rows, or of all if fewer: (Q, k) each."""
+    output = outputs(model, rows, torch.arange(len(rows.labels)), (gallery, torch.from_numpy(chosen)))[Condition()]
     assert output.gallery is not None
     k = min(k, len(output.gallery))
     return top_k(output.values, output.gallery, k, fusion_weights=output.fusion_weights)
@@ -60,6 +66,45 @@ def listed(ids: Sequence[str], scores: np.ndarray, found: np.ndarray) -> list[di
         }
         for of_query, numbers in zip(scores, found, strict=True)
     ]
+
+
+def among(model: TwoTowers, rows: Rows, ids: Sequence[str], k: int = FOUND) -> list[dict[str, Any]]:
+    """Return for each row what is found among the distinct targets of the rows themselves, as `listed`."""
+    numbers, first = np.unique(rows.labels.numpy(), return_index=True)
+    first = first[numbers >= 0]
+    if not len(first):
+        return [{} for _ in ids]
+    return listed([ids[i] for i in first], *search(model, rows, rows, first, k))
+
+
+def retrieve(
+    config: Config,
+    model: TwoTowers,
+    tensors: Callable[[Gathered], Rows],
+    queries: Any,
+    gallery: Any,
+    k: int = FOUND,
+    progress: bool = True,
+) -> Retrieved:
+    """Find a gallery's best targets for queries: `MultimodalPredictor.retrieve`, whose `tensors` are the model's inputs."""
+    target = config.task.target
+    asked, given = (
+        gather_rows(config, rows, labelled=False, training=False, only=only, progress=progress)
+        for rows, only in ((queries, input_modalities(config)), (gallery, target))
+    )
+    _, first, number = np.unique(given.target_numbers(target), return_index=True, return_inverse=True)
+    with contained(config.train.threads):
+        scores, found = search(model, tensors(asked), tensors(given), first, k)
+    own = dict(zip(given.manifest.column("id"), number.tolist(), strict=True))
+    return Retrieved(
+        config=config,
+        queries=asked.manifest,
+        gallery=given.manifest.take(first),
+        rows=len(given.manifest),
+        scores=scores,
+        found=found,
+        own=np.array([own.get(name, -1) for name in asked.manifest.column("id")]),
+    )
 
 
 def write_retrieved(folder: str | Path, retrieved: Retrieved) -> None:

@@ -3,7 +3,8 @@
 ``config.yaml`` (resolved), ``checkpoints/MODEL-SEED.safetensors`` and ``.csv`` (its log), ``checkpoints/SEED.json``
 (the seed's split, the statistics of its training rows, its decision offsets), ``log.csv`` (of all models),
 ``failed.txt`` (why a training ended without a model). What lives elsewhere: what is in a checkpoint (``checkpoint.py``);
-TensorBoard's files (``train.py``); ``metrics.json``, ``plots/`` and ``report.html`` (``report.py``).
+TensorBoard's files (``train.py``); ``metrics.json``, ``differences.json``, ``plots/`` and ``report.html`` (``report.py``);
+``retrieved.csv`` and ``retrieved.html`` (``retrieve.py``); ``predictions.csv`` (``prediction.py``).
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from . import checkpoint as files
 from .checkpoint import Checkpoint, History
 from .config import Config, Train, load, to_yaml
 from .errors import CheckpointError, ConfigError
+from .features import known
 from .manifest import write_csv
 
 MADE = ("checkpoints", "tensorboard", "plots", "evaluations")  # folders of a run
-WRITTEN = ("config.yaml", "log.csv", "failed.txt", "metrics.json", "report.html", "predictions.csv")
+WRITTEN = (
+    *("config.yaml", "log.csv", "failed.txt", "metrics.json", "differences.json", "report.html"),
+    *("predictions.csv", "retrieved.csv", "retrieved.html"),
+)
 
 
 class Run:
@@ -122,15 +127,28 @@ class Run:
         """Say that the training ended without a model: the folder is no run."""
         files.replace(self._failed, f"{reason}\n".encode())
 
-    def config(self) -> Config:
-        """Read the configuration; raise ConfigError if the folder is no run."""
+    def config(self, trust_encoder: bool = False) -> Config:
+        """Read the configuration.
+
+        Raises
+        ------
+        ConfigError, CheckpointError
+            If the folder is no run, or the configuration names a module to import that is not trusted.
+        """
         path = self.folder / "config.yaml"
         if not path.is_file():
             raise ConfigError(f"{self.folder}: is no run: it has no config.yaml")
         if self._failed.exists():
             reason = self._failed.read_text(encoding="utf-8", errors="replace").strip()
             raise CheckpointError(f"{self.folder}: is no run, for its training failed: {reason}")
-        return load(path)
+        config = load(path)
+        for name, modality in config.modalities.items():
+            if ":" in modality.encoder and not (trust_encoder or known(modality.encoder)):
+                raise ConfigError(
+                    f"modalities.{name}.encoder: {self.folder} asks to import {modality.encoder!r}, which executes it: say "
+                    f"so if you trust it (--trust-encoder, trust_encoder=True)"
+                )
+        return config
 
     def drawn(self, seeds: Sequence[int]) -> dict[int, dict[str, list[str]]]:
         """Return the splits that the run has drawn, ids by part, of those of the seeds that it has trained with."""

@@ -134,9 +134,9 @@ def _named(manifest: Manifest, columns: Mapping[str, str]) -> Manifest:
         if column != role and column in cells:
             cells[role] = cells.pop(column)
             aliases[role] = column
-    if "id" not in cells:
+    if numbered := "id" not in cells:
         cells["id"] = list(map(str, manifest.lines))
-    return dataclasses.replace(manifest, cells=cells, aliases=aliases)
+    return dataclasses.replace(manifest, cells=cells, aliases=aliases, numbered=numbered or manifest.numbered)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -7,11 +7,14 @@ options (``fusionsum.__main__``), the work (``predictor.py`` and the steps).
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
+from . import infer, sources
 from .cache import Cache
-from .config import load
+from .config import Config, Data, load, template
 from .datasets import DATA_SETS
 from .datasets import prepare as prepare_data
 from .demo import demonstrate
@@ -35,6 +38,18 @@ def prepare(name: str, out: Path | None, source: Path | None) -> None:
 def data_sets() -> str:
     """Return the names of the data sets, and what they are made of."""
     return "data sets:\n" + "\n".join(f"  {name}: {data.licence}" for name, data in DATA_SETS.items())
+
+
+def init(manifest: Path, out: Path | None, overwrite: bool) -> None:
+    """Write a configuration to be edited: what a manifest's columns tell, and useful defaults as comments."""
+    place = out or manifest.with_suffix(".yaml")
+    _must_be_free(place, overwrite, manifest)
+    rows = sources.read(manifest)
+    data = Data(manifest=os.path.relpath(manifest, place.parent))
+    config, notes = infer.complete(Config(title=manifest.stem, data=data), rows)
+    task, note = infer.task(config, rows)
+    place.write_text(template(replace(config, task=task), [*notes, note]), encoding="utf-8")
+    print(f"fusionsum train {place}")
 
 
 def train(
