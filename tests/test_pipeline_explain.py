@@ -87,6 +87,16 @@ def test_parts_add_up_to_the_answer_and_are_what_changes_without_them(rows, laye
         assert abs(term.weight - layer.fusion_weights[term.term].item()) <= 1e-7
 
 
+def test_products_that_were_dropped_are_no_terms(rows):
+    layer, chosen = ResidualFusion((3, 4), 3, 5), torch.arange(ROWS)
+    nn.init.zeros_(layer.fusion_weights)
+    (output,) = outputs(tower(layer), rows, chosen).values()
+    answered = explain.answers("classification", chosen.numpy(), output.values, rows.labels.numpy())
+    found = explain.explain(tower(layer), rows, chosen, answered)
+    assert not found.terms and not any(example.terms for example in found.examples)
+    assert {part.names: part.size for part in found.parts}[("a", "b")] == 0
+
+
 def joined(model, rows, chosen):
     """Return all contributions, by modalities."""
     every = [parts for _, parts in explain._contributions(model, rows, chosen, np.arange(len(chosen)))]

@@ -240,14 +240,15 @@ def explain(model: nn.Module, rows: Rows, chosen: Tensor, answered: Answers) -> 
     # The constant varies only where something is missing.
     kept = [k for k, key in enumerate(keys) if key or sizes[k] > 1e-6]
     summary = [Part(_names(names, keys[k]), float(sizes[k]), levels[k]) for k in kept]
-    each = [Part((), float(term_sizes[t]), levels[len(keys) + t], t, alphas[t]) for t in range(count)]
+    moving = np.flatnonzero(term_sizes).tolist()  # none where products were dropped
+    each = [Part((), float(term_sizes[t]), levels[len(keys) + t], t, alphas[t]) for t in moving]
     only = added[[len(key) > 1 for key in keys]].sum(axis=0)
     turned = (answered.losses[some] == 0) & (without[-1] == 0) & (answered.kind == "classification")
     decided = sorted(np.flatnonzero(turned), key=lambda i: -only[i])[:JOINT]
 
     def shown(place: int, by_interaction: bool) -> Example:
         parts = sorted(((_names(names, keys[k]), float(added[k, place])) for k in kept), key=_size)
-        terms = sorted(((t, float(of_term[t, place])) for t in range(count)), key=_size)
+        terms = sorted(((t, float(of_term[t, place])) for t in moving), key=_size)
         example = answered.examples[some[place]]
         return replace(example, joint=by_interaction, parts=tuple(parts), terms=tuple(terms))
 
