@@ -13,9 +13,10 @@ namespace fusionsum {
 namespace {
 
 constexpr int64_t kMaxStripes = 64, kFewestStripes = 16;  // as many cores are kept busy
-// Of a chunk of keys, packed and formed: of a Latin square, whose segments are chunks' parts; of others, which read it once.
+// Of a chunk of keys, packed and formed: of a Latin square, whose segments are chunks' parts; of others, which read it
+// once.
 constexpr int64_t kLatinBytes = int64_t{32} << 20, kKeyBytes = int64_t{4} << 20;
-constexpr int64_t kQueryBytes = int64_t{32} << 20;        // of a chunk of queries, formed, or of its candidates
+constexpr int64_t kQueryBytes = int64_t{32} << 20;  // of a chunk of queries, formed, or of its candidates
 constexpr int64_t kQueryChunk = 1 << 16;
 constexpr int64_t kFewestKeys = 64;  // of a segment: with fewer, gradients are read and written more than multiplied
 // Of a task's slice, between two looks for Ctrl-C, in multiply-adds, of which a score's epilogue takes kEpilogueCost as
