@@ -30,7 +30,10 @@ LAYERS: dict[str, dict[str, Any]] = {
     "concat-MLP": {"layer": "ConcatMLP"},
     "LowRankFusion": {"layer": "LowRankFusion"},
     "LowRankFusion, additive": {"layer": "LowRankFusion", "rank": 16, "init": "additive"},
-    **{name: {"layer": name} for name in ("MLB", "MUTAN", "MFB", "BLOCK", "GatedFusion")},
+    **{
+        name: {"layer": name}
+        for name in ("MLB", "MUTAN", "MFB", "MFH", "BLOCK", "TuckerFusion", "TensorFusion", "GatedFusion", "LinearSum")
+    },
 }
 
 
