@@ -1,10 +1,12 @@
 """Tiny made-up data for the tests of the pipeline: coloured squares, words, tones and numbers, each of a colour.
 
-What lives elsewhere: the tests, ``test_pipeline_<file>.py`` for each file of `fusionsum.pipeline`.
+What lives here too: reading a page, interrupting a training. What lives elsewhere: the tests,
+``test_pipeline_<file>.py`` for each file of `fusionsum.pipeline`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from html.parser import HTMLParser
@@ -108,6 +110,22 @@ def config(folder, **sections):
     for name, value in sections.items():
         given[name] = given[name] | value if name in ("data", "modalities", "train") else value
     return given
+
+
+@contextlib.contextmanager
+def interrupted(monkeypatch, train, after):
+    """Raise what Ctrl-C does in the step of a training, whose module is `train`, after so many."""
+    real, taken = train.step, []
+
+    def step(*arguments):
+        taken.append(1)
+        if len(taken) > after:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(train, "step", step)
+        yield
 
 
 class Page(HTMLParser):

@@ -325,21 +325,12 @@ def test_a_log_holds_a_line_for_each_model_and_no_bars(folder, options, lines, c
 def test_an_interrupted_training_says_how_to_go_on(folder, monkeypatch, capsys):
     from fusionsum.pipeline import train as step4
 
-    real, taken = step4.step, []
-
-    def step(*arguments):
-        taken.append(1)
-        if len(taken) > 4:  # in the second epoch
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(step4, "step", step)
     train = ["train", str(folder / "colours.yaml"), "--out", str(folder / "a run"), "--overwrite"]
-    assert command.main(train) == 130
+    with made_up.interrupted(monkeypatch, step4, 4):  # in the second epoch
+        assert command.main(train) == 130
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert f"fusionsum train {folder}/colours.yaml --out '{folder}/a run' --resume" in said.splitlines()
-    monkeypatch.setattr(step4, "step", real)
     assert command.main([*train[:-1], "--resume"]) == 0
 
 

@@ -152,25 +152,16 @@ def test_retrieval_finds_targets_of_the_same_text(folder):
 @pytest.mark.parametrize("killed_after", [2, 30, 75])
 def test_a_killed_run_resumes_to_the_same_bits(folder, tmp_path, monkeypatch, killed_after):
     whole = fitted(folder, baselines=["mlp"])
-    real, taken = step4.step, []
-
-    def step(*arguments):
-        taken.append(1)
-        if len(taken) > killed_after:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(step4, "step", step)
     run = tmp_path / "run"
     given = made_up.config(folder, baselines=["mlp"])
     if killed_after < 36:  # of 2 seeds of 2 models of 3 epochs of 3 steps
-        with pytest.raises(KeyboardInterrupt):
+        with made_up.interrupted(monkeypatch, step4, killed_after), pytest.raises(KeyboardInterrupt):
             MultimodalPredictor(given).fit(out=run, progress=False)
         with pytest.raises(CheckpointError):
             MultimodalPredictor.load(run)
     else:
-        MultimodalPredictor(given).fit(out=run, progress=False)
-    monkeypatch.setattr(step4, "step", real)
+        with made_up.interrupted(monkeypatch, step4, killed_after):
+            MultimodalPredictor(given).fit(out=run, progress=False)
     if killed_after > 2:  # in the first epoch nothing is lost
         with pytest.raises(CheckpointError, match="is a run already"):
             MultimodalPredictor(given).fit(out=run, progress=False)

@@ -10,6 +10,7 @@ import types
 
 import pytest
 
+import made_up
 from conftest import missing
 
 try:
@@ -88,23 +89,14 @@ def test_a_training_that_is_killed_and_resumed_ends_in_the_same_bits(
     """At any step: in the first epoch, amid one, at the end of one, after the last."""
     settings = dataclasses.replace(SETTINGS, schedule=schedule, patience=patience)
     whole, history = trained(settings)
-    real, taken = train.step, []
-
-    def step(*arguments):
-        taken.append(1)
-        if len(taken) > killed_after:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(train, "step", step)
     place = tmp_path / "checkpoints" / "model.safetensors"
     try:
-        trained(settings, place)
+        with made_up.interrupted(monkeypatch, train, killed_after):
+            trained(settings, place)
         interrupted = False
     except KeyboardInterrupt:
         interrupted = True
     assert interrupted == (len(history) * 4 > killed_after)
-    monkeypatch.setattr(train, "step", real)
     torch.randn(7)  # in between, the process used the generator for something else
     resumed, again = trained(settings, place)
     assert same(whole, resumed)
@@ -142,16 +134,7 @@ def test_a_training_that_is_extended_is_that_of_more_epochs(tmp_path, monkeypatc
     place = tmp_path / "model.safetensors"
     trained(settings, place)
     if killed_after:
-        real, taken = train.step, []
-
-        def step(*arguments):
-            taken.append(1)
-            if len(taken) > killed_after:
-                raise KeyboardInterrupt
-            return real(*arguments)
-
-        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-            context.setattr(train, "step", step)
+        with made_up.interrupted(monkeypatch, train, killed_after), pytest.raises(KeyboardInterrupt):
             trained(more, place)
     longer, again = trained(more, place)
     assert again == history
@@ -173,16 +156,7 @@ def test_a_cycle_that_is_extended_starts_again(tmp_path, monkeypatch):
     assert history[:3] == first
     assert max(entry["learning_rate"] for entry in history[3:5]) > 0.3 * settings.learning_rate
     assert history[-1]["learning_rate"] < 0.1 * settings.learning_rate
-    real, taken = train.step, []
-
-    def step(*arguments):
-        taken.append(1)
-        if len(taken) > 6:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(train, "step", step)
+    with made_up.interrupted(monkeypatch, train, 6), pytest.raises(KeyboardInterrupt):
         trained(more, copy)
     again, _ = trained(more, copy)
     assert same(model, again)

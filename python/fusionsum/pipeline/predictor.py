@@ -215,10 +215,11 @@ class MultimodalPredictor:
                 loss = loss_of(self.config.task.kind, state["task"].get("weights"))
                 if run is not None:
                     run.write_seed(seed, state)
+                models = {}
                 for name in self.models:
                     bar.set_description(f"seed {seed}, {name}")
                     torch.manual_seed(seed)
-                    model = self.model(name, state)
+                    models[name] = model = self.model(name, state)
                     place = None if run is None else run.checkpoint(name, seed)
                     query = list(getattr(model, "query", model).encoders)
                     try:
@@ -228,9 +229,9 @@ class MultimodalPredictor:
                     self.histories[name, seed] = history
                     self.states[name, seed] = state | {"model": model.state_dict()}
                     LOG.info("seed %s, %s: %s epochs, %s", seed, name, len(history), losses(history[-1]))
-                helped = self._helped(rows, state, chosen["validation"], gathered.manifest.groups(), seed)
+                helped = self._helped(models, rows, chosen["validation"], gathered.manifest.groups(), seed)
                 self._settle(seed, helped)
-                models = {name: self.model(name, self.states[name, seed]) for name in self.models}
+                loaded(models[FUSED], self.states[FUSED, seed]["model"])
                 offsets = tuned(self.config, models, rows, chosen["validation"])
                 shared = state | {"products": helped, "offsets": offsets}
                 for name in self.models:
@@ -239,17 +240,14 @@ class MultimodalPredictor:
                     run.write_seed(seed, shared)
 
     def _helped(
-        self, rows: Rows, state: Mapping[str, Any], chosen: torch.Tensor, groups: np.ndarray, seed: int
+        self, models: Mapping[str, Any], rows: Rows, chosen: torch.Tensor, groups: np.ndarray, seed: int
     ) -> bool:
         """Tell whether the fused model's products make validation rows likelier than the sum of linear maps alone."""
         if not may_be_sum(self.config):
             return True
-        loss = loss_of(self.config.task.kind, state["task"].get("weights"), reduction="none")
-        size = self.config.train.batch_size
-        fused, summed = (
-            row_losses(self.model(name, self.states[name, seed]), loss, rows, chosen, size).numpy()
-            for name in (FUSED, SUM)
-        )
+        weights = self.states[FUSED, seed]["task"].get("weights")
+        loss, size = loss_of(self.config.task.kind, weights, reduction="none"), self.config.train.batch_size
+        fused, summed = (row_losses(models[name], loss, rows, chosen, size).numpy() for name in (FUSED, SUM))
         helped = clearly_less(fused, summed, groups[chosen.numpy()])
         LOG.info("seed %s: the fused model %s", seed, "keeps its products" if helped else "is the sum alone")
         return helped
