@@ -7,6 +7,7 @@ What lives elsewhere: what the ranks run, functions at the top of the test files
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import functools
@@ -41,6 +42,7 @@ class Ranks:
             there.close()
             self.processes.append(process)
             self.pipes.append(here)
+        atexit.register(self.close)
 
     def run(self, function: Callable[..., Any], *given: Any, limit: float = LIMIT, errors: bool = False) -> list[Any]:
         """Call ``function(rank, *given)`` in each process; return the results, by rank.
@@ -80,6 +82,7 @@ class Ranks:
             process.kill()
             process.join()
         self.folder.cleanup()
+        atexit.unregister(self.close)
         ranks.cache_clear()
 
 
