@@ -7,6 +7,7 @@ What lives here is shared by both frameworks, each formula once, over float64 ve
   that `softmax_grad` takes;
 * `combine_sigmoid(losses, reduction)` and `coefficients_sigmoid(xp, upstream, rows, reduction)`: the same between
   `sigmoid_stats` and `sigmoid_grad`;
+* `merge_stats(ours, theirs, any)`: the statistics of some pairs and of others to those of both;
 * `combine_ranks(greater, equal, ties)`.
 
 Losses are made of NumPy's statistics; coefficients by `xp`, NumPy or torch, for torch's operations have gradients of
@@ -34,6 +35,8 @@ class Options(NamedTuple):
     label_smoothing: float
     reduction: str
     return_lse: bool
+    # By how many queries and keys means divide, where not by those of the statistics: rows of other processes count too.
+    counts: tuple[float, float] | None = None
 
     @property
     def totals(self) -> bool:
@@ -64,7 +67,7 @@ def combine(query_stats: Any, key_stats: Any, options: Options, diagonal: bool =
         total = sum(np.add.reduce(stats[0, :rows] - stats[1, :rows]) for stats in sides)
         return (total / _divisor(rows, options),)
     losses = []
-    for stats in sides:
+    for side, stats in enumerate(sides):
         lse, positive, positives, total, valid = stats
         loss = lse - positive
         if options.label_smoothing > 0:
@@ -73,7 +76,7 @@ def combine(query_stats: Any, key_stats: Any, options: Options, diagonal: bool =
         counted = positives > 0
         loss = np.where(counted, loss, 0.0)  # elsewhere it may be -inf less -inf
         if options.reduction != "none":
-            loss = np.add.reduce(loss) / _divisor(np.count_nonzero(counted), options)
+            loss = np.add.reduce(loss) / _divisor(np.count_nonzero(counted), options, side)
         losses.append(loss)
     if options.reduction != "none":
         losses = [sum(losses)]
@@ -100,10 +103,10 @@ def coefficients(
     of_losses = upstream[: len(sides)] if options.reduction == "none" else [upstream[0]] * len(sides)
     of_lses = upstream[-len(sides) :] if options.return_lse else [None] * len(sides)
     found = []
-    for stats, of_loss, of_lse in zip(sides, of_losses, of_lses, strict=True):
+    for side, (stats, of_loss, of_lse) in enumerate(zip(sides, of_losses, of_lses, strict=True)):
         lse, positive, positives, _, valid = stats
         zero, counted = xp.zeros_like(lse), positives > 0
-        by = 0.0 if of_loss is None else of_loss / _divisor(counted.sum(), options)
+        by = 0.0 if of_loss is None else of_loss / _divisor(counted.sum(), options, side)
         u = xp.where(counted, by, zero)
         of_softmax = u if of_lse is None else u + of_lse
         of_positives = u / xp.clip(positives, 1, None)
@@ -120,13 +123,15 @@ def coefficients(
     return found[0], found[1] if options.symmetric else None
 
 
-def _divisor(counted: Any, options: Options) -> Any:
+def _divisor(counted: Any, options: Options, side: int = 0) -> Any:
     """By how much to divide the sum of a side's losses, of which so many are counted: those of rows with a positive."""
     if options.reduction == "none":
         return 1
     sides = 2 if options.symmetric else 1
     if options.reduction == "sum":
         return sides
+    if options.counts is not None:
+        return sides * options.counts[side]
     return sides * (max(counted, 1) if isinstance(counted, (int, np.integer)) else counted.clip(min=1))
 
 
@@ -137,18 +142,34 @@ def arrange(outputs: Any, options: Options) -> Any:
     return (loss, *outputs[losses:]) if options.return_lse else loss
 
 
-def combine_sigmoid(losses: Any, reduction: str) -> Any:
-    """Reduce the losses of the queries, (B,), as `sigmoid_stats` gives them."""
+def combine_sigmoid(losses: Any, reduction: str, count: float | None = None) -> Any:
+    """Reduce the losses of the queries, (B,), as `sigmoid_stats` gives them; a mean divides by `count`, or by B."""
     if reduction == "none":
         return losses
-    return losses.sum() / (max(len(losses), 1) if reduction == "mean" else 1)
+    return losses.sum() / _divisor_sigmoid(len(losses), reduction, count)
 
 
-def coefficients_sigmoid(xp: Any, upstream: Any, rows: int, reduction: str) -> Any:
+def coefficients_sigmoid(xp: Any, upstream: Any, rows: int, reduction: str, count: float | None = None) -> Any:
     """Make the coefficients that `sigmoid_grad` takes, (B,), from the gradient of the output of `combine_sigmoid`."""
     if reduction == "none":
         return upstream
-    return xp.tile(upstream / (max(rows, 1) if reduction == "mean" else 1), (rows,))
+    return xp.tile(upstream / _divisor_sigmoid(rows, reduction, count), (rows,))
+
+
+def _divisor_sigmoid(rows: int, reduction: str, count: float | None) -> Any:
+    return 1 if reduction == "sum" else max(rows, 1) if count is None else count
+
+
+def merge_stats(ours: np.ndarray, theirs: np.ndarray, any: bool) -> np.ndarray:
+    """Merge the statistics of the same rows, as `softmax_stats` gives them, over two parts of their pairs."""
+    with np.errstate(all="ignore"):
+        lse, positive, positives, total, valid = (np.stack(pair) for pair in zip(ours, theirs, strict=True))
+        if any:
+            positive = np.logaddexp(*positive)
+        else:  # the means' sums are made of them again, where there are positives: a mean may be infinite
+            sums = np.where(positives > 0, positive * positives, 0)
+            positive = sums.sum(axis=0) / np.maximum(positives.sum(axis=0), 1)
+        return np.stack([np.logaddexp(*lse), positive, *(x.sum(axis=0) for x in (positives, total, valid))])
 
 
 def combine_ranks(greater: Any, equal: Any, ties: str) -> Any:

@@ -81,8 +81,10 @@ def contrastive_loss(
         One mask per factor of either side, (B,) or (C,), as for `fusion_sum`.
     absent : {"one", "zero"}, optional
         What an absent factor counts as.
-    group : None
-        Reserved for process groups of torch.distributed.
+    group : None, torch.distributed.ProcessGroup or fusionsum.distributed.Exchange, optional
+        The processes whose rows are those of one batch. Each gives queries and keys of its own, any number of them, and
+        key b is the positive of its own query b; labels and ids compare across processes. A boolean `exclude` has columns
+        for the keys of all processes, in the order of the ranks. What is not rows must be the same everywhere.
 
     Returns
     -------
@@ -99,7 +101,9 @@ def contrastive_loss(
         For a wrong shape, device, name or value: sides of different n, fewer keys than queries without labels, labels of
         one side only.
     NotImplementedError
-        If `group` is given.
+        If `group` is given under torch.func, in forward mode, or with tensors that are not plain.
+    RuntimeError
+        If a process of `group` does not answer.
 
     Notes
     -----
@@ -111,6 +115,13 @@ def contrastive_loss(
     With tensors, the loss and the log-sum-exps have gradients for both sides, `fusion_weights`, `logit_scale` and
     `key_bias`. Scores are accumulated in float32 (float64 if an argument is), sums over them in float64. Results are
     bit-identical for every number of threads.
+
+    With a `group`, a process returns the losses and log-sum-exps of its own rows, among the rows of all: with "sum" they
+    add up, and with "mean" they average, over the processes, to what one process returns that holds all rows. Where all
+    have as many rows that count, "mean" is that of a process's own rows. Gradients are those of the sum of all processes'
+    outputs, each times its own gradient: of a process's rows they are whole, of `fusion_weights` and `logit_scale` they are
+    its queries' part. So the average that DistributedDataParallel and FSDP make of gradients is the gradient of the mean
+    over all rows. In backward all processes must take part, too. See docs/distributed.md.
 
     References
     ----------
@@ -128,16 +139,13 @@ def contrastive_loss(
     (array([1.31326169, 1.31326169]), array([1.31326169, 1.31326169]))
     """
     sides = queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias
-    scores = check(*sides, logit_scale, 0.0, labels, key_labels, exclude, group)
-    check_choice("positives", positives, ("mean", "any"))
-    check_choice("reduction", reduction, REDUCTIONS)
-    options = Options(
-        positives == "any",
-        check_flag("symmetric", symmetric),
-        check_smoothing(label_smoothing),
-        reduction,
-        check_flag("return_lse", return_lse),
-    )
+    pairs = logit_scale, 0.0, labels, key_labels, exclude
+    chosen = positives, symmetric, label_smoothing, reduction, return_lse
+    if group is not None:
+        from .distributed import losses as shared  # imports torch
+
+        return shared.contrastive_loss(group, lambda: (check(*sides, *pairs, elsewhere=True), _checked(*chosen)))
+    scores, options = check(*sides, *pairs), _checked(*chosen)
     if is_tensor(scores.queries[0]):
         return adopt_autograd().losses.contrastive_loss(scores, options)
     of_queries, of_keys = evaluate("softmax_stats", *scores.read(), options.any, options.symmetric, options.totals)
@@ -186,13 +194,14 @@ def sigmoid_loss(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As for `contrastive_loss`.
 
     Notes
     -----
     Every pair counts that is not excluded; for B = 0 the loss is 0. With tensors it has gradients for both sides,
-    `fusion_weights`, `logit_scale` and `logit_bias`. Results are bit-identical for every number of threads.
+    `fusion_weights`, `logit_scale` and `logit_bias`. Results are bit-identical for every number of threads. With a `group`,
+    a process returns the losses of its own queries among all keys, as `contrastive_loss` does.
 
     References
     ----------
@@ -206,13 +215,35 @@ def sigmoid_loss(
     0.253856
     """
     sides = queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, None
-    scores = check(*sides, logit_scale, logit_bias, labels, key_labels, exclude, group)
-    check_choice("reduction", reduction, REDUCTIONS)
+    pairs = logit_scale, logit_bias, labels, key_labels, exclude
+    if group is not None:
+        from .distributed import losses as shared
+
+        return shared.sigmoid_loss(
+            group, lambda: (check(*sides, *pairs, elsewhere=True), _checked_reduction(reduction))
+        )
+    scores, reduction = check(*sides, *pairs), _checked_reduction(reduction)
     if is_tensor(scores.queries[0]):
         return adopt_autograd().losses.sigmoid_loss(scores, reduction)
     of_queries = evaluate("sigmoid_stats", *scores.read())
     with np.errstate(all="ignore"):
         return _rounded(combine_sigmoid(of_queries, reduction), scores)
+
+
+def _checked(positives: Any, symmetric: Any, label_smoothing: Any, reduction: Any, return_lse: Any) -> Options:
+    check_choice("positives", positives, ("mean", "any"))
+    return Options(
+        positives == "any",
+        check_flag("symmetric", symmetric),
+        check_smoothing(label_smoothing),
+        _checked_reduction(reduction),
+        check_flag("return_lse", return_lse),
+    )
+
+
+def _checked_reduction(reduction: Any) -> str:
+    check_choice("reduction", reduction, REDUCTIONS)
+    return reduction
 
 
 def _rounded(x: Any, scores: Scores) -> Any:

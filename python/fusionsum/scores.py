@@ -75,7 +75,7 @@ class Scores(NamedTuple):
         """Read the values: floats for scalars, int32 codes for labels and ids, plain arrays for memory maps."""
         labels = _codes("labels", self.query_labels, self.key_labels)
         ids = _codes("exclude", self.query_ids, self.key_ids)
-        scalars = _number(self.logit_scale), _number(self.logit_bias)
+        scalars = number(self.logit_scale), number(self.logit_bias)
         return Scores._make((*_plain(self[:9]), *scalars, *labels, *ids, _plain(self.exclude)))
 
 
@@ -107,11 +107,7 @@ class Search(NamedTuple):
             return plain
         offsets, ids = (_integers(x).astype(np.int64) for x in (plain.excluded_offsets, plain.excluded_ids))
         rows, columns = len(self.queries[0]), len(self.keys[0])
-        if offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 0).any():
-            raise ValueError(
-                f"exclude: expected offsets that ascend from 0 to {len(ids)}, the number of ids, got offsets from "
-                f"{offsets[0]} to {offsets[-1]}; a list, rather than a tuple of two arrays, is taken as ids per query"
-            )
+        check_offsets(offsets, ids)
         _check_below("exclude", ids, columns, "the number of keys")
         places = np.unique(np.repeat(np.arange(rows), np.diff(offsets)) * columns + ids)
         offsets = np.searchsorted(places, np.arange(rows + 1) * columns)
@@ -151,11 +147,14 @@ def check(
     labels: Any = None,
     key_labels: Any = None,
     exclude: Any = None,
-    group: Any = None,
+    elsewhere: bool = False,
 ) -> Scores:
-    """Return the call of a loss, normalised but unread; for an invalid one, raise an error that names the argument."""
+    """Return the call of a loss, normalised but unread; for an invalid one, raise an error that names the argument.
+
+    `elsewhere` says that other processes have keys too, of which a boolean `exclude` has columns.
+    """
     shared, rows, columns, first = _check_sides(
-        queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias, group
+        queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias
     )
     _check_scalar("logit_scale", logit_scale, *first)
     _check_scalar("logit_bias", logit_bias, *first)
@@ -181,7 +180,8 @@ def check(
         _check_integers("exclude[1]", exclude[1], columns, "keys", first)
         ids, exclude = (exclude[0], exclude[1]), None
     elif exclude is not None:
-        _check_pairs(exclude, rows, columns, "a pair of integer vectors or a boolean array", first)
+        valid = "a pair of integer vectors or a boolean array"
+        _check_pairs(exclude, rows, None if elsewhere else columns, valid, first)
     return Scores._make((*shared, logit_scale, logit_bias, labels, key_labels, *ids, exclude))
 
 
@@ -196,11 +196,14 @@ def check_search(
     fusion_weights: Any = None,
     key_bias: Any = None,
     exclude: Any = None,
-    group: Any = None,
+    elsewhere: bool = False,
 ) -> Search:
-    """Return the call of a search, normalised but unread; for an invalid one, raise an error that names the argument."""
+    """Return the call of a search, normalised but unread; for an invalid one, raise an error that names the argument.
+
+    `elsewhere` says that other processes have keys too, of which a boolean `exclude` has columns.
+    """
     shared, rows, columns, first = _check_sides(
-        queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias, group
+        queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias
     )
     offsets = ids = None
     if (
@@ -218,8 +221,17 @@ def check_search(
         exclude = None
     elif exclude is not None:
         valid = "a boolean array, a list of ids per query or a pair of arrays (offsets, ids)"
-        _check_pairs(exclude, rows, columns, valid, first)
+        _check_pairs(exclude, rows, None if elsewhere else columns, valid, first)
     return Search._make((*shared, exclude, offsets, ids))
+
+
+def check_offsets(offsets: np.ndarray, ids: np.ndarray) -> None:
+    """Raise an error unless the offsets say whose each of the ids is."""
+    if offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 0).any():
+        raise ValueError(
+            f"exclude: expected offsets that ascend from 0 to {len(ids)}, the number of ids, got offsets from "
+            f"{offsets[0]} to {offsets[-1]}; a list, rather than a tuple of two arrays, is taken as ids per query"
+        )
 
 
 def check_k(k: Any, columns: int) -> int:
@@ -274,7 +286,6 @@ def _check_sides(
     absent: Any,
     fusion_weights: Any,
     key_bias: Any,
-    group: Any,
 ) -> tuple[Any, int, int, tuple[str, Any]]:
     """Check what losses and searches share: the first nine fields of either, the rows of both sides, the first array."""
     first = first_name(queries), (list(queries) or [None])[0] if isinstance(queries, (tuple, list)) else queries
@@ -295,11 +306,6 @@ def _check_sides(
         check_activations(f"{prefix}activations", names[-1])
         masks.append(tuple(_masks(f"{prefix}present", mask, side, factors)))
     check_choice("absent", absent, ("one", "zero"))
-    if group is not None:
-        raise NotImplementedError(
-            f"group: expected None, got {type(group).__name__}; rows on several processes of torch.distributed are not "
-            "supported yet"
-        )
     return (left, right, *names, *masks, absent, fusion_weights, key_bias), rows, columns, first
 
 
@@ -355,14 +361,17 @@ def _check_integers(name: str, x: Any, length: int | None, of: str, first: tuple
         raise ValueError(f"{name}: expected one dim, got shape {tuple(x.shape)}")
 
 
-def _check_pairs(exclude: Any, rows: int, columns: int, valid: str, first: tuple[str, Any]) -> None:
+def _check_pairs(exclude: Any, rows: int, columns: int | None, valid: str, first: tuple[str, Any]) -> None:
     if not is_tensor(exclude) and not isinstance(exclude, np.ndarray):
         raise TypeError(f"exclude: expected {valid}, got {type(exclude).__name__}")
     check_array("exclude", exclude, *first)
     if reference.dtype_name(exclude) != "bool":
         raise TypeError(f"exclude: expected {valid}, got an array of the dtype {reference.dtype_name(exclude)}")
+    if columns is None and exclude.ndim == 2:
+        columns = exclude.shape[1]
     if tuple(exclude.shape) != (rows, columns):
-        raise ValueError(f"exclude: expected shape {(rows, columns)}, queries by keys, got {tuple(exclude.shape)}")
+        shape = f"({rows}, {'of all ranks' if columns is None else columns})"
+        raise ValueError(f"exclude: expected shape {shape}, queries by keys, got {tuple(exclude.shape)}")
 
 
 def _check_scalar(name: str, x: Any, first_name: str, first: Any) -> None:
@@ -400,7 +409,8 @@ def _plain(x: Any) -> Any:
     return x.view(np.ndarray) if isinstance(x, np.ndarray) else x
 
 
-def _number(x: Any) -> float:
+def number(x: Any) -> float:
+    """Read a checked scalar."""
     return x if type(x) is float else float(x if isinstance(x, numbers.Real) else x.item())
 
 
@@ -412,9 +422,8 @@ def _codes(name: str, queries: Any, keys: Any) -> tuple[Any, Any]:
     """Give equal integers of both sides equal codes, from 0 to `MAX_CODES` - 1."""
     if queries is None:
         return None, None
+    check_one_kind(name, queries, keys)
     queries, keys = _integers(queries), _integers(keys)
-    if {queries.dtype.kind, keys.dtype.kind} == {"i", "u"} and np.result_type(queries, keys).kind == "f":
-        raise TypeError(f"{name}: expected one integer dtype on both sides, got {queries.dtype} and {keys.dtype}")
     both = np.concatenate([queries, keys])
     if both.size and both.min() >= 0 and both.max() < MAX_CODES:
         codes = both
@@ -424,6 +433,13 @@ def _codes(name: str, queries: Any, keys: Any) -> tuple[Any, Any]:
             raise ValueError(f"{name}: expected at most {MAX_CODES} distinct integers, got {len(distinct)}")
     codes = codes.astype(np.int32)
     return codes[: len(queries)], codes[len(queries) :]
+
+
+def check_one_kind(name: str, queries: Any, keys: Any) -> None:
+    """Raise an error for integers of both sides that no integer dtype holds: int64 and uint64; None passes."""
+    names = [] if queries is None else [reference.dtype_name(x) for x in (queries, keys)]
+    if "uint64" in names and any(name.startswith("int") for name in names):
+        raise TypeError(f"{name}: expected one integer dtype on both sides, got {names[0]} and {names[1]}")
 
 
 def _listed(exclude: Sequence[Any], first: Any) -> tuple[Any, Any]:

@@ -27,34 +27,34 @@ from ..combination import Options, arrange, coefficients, coefficients_sigmoid, 
 from ..scores import Scores
 from . import routing, schema
 from .registration import apply, layered
-from .sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, plain, record, sides, wide, with_arrays
+from .sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, once, plain, record, sides, wide, with_arrays
 
 _LOGIT_SCALE, _LOGIT_BIAS = (Scores._fields.index(name) for name in ("logit_scale", "logit_bias"))
 
 
 def contrastive_loss(scores: Scores, options: Options) -> Any:
     """Evaluate `losses.contrastive_loss` for tensors; takes checked arguments."""
-    return arrange(_evaluated(_Contrastive(*options), options, scores), options)
+    return arrange(_evaluated(Contrastive(*options), options, scores), options)
 
 
 def sigmoid_loss(scores: Scores, reduction: str) -> Tensor:
     """Evaluate `losses.sigmoid_loss` for tensors; takes checked arguments."""
     keep = [False] * 4
     if reduction != "none" and torch.is_grad_enabled() and not layered():  # functorch asks for what has a derivative
-        recorded = [isinstance(x, Tensor) and x.requires_grad for x in arrays(scores)]
-        keep = _needed(with_arrays(scores, recorded), _LOGIT_BIAS)
-    return _evaluated(_Sigmoid(reduction, keep), (reduction, keep), scores)[0]
+        keep = asked(Sigmoid, scores)
+    return _evaluated(Sigmoid(reduction, keep), (reduction, keep), scores)[0]
 
 
 # ---- the losses: outputs from one pass over the scores, gradients from a second one if need be -----------------------
 
 
-class _Contrastive:
-    """Keeps the statistics: (5, B) and, if symmetric, (5, C)."""
+class Contrastive:
+    """Keeps the statistics: (5, B) and, if symmetric, (5, C). A subclass may have other `tiles`, and count other rows."""
 
     name = "contrastive_loss"
     schema = "bool any_positive, bool symmetric, float label_smoothing, str reduction, bool return_lse"
     bias = KEY_BIAS  # the place of the bias that has a gradient
+    tiles: Any = tensors  # who evaluates scores
 
     def __init__(self, *options: Any) -> None:
         self.options = Options(*options)
@@ -75,11 +75,15 @@ class _Contrastive:
 
     def evaluate(self, scores: Scores) -> tuple[Any, list[Tensor]]:
         """Evaluate the outputs, float64 arrays, and what is kept, for scores that are read."""
-        of_queries, of_keys = tensors.softmax_stats(
+        of_queries, of_keys = self.tiles.softmax_stats(
             scores, self.options.any, self.options.symmetric, self.options.totals
         )
+        self.count(of_queries, of_keys)
         kept = [torch.from_numpy(x) for x in (of_queries, of_keys) if x is not None]
         return combine(of_queries, of_keys, self.options, scores.diagonal), kept
+
+    def count(self, of_queries: Any, of_keys: Any) -> None:
+        """Set the options' `counts` where a mean is not that of these rows."""
 
     def gradients(
         self, xp: Any, upstream: Any, needed: list[bool], scores: Scores, kept: Any, differentiate: Any
@@ -90,7 +94,7 @@ class _Contrastive:
         return differentiate("softmax_grad", *coefs, self.options.any, needed)
 
 
-class _Sigmoid:
+class Sigmoid:
     """Keeps the gradients that the caller says, of a sum or mean: one pass finds them with the loss.
 
     Where the kernels are called it hands them over once, so there is one instance for each call.
@@ -99,6 +103,8 @@ class _Sigmoid:
     name = "sigmoid_loss"
     schema = "str reduction, bool[] keep"
     bias = _LOGIT_BIAS
+    tiles: Any = tensors
+    count: float | None = None  # by which a mean divides, where not by these rows
 
     def __init__(self, reduction: str, keep: Sequence[bool]) -> None:
         self.reduction, self.keep = reduction, keep
@@ -119,17 +125,18 @@ class _Sigmoid:
     def evaluate(self, scores: Scores) -> tuple[Any, list[Tensor]]:
         """Evaluate the output, a float64 array, and what is kept, for scores that are read."""
         if not any(self.keep):
-            return [combine_sigmoid(tensors.sigmoid_stats(scores), self.reduction)], []
-        coefs = coefficients_sigmoid(np, np.float64(1), len(scores.queries[0]), self.reduction)
-        of_queries, found = tensors.sigmoid_stats_and_grad(coefs, scores, self.keep)
-        return [combine_sigmoid(of_queries, self.reduction)], found
+            return [combine_sigmoid(self.tiles.sigmoid_stats(scores), self.reduction, self.count)], []
+        coefs = coefficients_sigmoid(np, np.float64(1), len(scores.queries[0]), self.reduction, self.count)
+        of_queries, found = self.tiles.sigmoid_stats_and_grad(coefs, scores, self.keep)
+        return [combine_sigmoid(of_queries, self.reduction, self.count)], found
 
     def gradients(
         self, xp: Any, upstream: Any, needed: list[bool], scores: Scores, kept: Any, differentiate: Any
     ) -> Any:
         """Evaluate those of the gradients that are `needed`; `upstream` has the one of the output."""
         # Where a second derivative may follow, only the operation can raise the error that there is none.
-        if not torch.is_grad_enabled() and all(has or not need for has, need in zip(self.keep, needed, strict=True)):
+        kept_all = all(has or not need for has, need in zip(self.keep, needed, strict=True))
+        if not torch.is_grad_enabled() and kept_all and self.may_scale(upstream[0]):
             wanted = [need for has, need in zip(self.keep, needed, strict=True) if has]
             found = [d for d, need in zip(kept, wanted, strict=True) if need]
             if xp is not np:  # operations change nothing
@@ -138,11 +145,21 @@ class _Sigmoid:
             # A second call for the same graph finds none and computes them anew.
             self.keep = [False] * len(needed)
             return [d.data.mul_(float(upstream[0])) for d in found]
-        coefs = coefficients_sigmoid(xp, upstream[0], scores.queries[0].shape[0], self.reduction)
+        coefs = coefficients_sigmoid(xp, upstream[0], scores.queries[0].shape[0], self.reduction, self.count)
         return differentiate("sigmoid_grad", coefs, needed)
+
+    def may_scale(self, upstream: Any) -> bool:
+        """Tell whether the gradients kept, times that of the output, are the gradients."""
+        return True
 
 
 # ---- gradients: of the queries' side, the keys' side, logit_scale, and key_bias or logit_bias ------------------------
+
+
+def asked(loss: Any, scores: Scores) -> list[bool]:
+    """Tell which of these gradients autograd may ask for."""
+    recorded = [isinstance(x, Tensor) and x.requires_grad for x in arrays(scores)]
+    return _needed(with_arrays(scores, recorded), loss.bias)
 
 
 def _needed(needs: Sequence[Any], bias: int) -> list[bool]:
@@ -190,13 +207,17 @@ def _evaluated(loss: Any, options: Sequence[Any], scores: Scores) -> Sequence[Te
     if not routing.is_plain(found):
         outputs = apply(loss.name, *schema.side_arguments(_as_tensors(scores)), *options)
         return outputs[: len(loss.shapes(0, 0))]
-    if routing.records(found):
-        read = scores.read()
-        values = arrays(read)
-        # Integers have no gradients, and were read once.
-        places = [i for i, x in enumerate(given) if isinstance(x, Tensor) and not isinstance(values[i], np.ndarray)]
-        return _record(loss, scores, read, places, *[given[i] for i in places])
-    return _rounded(loss.evaluate(scores.read())[0], scores)
+    return evaluated(loss, scores, scores.read())
+
+
+def evaluated(loss: Any, scores: Scores, read: Scores) -> Sequence[Tensor]:
+    """Return the outputs of a loss of plain tensors, which autograd may record; `read` are the scores, read."""
+    given, values = arrays(scores), arrays(read)
+    if not routing.records([x for x in given if isinstance(x, Tensor)]):
+        return _rounded(loss.evaluate(read)[0], scores)
+    # Integers have no gradients, and were read once.
+    places = [i for i, x in enumerate(given) if isinstance(x, Tensor) and not isinstance(values[i], np.ndarray)]
+    return _record(loss, scores, read, places, *[given[i] for i in places])
 
 
 def _result_dtype(scores: Scores) -> torch.dtype:
@@ -254,7 +275,9 @@ class _Recorded(torch.autograd.Function):
         found = [x for x in (*grads, *saved) if x is not None]
         if routing.is_plain(found) and not routing.records(found):
             read = scores._replace(logit_scale=ctx.read.logit_scale, logit_bias=ctx.read.logit_bias)
-            gradients = _gradients(ctx.loss, np, grads, needs, scores, kept, _by_kernels(read))
+            gradients = _gradients(ctx.loss, np, grads, needs, scores, kept, _by_tiles(ctx.loss.tiles, read))
+        elif ctx.loss.tiles is not tensors:
+            once(ctx.loss.name)
         else:
             of_scores = schema.side_arguments(_as_tensors(scores))
             gradients = _gradients(ctx.loss, torch, grads, needs, scores, kept, _by_operations(of_scores))
@@ -266,8 +289,8 @@ class _Recorded(torch.autograd.Function):
 _record = super(torch.autograd.Function, _Recorded).apply
 
 
-def _by_kernels(read: Scores) -> Callable[..., list[Tensor]]:
-    return lambda name, *head: getattr(tensors, name)(*head[:-1], read, head[-1])
+def _by_tiles(tiles: Any, read: Scores) -> Callable[..., list[Tensor]]:
+    return lambda name, *head: getattr(tiles, name)(*head[:-1], read, head[-1])
 
 
 def _by_operations(of_scores: Sequence[Any]) -> Callable[..., list[Tensor]]:
@@ -318,8 +341,8 @@ def _record_loss(kind: Any) -> None:
     )
 
 
-_record_loss(_Contrastive)
-_record_loss(_Sigmoid)
+_record_loss(Contrastive)
+_record_loss(Sigmoid)
 
 
 def _softmax_grad_kernel(query_coefs: Tensor, key_coefs: Any, any_positive: bool, *rest: Any) -> list[Tensor]:
@@ -331,12 +354,12 @@ def _softmax_grad_kernel(query_coefs: Tensor, key_coefs: Any, any_positive: bool
 
 def _softmax_grad_fake(query_coefs: Tensor, key_coefs: Any, any_positive: bool, *rest: Any) -> list[Tensor]:
     *of_scores, needed = rest
-    return _empty(schema.scores_of(of_scores), needed, _Contrastive.bias)
+    return _empty(schema.scores_of(of_scores), needed, Contrastive.bias)
 
 
 record(
     "softmax_grad",
-    _Contrastive.name,
+    Contrastive.name,
     schema=f"(Tensor query_coefs, Tensor? key_coefs, bool any_positive, {schema.SCORES}, bool[] needed) -> Tensor[]",
     kernel=_softmax_grad_kernel,
     fake=_softmax_grad_fake,
@@ -351,12 +374,12 @@ def _sigmoid_grad_kernel(coefs: Tensor, *rest: Any) -> list[Tensor]:
 
 def _sigmoid_grad_fake(coefs: Tensor, *rest: Any) -> list[Tensor]:
     *of_scores, needed = rest
-    return _empty(schema.scores_of(of_scores), needed, _Sigmoid.bias)
+    return _empty(schema.scores_of(of_scores), needed, Sigmoid.bias)
 
 
 record(
     "sigmoid_grad",
-    _Sigmoid.name,
+    Sigmoid.name,
     schema=f"(Tensor coefs, {schema.SCORES}, bool[] needed) -> Tensor[]",
     kernel=_sigmoid_grad_kernel,
     fake=_sigmoid_grad_fake,

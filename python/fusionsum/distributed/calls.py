@@ -1,0 +1,97 @@
+"""What the calls of losses and of searches on several ranks share: arrays as tensors, a side that travels, what must agree.
+
+What lives elsewhere: messages (``exchange.py``), the calls (``losses.py``, ``search.py``).
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from ..autograd import routing
+from ..autograd.sides import Side, arrays, wide
+from ..scores import Scores, Search
+from .exchange import Exchange
+
+
+def from_arrays(call: Any) -> Any:
+    """Return a checked call with tensors in the places of NumPy's arrays, whose memory they share."""
+    if isinstance(call.queries[0], Tensor):
+        found = [x for x in arrays(call) if isinstance(x, Tensor)]
+        if not routing.is_plain(found):
+            raise NotImplementedError(
+                "group: expected plain tensors outside of torch.func, forward mode and modes that watch calls, got "
+                f"{', '.join(sorted({type(x).__name__ for x in found}))}; of a DTensor, give to_local()"
+            )
+        return call
+    return type(call)._make(_pytree.tree_map_only(np.ndarray, _tensor, list(call)))
+
+
+def to_arrays(found: Any, first: Any) -> Any:
+    """Return results as the caller's first array is: tensors, or NumPy's arrays and scalars."""
+    if isinstance(first, Tensor):
+        return found
+    return _pytree.tree_map_only(Tensor, lambda x: _array(x, first), found)
+
+
+def _array(x: Tensor, first: np.ndarray) -> Any:
+    if x.dtype == torch.bfloat16:  # which is not NumPy's own
+        return x.view(torch.int16).numpy().view(first.dtype)[()]
+    return x.numpy()[()]
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """View an array as a tensor; copy what torch does not take."""
+    if array.dtype.name == "bfloat16":
+        return _tensor(array.view(np.int16)).view(torch.bfloat16)
+    if any(step < 0 for step in array.strides) or not array.dtype.isnative:
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
+        return torch.from_numpy(array.view(np.ndarray))
+
+
+def travelling(side: Side, dtype: torch.dtype) -> Tensor:
+    """Return the product that travels of a side: a single plain factor as it is, any other in the scores' dtype."""
+    with torch.no_grad():
+        return side.factors[0] if side.is_a_factor() else side.product(dtype)
+
+
+def travelling_dtype(side: Side, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of what travels of a side."""
+    return side.factors[0].dtype if side.is_a_factor() else dtype
+
+
+def shared_arguments(call: Scores | Search, exchange: Exchange) -> dict[str, Any]:
+    """Return what every rank must give alike, by its name: all but the rows."""
+    weights = call.fusion_weights
+    if weights is not None:
+        weights = f"{len(weights)} of checksum {checksum(weights):08x}"
+    factors = {
+        name: [f"{x.dtype} {activation} {'present' if mask is None else 'masked'}" for x, activation, mask in given]
+        for name, given in (
+            ("queries", zip(call.queries, call.activations, call.present, strict=True)),
+            ("keys", zip(call.keys, call.key_activations, call.key_present, strict=True)),
+        )
+    }
+    return {
+        "n": call.queries[0].shape[1],
+        "dtype": str(wide(call)),
+        **{name: ", ".join(of_side) for name, of_side in factors.items()},
+        "absent": call.absent,
+        "fusion_weights": weights,
+        "key_bias": None if call.key_bias is None else str(call.key_bias.dtype),
+        "method": exchange.method,
+    }
+
+
+def checksum(x: Tensor) -> int:
+    """Return a checksum of a tensor's entries."""
+    plain = x.detach().cpu().contiguous()
+    return zlib.crc32(plain.view(-1).view(torch.uint8).numpy())
