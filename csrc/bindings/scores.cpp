@@ -5,7 +5,9 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -124,6 +126,18 @@ class Call {
   py::object new_rows(int64_t rows, int64_t cols, DType dtype, void*& data) const {
     const int64_t shape[] = {rows, cols};
     return allocate(home.framework, home.device, dtype, 2, shape, &data);
+  }
+  // NumPy vectors in the scores' dtype.
+  py::array new_vector(int64_t size) const {
+    return py::array(py::dtype(working() == DType::f64 ? "float64" : "float32"), std::vector<py::ssize_t>{size});
+  }
+  bool read_copy(py::handle object, py::array& to) const {
+    const py::array copy = py::array::ensure(object, py::array::c_style);
+    if (!copy || copy.ndim() != 1 || copy.shape(0) != s.queries.rows) return false;
+    to = new_vector(s.queries.rows);
+    if (!copy.dtype().equal(to.dtype())) return false;
+    std::memcpy(to.mutable_data(), copy.data(), static_cast<size_t>(copy.nbytes()));
+    return true;
   }
   py::object new_gradient(bool wanted, int64_t rows, void*& data) const {
     if (!wanted) return py::none();
@@ -356,15 +370,43 @@ py::object top_k(const py::args& args) {
   return py::make_tuple(values, indices);
 }
 
+// A search and its targets, of which a negative one is no key here.
+bool read_targets(Call& call) {
+  Scores& s = call.s;
+  s.epilogue = Epilogue::rank;
+  if (!call.read_sides() || !call.read_excluded() ||
+      !call.read_vector(call.next(), int64_t{s.queries.rows}, s.targets) || !s.targets)
+    return false;
+  for (int64_t b = 0; b < s.queries.rows; ++b)
+    if (s.targets[b] >= s.keys.rows) return false;
+  return true;
+}
+
+bool all_here(const Scores& s) {
+  return std::all_of(s.targets, s.targets + s.queries.rows, [](int64_t target) { return target >= 0; });
+}
+
+py::object target_scores(const py::args& args) {
+  Call call(args);
+  Scores& s = call.s;
+  if (!read_targets(call) || !call.at_end() || !all_here(s)) return declined();
+  py::array found = call.new_vector(s.queries.rows);
+  s.target_scores = found.mutable_data();
+  call.execute();
+  return std::move(found);
+}
+
 py::object ranks(const py::args& args) {
   Call call(args);
   Scores& s = call.s;
-  if (!call.read_sides() || !call.read_excluded() ||
-      !call.read_vector(call.next(), int64_t{s.queries.rows}, s.targets) || !call.at_end() || !s.targets)
-    return declined();
-  for (int64_t b = 0; b < s.queries.rows; ++b)
-    if (s.targets[b] < 0 || s.targets[b] >= s.keys.rows) return declined();
-  s.epilogue = Epilogue::rank;
+  if (!read_targets(call)) return declined();
+  py::array scores;
+  if (call.at_end()) {
+    if (!all_here(s)) return declined();
+  } else {  // the scores of the targets, too
+    if (!call.read_copy(call.next(), scores) || !call.at_end()) return declined();
+    s.target_scores = scores.mutable_data();
+  }
   py::array_t<int64_t> greater(s.queries.rows), equal(s.queries.rows);
   s.greater = greater.mutable_data();
   s.equal = equal.mutable_data();
@@ -384,6 +426,7 @@ void define_scores(py::module_& m) {
   m.def("sigmoid_stats", &sigmoid_stats);
   m.def("sigmoid_grad", &sigmoid_grad);
   m.def("top_k", &top_k);
+  m.def("target_scores", &target_scores);
   m.def("ranks", &ranks);
 }
 

@@ -405,32 +405,46 @@ def top_k(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
     """
     *search, k = arguments
     rows = len(search[0][0])
-    found: list[Any] = []  # the best so far: values, and numbers of keys
+    found = np.zeros((rows, 0), _working_dtype(*search[:2], *search[7:9])), np.zeros((rows, 0), np.int64)
     for start, s, valid in _blocks(*search):
         numbers = np.broadcast_to(np.arange(start, start + s.shape[1]), s.shape)
-        found.append((np.where(valid, s, -np.inf), np.where(valid, numbers, -1)))
-        values, numbers = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
-        order = np.lexsort((-values, numbers < 0), axis=1)[
-            :, :k
-        ]  # stable, NaN after all numbers, what is excluded last
-        found = [(np.take_along_axis(values, order, axis=1), np.take_along_axis(numbers, order, axis=1))]
-    if not found:
-        return np.zeros((rows, 0), _working_dtype(*search[:2], *search[7:9])), np.zeros((rows, 0), np.int64)
-    return found[0][0], found[0][1].astype(np.int64)
+        found = best(found, (np.where(valid, s, -np.inf), np.where(valid, numbers, -1)), k)
+    return found
+
+
+def best(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the best k of two sets of values and keys' numbers, each (B, some), as `top_k` orders them."""
+    values, numbers = (np.concatenate(parts, axis=1) for parts in zip(ours, theirs, strict=True))
+    order = np.lexsort((numbers, -values, numbers < 0), axis=1)[:, :k]  # NaN after all numbers, what is excluded last
+    return np.take_along_axis(values, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+
+
+def _of_targets(search: Any, targets: np.ndarray, to: np.ndarray) -> np.ndarray:
+    """Put the scores of the targets that are keys here in their places."""
+    rows = np.arange(len(targets))
+    for start, s, _ in _blocks(*search):
+        here = rows[(targets >= start) & (targets < start + s.shape[1])]
+        to[here] = s[here, targets[here] - start]
+    return to
+
+
+@np.errstate(all="ignore")
+def target_scores(*arguments: Any) -> np.ndarray:
+    """Evaluate the score of each query's target, (B,). Arguments: a Search, targets."""
+    *search, targets = arguments
+    return _of_targets(search, targets, np.zeros(len(targets), _working_dtype(*search[:2], *search[7:9])))
 
 
 @np.errstate(all="ignore")
 def ranks(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
     """Count the valid keys other than the target whose score is greater than the target's, and equal to it: (B,) each.
 
-    Where the target's score is NaN, all of them are greater. Arguments: a Search, targets.
+    Where the target's score is NaN, all of them are greater. Arguments: a Search, targets and, optionally, scores (B,) of
+    targets that are no keys here, whose numbers are negative.
     """
-    *search, targets = arguments
+    search, (targets, *given) = arguments[:12], arguments[12:]
     rows = np.arange(len(targets))
-    wanted = np.zeros(len(targets), _working_dtype(*search[:2], *search[7:9]))
-    for start, s, _ in _blocks(*search):
-        here = rows[(targets >= start) & (targets < start + s.shape[1])]
-        wanted[here] = s[here, targets[here] - start]
+    wanted = _of_targets(search, targets, given[0].copy()) if given else target_scores(*arguments)
     greater, equal = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
     for start, s, valid in _blocks(*search):
         here = rows[(targets >= start) & (targets < start + s.shape[1])]

@@ -6,12 +6,13 @@ the same in NumPy (``reference.py``), the kernels (``csrc/``).
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from .api import adopt_autograd
 from .call import check_choice, is_tensor
 from .combination import TIES, combine_ranks
-from .scores import check_k, check_search, check_targets, evaluate, first_name, read_targets
+from .scores import Search, check_k, check_search, check_targets, evaluate, first_name, read_targets
 
 
 def top_k(
@@ -46,8 +47,12 @@ def top_k(
         numbers, in a list or tuple of B of them; or the tuple of two integer arrays (offsets, ids), where query b leaves
         out ``ids[offsets[b] : offsets[b + 1]]``. A tuple of two arrays is always the latter; for two queries, give a list.
         A compiler takes the numbers in lists for constants, and compiles anew for others; it takes arrays for any.
-    activations, key_activations, present, key_present, absent, group
+    activations, key_activations, present, key_present, absent
         As for `contrastive_loss`.
+    group : None, torch.distributed.ProcessGroup or fusionsum.distributed.Exchange, optional
+        The processes among which the keys are: each gives some of them, any number, and queries of its own, and gets what
+        is found among all keys. Keys have the numbers that they have in the order of the ranks, in `exclude` too. With
+        ``Exchange(queries="shared")`` all ask for the same queries, which are then searched for once, not by each.
 
     Returns
     -------
@@ -58,13 +63,15 @@ def top_k(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As for `contrastive_loss`; for a `k` out of range; for ids out of range.
 
     Notes
     -----
     The order is that of a stable sort: greater scores first, equal ones by lower index, NaN after all numbers. Where fewer
     than k keys are left, the last places have the value -inf and the index -1. With tensors, the values have gradients.
+    With a `group` queries travel, and keys stay where they are: each process may map its own file into memory. Gradients
+    are those of the sum of all processes' values, each times its own gradient; in backward all must take part.
 
     Examples
     --------
@@ -76,7 +83,11 @@ def top_k(
     (array([[3., 1.]]), array([[0, 1]]))
     """
     sides = queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias
-    search = check_search(*sides, exclude, group)
+    if group is not None:
+        from .distributed import search as shared  # imports torch
+
+        return shared.top_k(group, lambda: (check_search(*sides, exclude, elsewhere=True), check_k(k, sys.maxsize)))
+    search = check_search(*sides, exclude)
     k = check_k(k, search.keys[0].shape[0])
     if is_tensor(search.queries[0]):
         return adopt_autograd().search.top_k(search, k)
@@ -109,8 +120,10 @@ def ranks(
         (B,), the number of the key whose rank is asked for.
     ties : {"mean", "optimistic", "pessimistic"}, optional
         Whether half of, none of or all the other keys with the target's score count as before it.
-    activations, key_activations, present, key_present, absent, group
+    activations, key_activations, present, key_present, absent
         As for `contrastive_loss`.
+    group
+        As for `top_k`; the targets' numbers are those of the keys of all processes.
 
     Returns
     -------
@@ -119,7 +132,7 @@ def ranks(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As for `top_k`; for targets out of range.
 
     References
@@ -138,9 +151,18 @@ def ranks(
     array([1, 1])
     """
     sides = queries, keys, activations, key_activations, present, key_present, absent, fusion_weights, key_bias
-    search = check_search(*sides, exclude, group)
-    check_choice("ties", ties, TIES)
-    check_targets(targets, search, first_name(queries))
+
+    def checked(elsewhere: bool) -> Search:
+        search = check_search(*sides, exclude, elsewhere)
+        check_choice("ties", ties, TIES)
+        check_targets(targets, search, first_name(queries))
+        return search
+
+    if group is not None:
+        from .distributed import search as shared
+
+        return shared.ranks(group, lambda: checked(True), targets, ties)
+    search = checked(False)
     if is_tensor(search.queries[0]):
         return adopt_autograd().search.ranks(search, targets, ties)
     greater, equal = evaluate("ranks", *search.read(), read_targets(targets, search.keys[0].shape[0]))

@@ -116,6 +116,16 @@ def ranks(search: Search, targets: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(_evaluated("ranks", search.read(), read_targets(targets, len(search.keys[0])))))
 
 
+def ranks_of_scores(search: Search, targets: Tensor, scores: Tensor) -> Tensor:
+    """Count as `ranks` does, for targets of these scores (B,); one that is negative is no key here."""
+    return torch.from_numpy(np.stack(_evaluated("ranks", search.read(), targets.numpy(), scores.numpy())))
+
+
+def target_scores(search: Search, targets: Tensor) -> Tensor:
+    """Evaluate the targets' scores (B,), as `ranks` compares them."""
+    return torch.from_numpy(_evaluated("target_scores", search.read(), targets.numpy()))
+
+
 def _evaluated(name: str, given: Scores | Search, *rest: Any) -> Any:
     """Evaluate an internal function of scores; it takes what is read."""
     device = given.queries[0].device

@@ -159,6 +159,11 @@ class Scorer {
 
   // The scores of a tile's rows with a block of keys, and what the epilogue makes of them.
   void strip(int64_t from, int64_t count, int64_t at, const Keys<T>& block, T* to) {
+    T* const targets = memory(p.targets) + from;
+    if (s.epilogue == Epilogue::rank) {
+      if (block.first == 0) score_targets(from, count, targets);
+      if (!s.greater) return;
+    }
     int64_t direct = 0;  // columns
     if (p.by_dots) {
       score_by_dots<P>(lanes, Rows<T>{queries.row(from), queries.step}, count, Rows<T>{keys.row(at), keys.step},
@@ -176,8 +181,6 @@ class Scorer {
       score_strip<P>(lanes, a, a_row, memory(p.panels) + (at + direct) * lanes, block.padded - direct,
                      static_cast<T>(s.scale), block.bias + direct, to + direct, step());
     }
-    T* const targets = memory(p.targets) + from;
-    if (s.epilogue == Epilogue::rank && block.first == 0) score_targets(from, count, targets);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t b = first_query + from + r;
       T* const row = to + r * step();
@@ -246,6 +249,8 @@ class Scorer {
       fill(panel, T(0), lanes * S::cols);
       for (int64_t r = 0; r < some; ++r) {
         const int64_t c = s.targets[first_query + from + first + r];
+        bias[r] = 0;
+        if (c < 0) continue;
         P::form(s.keys, s.absent, terms, c, key, place(p.row));
         for (int64_t i = 0; i < lanes; ++i) __builtin_memcpy(panel + i * S::cols + r, key + i, sizeof(T));
         bias[r] = bias_of(c);
@@ -254,7 +259,12 @@ class Scorer {
       int64_t a_row;
       const T* const a = tile_of(queries, from, count, a_row);
       score_strip<P>(lanes, a, a_row, panel, S::cols, static_cast<T>(s.scale), bias, scores, S::cols);
-      for (int64_t r = 0; r < some; ++r) to[first + r] = scores[(first + r) * S::cols + r];
+      for (int64_t r = 0; r < some; ++r) {
+        const int64_t b = first_query + from + first + r;
+        T* const score = s.target_scores ? static_cast<T*>(s.target_scores) + b : nullptr;
+        to[first + r] = s.targets[b] < 0 ? *score : scores[(first + r) * S::cols + r];
+        if (score) *score = to[first + r];
+      }
     }
   }
 

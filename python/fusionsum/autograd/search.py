@@ -26,13 +26,11 @@ MOST_GATHERED = 2**20  # entries of keys that the gradient of the values gathers
 
 def top_k(search: Search, k: int) -> tuple[Tensor, Tensor]:
     """Evaluate `search.top_k` for tensors; takes a checked search."""
-    given = arrays(search)
-    places = [i for i, x in enumerate(given) if isinstance(x, Tensor)]
-    found = [given[i] for i in places]
+    found = [x for x in arrays(search) if isinstance(x, Tensor)]
     if not routing.is_plain(found):
         values, indices = apply("top_k", *schema.side_arguments(search), k)
     elif routing.records(found):
-        values, indices = _record(search, k, places, *found)
+        values, indices = recorded(_Here, search, k)
     else:
         values, indices = tensors.top_k(search, k)
     return values, indices
@@ -70,31 +68,57 @@ def _top_k_fake(*given: Any) -> list[Tensor]:
 
 
 def _top_k_backward(grads: Any, needs: Sequence[Any], *rest: Any) -> tuple[Any, ...]:
-    """Differentiate the values as fusion sums of each query and the keys found, gathered by their indices.
-
-    The keys found are gathered for some queries at a time. What one key gets is added up in the order of the queries.
-    """
     *of_search, _, (indices,) = rest
-    search, grad = schema.search_of(of_search), grads[0]
-    queries, keys = sides(search)
-    of_queries = queries.product(grad.dtype).unsqueeze(1)
+    return *_Here.gradients(grads[0], needs, schema.search_of(of_search), indices), None
+
+
+class _Here:
+    """A search among the keys of this process."""
+
+    top_k = staticmethod(tensors.top_k)
+
+    @staticmethod
+    def gradients(grad: Tensor, needs: Sequence[Any], search: Search, indices: Tensor) -> list[Any]:
+        """Gradients of the fields of a search, as `needs` has them, from that of the values."""
+        queries, _ = sides(search)
+        some_lack = search.exclude is not None or search.excluded_offsets is not None
+        d_product, d_keys, d_bias = of_found(search, grad, indices, queries.product(grad.dtype), needs, some_lack)
+        return fields_of(search, needs, d_product, d_keys, d_bias)
+
+
+def fields_of(search: Search, needs: Sequence[Any], d_product: Any, d_keys: Any, d_bias: Any) -> list[Any]:
+    """Gradients of the fields of a search, from that of the queries' product, those of the keys' factors and the bias."""
+    found: list[Any] = [None] * len(search)
+    found[WEIGHTS], *found[QUERIES] = sides(search)[0].grads(d_product, [needs[WEIGHTS], *needs[QUERIES]])
+    found[KEYS] = [d if d is None else d.to(x.dtype) for d, x in zip(d_keys, search.keys, strict=True)]
+    found[KEY_BIAS] = d_bias if d_bias is None else d_bias.to(search.key_bias.dtype)
+    return found
+
+
+def of_found(
+    search: Search, grad: Tensor, indices: Tensor, of_queries: Tensor, needs: Sequence[Any], some_lack: bool
+) -> tuple[Any, list[Any], Any]:
+    """Gradients, widened, of the queries' product (B, n), the keys' factors and their bias, from that of the values.
+
+    The values are fusion sums of each query and the keys found, which are gathered by their indices.
+    Those of some queries at a time. What one key gets is added up in the order of the queries.
+    `some_lack` says that indices may be negative: there is no key, and the value is constant.
+    """
+    _, keys = sides(search)
+    of_queries = of_queries.unsqueeze(1)
     wanted = any(needs[QUERIES]) or needs[WEIGHTS], any(needs[KEYS])
     d_queries, d_keys, d_bias = [], [None] * len(keys.factors), None
     rows, k = indices.shape
     for some in _chunks(rows, k, of_queries.shape[-1]):
-        part = _of_found(search, grad[some], indices[some], of_queries[some], keys, (*wanted, needs[KEYS]))
-        flat, of_values, of_rows, of_factors = part
+        given = keys, grad[some], indices[some], of_queries[some]
+        flat, of_values, of_rows, of_factors = _of_some(*given, (*wanted, needs[KEYS]), some_lack)
         d_queries.append(of_rows)
         d_keys = [_added(to, flat, d, x) for to, d, x in zip(d_keys, of_factors, keys.factors, strict=True)]
         if needs[KEY_BIAS]:
             d_bias = _added(d_bias, flat, of_values, search.key_bias)
 
-    found: list[Any] = [None] * len(search)
     d_product = None if not wanted[0] else d_queries[0] if len(d_queries) == 1 else torch.cat(d_queries)
-    found[WEIGHTS], *found[QUERIES] = queries.grads(d_product, [needs[WEIGHTS], *needs[QUERIES]])
-    found[KEYS] = [d if d is None else d.to(x.dtype) for d, x in zip(d_keys, keys.factors, strict=True)]
-    found[KEY_BIAS] = d_bias if d_bias is None else d_bias.to(search.key_bias.dtype)
-    return *found, None
+    return d_product, d_keys, d_bias
 
 
 def _chunks(rows: Any, k: Any, terms: Any) -> list[slice]:
@@ -105,11 +129,11 @@ def _chunks(rows: Any, k: Any, terms: Any) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-def _of_found(search: Search, grad: Tensor, indices: Tensor, of_queries: Tensor, keys: Any, wanted: Any) -> Any:
-    """Gradients through the scores found: the keys' numbers, and of the bias, the queries and the factors at these."""
+def _of_some(keys: Any, grad: Tensor, indices: Tensor, of_queries: Tensor, wanted: Any, some_lack: bool) -> Any:
+    """Gradients through some scores: the keys' numbers, and of the bias, the queries and the factors at these."""
     has_key = None
-    if search.exclude is not None or search.excluded_offsets is not None:
-        found = indices >= 0  # where no key was left, the value is constant, -inf, and a key of zeros stands in
+    if some_lack:
+        found = indices >= 0  # elsewhere a key of zeros stands in
         grad, indices, has_key = torch.where(found, grad, 0), indices.clamp(min=0), found.reshape(-1, 1)
     flat = indices.reshape(-1)
     gathered = keys._replace(
@@ -139,15 +163,20 @@ def _added(to: Any, flat: Tensor, d: Any, x: Tensor) -> Any:
 
 
 class _Recorded(torch.autograd.Function):
-    """A top-k as plain autograd records it: of a search, k, the places of the tensors among its `arrays`, and these."""
+    """A top-k as plain autograd records it: of a search, k, the places of the tensors among its `arrays`, and these.
+
+    `way` has the functions `top_k` and `gradients`, those of `_Here` or alike.
+    """
 
     @staticmethod
-    def forward(ctx: Any, search: Search, k: int, places: Sequence[int], *given: Tensor) -> tuple[Tensor, Tensor]:
-        values, indices = tensors.top_k(search, k)
+    def forward(
+        ctx: Any, way: Any, search: Search, k: int, places: Sequence[int], *given: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        values, indices = way.top_k(search, k)
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(*given, indices)
         blank = [None if isinstance(x, Tensor) else x for x in arrays(search)]
-        ctx.search, ctx.places = with_arrays(search, blank), places
+        ctx.way, ctx.search, ctx.places = way, with_arrays(search, blank), places
         return values, indices
 
     @staticmethod
@@ -155,14 +184,20 @@ class _Recorded(torch.autograd.Function):
         *given, indices = ctx.saved_tensors
         count = len(arrays(ctx.search))
         values, needs = [None] * count, [False] * count
-        for place, x, need in zip(ctx.places, given, ctx.needs_input_grad[3:], strict=True):
+        for place, x, need in zip(ctx.places, given, ctx.needs_input_grad[4:], strict=True):
             values[place], needs[place] = x, need
         search = with_arrays(ctx.search, values)
-        inputs = *schema.side_arguments(search), indices.shape[1], (indices,)
-        *found, _ = _top_k_backward(grads, with_arrays(ctx.search, needs), *inputs)
+        found = ctx.way.gradients(grads[0], with_arrays(ctx.search, needs), search, indices)
         nothing = [None] * len(search.present), [None] * len(search.key_present)
         flat = *found[QUERIES], *found[KEYS], *nothing[0], *nothing[1], *found[WEIGHTS:]
-        return None, None, None, *[flat[place] for place in ctx.places]
+        return None, None, None, None, *[flat[place] for place in ctx.places]
+
+
+def recorded(way: Any, search: Search, k: int) -> tuple[Tensor, Tensor]:
+    """Evaluate a top-k so that autograd records it."""
+    given = arrays(search)
+    places = [i for i, x in enumerate(given) if isinstance(x, Tensor)]
+    return _record(way, search, k, places, *[given[i] for i in places])
 
 
 # Past the Python of Function.apply, as in ``routing.py``.

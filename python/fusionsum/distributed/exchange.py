@@ -221,22 +221,20 @@ class Ranks:
 
     def _ring(self, block: list[Tensor], layout: Layout, visit: Visit, home: Any, merge: Any) -> Any:
         after, before = (self.rank + 1) % self.world, (self.rank - 1) % self.world
-        held, coming, carried, own = layout.pack(block, self.rank), None, None, None
-        for step in range(self.world):
-            source = (self.rank - step) % self.world
-            following = (source - 1) % self.world
-            if step < self.world - 1:
+        coming = self.trade({after: layout.pack(block, self.rank)}, {before: layout.size(before)})
+        own = visit(self.rank, block)
+        carried: Trade | None = None
+        for step in range(1, self.world):
+            source, following = (self.rank - step) % self.world, (self.rank - step - 1) % self.world
+            held = coming.wait()[before]
+            if following != self.rank:
                 coming = self.trade({after: held}, {before: layout.size(following)})
-            made = visit(source, layout.unpack(held, source) if step else block)
-            if step == 0:
-                own = made
-            elif home is not None:
+            made = visit(source, layout.unpack(held, source))
+            if home is not None:
                 if carried is not None:
                     made = merge(home.unpack(carried.wait()[before], source), made)
                 carried = self.trade({after: home.pack(made, source)}, {before: home.size(following)})
-            if step < self.world - 1:
-                held = coming.wait()[before]
-        return own if home is None else merge(home.unpack(carried.wait()[before], self.rank), own)
+        return own if carried is None else merge(home.unpack(carried.wait()[before], self.rank), own)
 
     def trade(self, sends: Mapping[int, Tensor], sizes: Mapping[int, int]) -> Trade:
         """Begin to send bytes to some ranks, and to receive so many bytes from some."""

@@ -28,7 +28,7 @@ from ..autograd import losses
 from ..autograd.sides import sides, wide
 from ..combination import Options, arrange, merge_stats
 from ..scores import Scores, check_one_kind, number
-from .calls import from_arrays, shared_arguments, to_arrays, travelling, travelling_dtype
+from .calls import added, from_arrays, shared_arguments, to_arrays, travelling, travelling_dtype
 from .exchange import Layout, Ranks, exchange_of, meet
 
 
@@ -188,13 +188,13 @@ class Tiles:
             for need, goes in zip(needs, at_home, strict=True):
                 if need:
                     both[goes].append(next(found))
-            here[:] = _added(here, both[0]) if here else both[0]
+            here[:] = added(here, both[0]) if here else both[0]
             return both[1]
 
         columns, terms = self.ranks.columns, scores.queries[0].shape[1]
         entries = [(wide(scores), [(c, terms) for c in columns]), (torch.float64, [(c,) for c in columns])]
         home = [entry for entry, goes in zip(entries, (at_home[1], at_home[3]), strict=True) if goes]
-        there = iter(self._tiles(scores, key_coefs, visit, home, _added) or [])
+        there = iter(self._tiles(scores, key_coefs, visit, home, added) or [])
         ours = iter(here)
         return [next(there if goes else ours) for need, goes in zip(needs, at_home, strict=True) if need]
 
@@ -207,7 +207,7 @@ class Tiles:
         block += [None if key_coefs is None else torch.from_numpy(key_coefs), bias, travelling(keys, wide(scores))]
         dtypes = [torch.int64, torch.int64, torch.float64, None if bias is None else bias.dtype]
         dtypes.append(travelling_dtype(keys, wide(scores)))
-        shapes = [[(c,) for c in columns]] * 2 + [[(5, c) for c in columns], [(c,) for c in columns]]
+        shapes: list[Any] = [[(c,) for c in columns]] * 2 + [[(5, c) for c in columns], [(c,) for c in columns]]
         shapes.append([(c, terms) for c in columns])
         given = [x is not None for x in block]
         layout = Layout(*[(t, of) for t, of, has in zip(dtypes, shapes, given, strict=True) if has])
@@ -238,7 +238,3 @@ class Tiles:
             key_ids=ids,
             exclude=exclude,
         ).read()
-
-
-def _added(ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
-    return [a.add_(b) for a, b in zip(ours, theirs, strict=True)]
