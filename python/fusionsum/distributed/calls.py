@@ -20,15 +20,20 @@ from ..scores import Scores, Search
 from .exchange import Exchange
 
 
+def exchange_of(group: Any) -> Exchange:
+    """Return what the argument `group` stands for; messages are plain tensors, which transforms would wrap."""
+    if not routing.is_plain([]):
+        raise NotImplementedError("group: expected None under torch.func, forward mode and modes that watch calls")
+    return group if isinstance(group, Exchange) else Exchange(group)
+
+
 def from_arrays(call: Any) -> Any:
     """Return a checked call with tensors in the places of NumPy's arrays, whose memory they share."""
     if isinstance(call.queries[0], Tensor):
         found = [x for x in arrays(call) if isinstance(x, Tensor)]
         if not routing.is_plain(found):
-            raise NotImplementedError(
-                "group: expected plain tensors outside of torch.func, forward mode and modes that watch calls, got "
-                f"{', '.join(sorted({type(x).__name__ for x in found}))}; of a DTensor, give to_local()"
-            )
+            names = ", ".join(sorted({type(x).__name__ for x in found}))
+            raise NotImplementedError(f"group: expected plain tensors, got {names}; of a DTensor, give to_local()")
         return call
     return type(call)._make(_pytree.tree_map_only(np.ndarray, _tensor, list(call)))
 

@@ -119,11 +119,6 @@ def _process_group(given: Any) -> Any:
     return given
 
 
-def exchange_of(group: Any) -> Exchange:
-    """Return what the argument `group` of a loss or a search stands for."""
-    return group if isinstance(group, Exchange) else Exchange(group)
-
-
 class Layout:
     """How the tensors of each rank become one run of bytes, and back: entries of a dtype and a shape for each rank."""
 
@@ -318,7 +313,7 @@ def meet(
         return Ranks(exchange, name, [own] * exchange.world), call
     checksum = hashlib.blake2b(repr(sorted(known.items())).encode(), digest_size=7).digest()
     header = [int(failure is not None), int.from_bytes(checksum, "big"), *own]
-    header += [0] * (_HEADER - len(header))
+    header += [0] * (HEADER - len(header))
     try:
         gathered = exchange.gather(torch.tensor(header, dtype=torch.int64, device=exchange.device))
     except RuntimeError as error:
@@ -334,7 +329,7 @@ def meet(
     return Ranks(exchange, name, [header[2 : 2 + len(own)] for header in headers]), call
 
 
-_HEADER = 8  # integers: whether the arguments are wrong, their checksum, up to six sizes
+HEADER = 10  # integers: whether the arguments are wrong, their checksum, up to eight sizes
 
 
 def _difference(told: Sequence[tuple[str | None, Mapping[str, Any]]]) -> str:

@@ -28,8 +28,8 @@ from ..autograd import losses
 from ..autograd.sides import sides, wide
 from ..combination import Options, arrange, merge_stats
 from ..scores import Scores, check_one_kind, number
-from .calls import added, from_arrays, shared_arguments, to_arrays, travelling, travelling_dtype
-from .exchange import Layout, Ranks, exchange_of, meet
+from .calls import added, exchange_of, from_arrays, shared_arguments, to_arrays, travelling, travelling_dtype
+from .exchange import Layout, Ranks, meet
 
 
 @torch._disable_dynamo

@@ -25,8 +25,8 @@ from ..autograd import search as of_one
 from ..autograd.sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, sides, wide
 from ..combination import combine_ranks
 from ..scores import Search, check_k, check_offsets
-from .calls import added, checksum, from_arrays, shared_arguments, to_arrays, travelling, travelling_dtype
-from .exchange import Layout, Ranks, exchange_of, meet
+from .calls import added, checksum, exchange_of, from_arrays, shared_arguments, to_arrays, travelling, travelling_dtype
+from .exchange import Layout, Ranks, meet
 
 
 @torch._disable_dynamo
