@@ -106,7 +106,9 @@ def measure(world: int, pairs: int, quick: bool) -> list[dict[str, Any]]:
 def table(world: int, rows: list[dict[str, Any]]) -> str:
     """Return what was measured as a table in Markdown."""
     lines = [
-        f"| B | n | one process, {world} threads | " + " | ".join(f"{m} | of one | MiB sent | MiB more" for m in METHODS) + " |",
+        f"| B | n | one process, {world} threads | "
+        + " | ".join(f"{m} | of one | MiB sent | MiB more" for m in METHODS)
+        + " |",
         "|" + "---|" * (3 + 4 * len(METHODS)),
     ]
     for row in rows:

@@ -35,8 +35,6 @@ class Options(NamedTuple):
     label_smoothing: float
     reduction: str
     return_lse: bool
-    # By how many queries and keys means divide, where not by those of the statistics: rows of other processes count too.
-    counts: tuple[float, float] | None = None
 
     @property
     def totals(self) -> bool:
@@ -50,7 +48,9 @@ class Options(NamedTuple):
 
 
 @np.errstate(all="ignore")  # infinities and NaN give no warnings, as in torch
-def combine(query_stats: Any, key_stats: Any, options: Options, diagonal: bool = False) -> tuple[Any, ...]:
+def combine(
+    query_stats: Any, key_stats: Any, options: Options, diagonal: bool = False, counts: Any = None
+) -> tuple[Any, ...]:
     """Combine the statistics, (5, B) and, if symmetric, (5, C), into losses and, if they are asked for, log-sum-exps.
 
     Returns ``(loss,)``; with reduction "none" ``(query_losses,)`` or, if symmetric, ``(query_losses, key_losses)``. Then
@@ -60,12 +60,14 @@ def combine(query_stats: Any, key_stats: Any, options: Options, diagonal: bool =
     is +inf, that of a positive of +inf is inf - inf, NaN. A positive of -inf has the loss +inf.
 
     `diagonal` says that key b is the one positive of query b, and that nothing is excluded: then two vectors suffice.
+    `counts`, of queries and of keys, are what means divide by, where that is not how many of these have a positive: where
+    other processes have rows too.
     """
     sides = [query_stats, key_stats] if options.symmetric else [query_stats]
     if diagonal and options.plain:
         rows = query_stats.shape[1]
         total = sum(np.add.reduce(stats[0, :rows] - stats[1, :rows]) for stats in sides)
-        return (total / _divisor(rows, options),)
+        return (total / _divisor(rows, options, counts and counts[0]),)
     losses = []
     for side, stats in enumerate(sides):
         lse, positive, positives, total, valid = stats
@@ -76,7 +78,7 @@ def combine(query_stats: Any, key_stats: Any, options: Options, diagonal: bool =
         counted = positives > 0
         loss = np.where(counted, loss, 0.0)  # elsewhere it may be -inf less -inf
         if options.reduction != "none":
-            loss = np.add.reduce(loss) / _divisor(np.count_nonzero(counted), options, side)
+            loss = np.add.reduce(loss) / _divisor(np.count_nonzero(counted), options, counts and counts[side])
         losses.append(loss)
     if options.reduction != "none":
         losses = [sum(losses)]
@@ -85,12 +87,18 @@ def combine(query_stats: Any, key_stats: Any, options: Options, diagonal: bool =
 
 @np.errstate(all="ignore")
 def coefficients(
-    xp: Any, query_stats: Any, key_stats: Any, options: Options, upstream: Any, diagonal: bool = False
+    xp: Any,
+    query_stats: Any,
+    key_stats: Any,
+    options: Options,
+    upstream: Any,
+    diagonal: bool = False,
+    counts: Any = None,
 ) -> tuple[Any, Any]:
     """Make the coefficients that `softmax_grad` takes, (5, B) and, if symmetric, (5, C), else None.
 
     `upstream` has the gradient of each output of `combine`, in its order, or None where nothing depends on the output;
-    `diagonal` is that of `combine`.
+    `diagonal` and `counts` are those of `combine`.
     """
     sides = [query_stats, key_stats] if options.symmetric else [query_stats]
     if diagonal and options.plain and xp is np and not any((stats[0] == -np.inf).any() for stats in sides):
@@ -98,7 +106,7 @@ def coefficients(
         found = [np.zeros(stats.shape) for stats in sides]
         for coefs, stats in zip(found, sides, strict=True):
             coefs[0] = stats[0]
-            coefs[1, :rows] = coefs[3, :rows] = upstream[0] / _divisor(rows, options)
+            coefs[1, :rows] = coefs[3, :rows] = upstream[0] / _divisor(rows, options, counts and counts[0])
         return found[0], found[1] if options.symmetric else None
     of_losses = upstream[: len(sides)] if options.reduction == "none" else [upstream[0]] * len(sides)
     of_lses = upstream[-len(sides) :] if options.return_lse else [None] * len(sides)
@@ -106,7 +114,7 @@ def coefficients(
     for side, (stats, of_loss, of_lse) in enumerate(zip(sides, of_losses, of_lses, strict=True)):
         lse, positive, positives, _, valid = stats
         zero, counted = xp.zeros_like(lse), positives > 0
-        by = 0.0 if of_loss is None else of_loss / _divisor(counted.sum(), options, side)
+        by = 0.0 if of_loss is None else of_loss / _divisor(counted.sum(), options, counts and counts[side])
         u = xp.where(counted, by, zero)
         of_softmax = u if of_lse is None else u + of_lse
         of_positives = u / xp.clip(positives, 1, None)
@@ -123,15 +131,15 @@ def coefficients(
     return found[0], found[1] if options.symmetric else None
 
 
-def _divisor(counted: Any, options: Options, side: int = 0) -> Any:
+def _divisor(counted: Any, options: Options, count: float | None) -> Any:
     """By how much to divide the sum of a side's losses, of which so many are counted: those of rows with a positive."""
     if options.reduction == "none":
         return 1
     sides = 2 if options.symmetric else 1
     if options.reduction == "sum":
         return sides
-    if options.counts is not None:
-        return sides * options.counts[side]
+    if count is not None:
+        return sides * count
     return sides * (max(counted, 1) if isinstance(counted, (int, np.integer)) else counted.clip(min=1))
 
 

@@ -55,6 +55,7 @@ class Contrastive:
     schema = "bool any_positive, bool symmetric, float label_smoothing, str reduction, bool return_lse"
     bias = KEY_BIAS  # the place of the bias that has a gradient
     tiles: Any = tensors  # who evaluates scores
+    counts: Any = None
 
     def __init__(self, *options: Any) -> None:
         self.options = Options(*options)
@@ -78,19 +79,19 @@ class Contrastive:
         of_queries, of_keys = self.tiles.softmax_stats(
             scores, self.options.any, self.options.symmetric, self.options.totals
         )
-        self.count(of_queries, of_keys)
+        self.counts = self.count(of_queries, of_keys)
         kept = [torch.from_numpy(x) for x in (of_queries, of_keys) if x is not None]
-        return combine(of_queries, of_keys, self.options, scores.diagonal), kept
+        return combine(of_queries, of_keys, self.options, scores.diagonal, self.counts), kept
 
-    def count(self, of_queries: Any, of_keys: Any) -> None:
-        """Set the options' `counts` where a mean is not that of these rows."""
+    def count(self, of_queries: Any, of_keys: Any) -> Any:
+        """Return by how many queries and keys means divide, where not by those of these that have a positive."""
 
     def gradients(
         self, xp: Any, upstream: Any, needed: list[bool], scores: Scores, kept: Any, differentiate: Any
     ) -> Any:
         """Evaluate those of the gradients that are `needed`; `upstream` has one array, or None, per output."""
         of_queries, of_keys, *_ = [*(x.numpy() if xp is np else x for x in kept), None]
-        coefs = coefficients(xp, of_queries, of_keys, self.options, upstream, scores.diagonal)
+        coefs = coefficients(xp, of_queries, of_keys, self.options, upstream, scores.diagonal, self.counts)
         return differentiate("softmax_grad", *coefs, self.options.any, needed)
 
 

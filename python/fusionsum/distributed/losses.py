@@ -90,9 +90,8 @@ class _Contrastive(losses.Contrastive):
         super().__init__(*options)
         self.tiles = Tiles(ranks)
 
-    def count(self, of_queries: Any, of_keys: Any) -> None:
-        if self.options.reduction == "mean":
-            self.options = self.options._replace(counts=self.tiles.counts(of_queries, of_keys))
+    def count(self, of_queries: Any, of_keys: Any) -> Any:
+        return self.tiles.counts(of_queries, of_keys) if self.options.reduction == "mean" else None
 
 
 class _Sigmoid(losses.Sigmoid):
