@@ -87,8 +87,8 @@ struct Scores {
   void* values;
   int64_t* indices;
 
-  const int64_t* targets;  // rank; negative: the target is no key here, and its score is given
-  void* target_scores;     // in the scores' dtype: what targets score here is written; null: none is given or wanted
+  const int64_t* targets;    // rank; negative: the target is no key here, and its score is given
+  void* target_scores;       // in the scores' dtype: what targets score here is written; null: none is given or wanted
   int64_t *greater, *equal;  // null: the targets' scores alone are wanted
 };
 

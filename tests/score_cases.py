@@ -361,7 +361,8 @@ def check_ranks(s: Scores, rng: Any) -> None:
         return
     p = Pairs(s, searching=True)
     targets = rng.integers(0, cols, rows)
-    greater, equal = native.ranks(*_search(s, p.excluded, bool(rng.integers(2))), targets, False)
+    search = _search(s, p.excluded, bool(rng.integers(2)))
+    greater, equal = native.ranks(*search, targets, False)
     each = np.arange(rows)
     others = p.counted.copy()
     others[each, targets] = False
@@ -374,6 +375,16 @@ def check_ranks(s: Scores, rng: Any) -> None:
     if p.exact:
         assert (greater == surely.sum(1)).all()
         assert (equal == (others & (p.scores == target)).sum(1)).all()
+    # A target that is no key here, with its score: its key counts as any other does.
+    scores = native.target_scores(*search, targets, False)
+    assert scores.dtype == s.working
+    near(scores, p.scores[each, targets], p.tol[each, targets])
+    elsewhere = rng.random(rows) < 0.5
+    of_scores = native.ranks(*search, np.where(elsewhere, -1 - targets, targets), scores, False)
+    one_more = elsewhere & p.counted[each, targets]
+    unordered = np.isnan(scores)
+    assert (of_scores[0] == greater + (one_more & unordered)).all()
+    assert (of_scores[1] == equal + (one_more & ~unordered)).all()
 
 
 CALLS = {

@@ -520,6 +520,9 @@ def test_wrong_arguments_are_declined(rng):
         assert native.top_k(*head, *tail, False) is NotImplemented
     for targets in (ten[:5], ten[:4] - 1, ten[:4] + 6, None):
         assert native.ranks(*head, None, None, None, targets, False) is NotImplemented
+        assert native.target_scores(*head, None, None, None, targets, False) is NotImplemented
+    for given in (np.zeros(4), np.zeros(5, np.float32), np.zeros((4, 1), np.float32), None):
+        assert native.ranks(*head, None, None, None, ten[:4], given, False) is NotImplemented
 
 
 def test_repeats_have_the_same_bits(rng):

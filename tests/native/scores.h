@@ -395,8 +395,11 @@ class ScoreMemory {
     }
     if (s.epilogue == Epilogue::rank) {
       s.targets = filled<int64_t>(cols ? rows : 0, [&](int64_t i) { return random(index + 4, i) % cols; });
-      s.greater = output<int64_t>(rows, 0);
-      s.equal = output<int64_t>(rows, 0);
+      if (b.one_in(2)) s.target_scores = output<char>(rows * item, 0xff);
+      if (!s.target_scores || b.one_in(2)) {
+        s.greater = output<int64_t>(rows, 0);
+        s.equal = output<int64_t>(rows, 0);
+      }
     }
   }
 
@@ -488,6 +491,12 @@ class ScoreMemory {
     const int64_t cols = s.keys.rows;
     for (int64_t b = 0; cols && b < s.queries.rows; ++b) {
       const int64_t target = b * cols + s.targets[b];
+      if (s.target_scores)
+        require(std::abs((s.wide ? static_cast<const double*>(s.target_scores)[b]
+                                 : static_cast<const float*>(s.target_scores)[b]) -
+                         score_[target]) <= tol_[target],
+                "a target's score");
+      if (!s.greater) continue;
       int64_t surely = 0, maybe = 0, not_below = 0;
       for (int64_t at = b * cols; at < (b + 1) * cols; ++at) {
         if (at == target || excluded_[at]) continue;
