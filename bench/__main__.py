@@ -25,25 +25,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rows", default="", metavar="P1,P5", help="only these rows (default: all)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as torch uses")
+    parser.add_argument("--ranks", type=int, default=0, metavar="N", help="instead: losses over so many processes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the current GPU")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: results, or results/cuda, beside the code")
     options = parser.parse_args(argv)
     results = Path(__file__).parent / "results"
     options.out = options.out or (results if options.device == "cpu" else results / "cuda")
     options.pairs = QUICK_PAIRS if options.quick else PAIRS
+    if options.ranks < 0 or options.ranks == 1:
+        parser.error(f"--ranks: expected at least 2, got {options.ranks}")
     if options.threads < 0:
         parser.error(f"--threads: expected at least 1, got {options.threads}")
     return options
 
 
 def benchmark(options: argparse.Namespace) -> Path:
-    """Measure the rows asked for and write the report; return the path of the Markdown file."""
+    """Measure what is asked for and write the report; return the path of the Markdown file."""
     # Imported here, for torch must not be loaded before the re-execution.
     import torch
     from tqdm import tqdm
 
-    from . import gpu, layers, machine, measure, report, rows, scores
+    from . import gpu, layers, machine, measure, ranks, report, rows, scores
 
+    if options.ranks:
+        return ranks.write(options.ranks, options.pairs, options.quick, options.out)
     where = machine.Cpu() if options.device == "cpu" else gpu.Gpu()
     scored = scores.QUICK_SCORES if options.quick else scores.SCORES
     of_cpu = (*rows.ROWS, *layers.LAYERS, *scored)

@@ -1,11 +1,11 @@
 """The contrastive loss over rows on several processes of this machine: ``python -m bench --ranks 2``.
 
-What lives here: the sizes, the timing of ranks against one process that does the same work on as many cores, bytes and
-memory against the formulas (``scale.py``). What lives elsewhere: the rows of one process (``scores.py``), sizes that this
-machine cannot hold (``scale.py``).
+What lives here: the sizes, the timing of ranks against one process that does the same work on as many cores, the bytes
+sent and the memory. What lives elsewhere: the rows of one process (``scores.py``), sizes that this machine cannot hold
+(``scale.py``).
 
-Ranks are processes of one thread each over gloo, and one process has as many threads as there are ranks. All of them wait
-while one is timed; a time of the ranks is that of the slowest.
+Ranks are processes of one thread each over gloo, and one process has as many threads as there are ranks. The ranks wait
+while the one is timed; their time is that of the slowest. A step is the loss and its gradients of both sides.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ import torch.distributed as dist
 import fusionsum as fs
 from fusionsum.distributed import Exchange
 
+from . import machine
 from .measure import set_threads
 
-SIZES = ((512, 64), (4096, 512), (16384, 512), (32768, 256))  # queries and keys of all ranks, terms
+SIZES = ((512, 64), (4096, 512), (16384, 256))  # queries and keys of all ranks, terms
 QUICK_SIZES = SIZES[:2]
 METHODS = ("gather", "ring")
 
@@ -44,10 +46,10 @@ def _step(sides: list[torch.Tensor], group: Any) -> None:
 
 
 def _peak(step: Callable[[], None]) -> int:
-    """Return by how many bytes the process grew at most during a step."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    """Return by how many bytes the process grew at most during its first step, gradients included."""
     status = Path("/proc/self/status").read_text
     before = _field(status(), "VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     step()
     return _field(status(), "VmHWM") - before
 
@@ -67,55 +69,87 @@ def _timed(step: Callable[[], None] | None) -> float:
     return time.perf_counter() - start
 
 
-def _serve(rank: int, world: int, sizes: list[tuple[int, int]], pairs: int, folder: str) -> None:
-    """Measure, as one of the ranks; the first writes what it found."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=600)
-    )
-    found = []
-    for rows, terms in sizes:
-        set_threads(1)
-        own, whole = _batch(rows // world, terms, rank), _batch(rows, terms, world)
-        exchanges = {method: Exchange(method=method) for method in METHODS}
-        row: dict[str, Any] = {"rows": rows, "terms": terms, "one": [], **{method: [] for method in METHODS}}
-        for method, exchange in exchanges.items():
-            _step(own, exchange)
-            sent = exchange.bytes_sent
-            row[f"{method} memory"] = _peak(lambda exchange=exchange: _step(own, exchange))  # type: ignore[misc]
-            row[f"{method} bytes"] = exchange.bytes_sent - sent
-        for _ in range(pairs):
-            set_threads(world)
-            row["one"].append(_timed((lambda: _step(whole, None)) if rank == 0 else None))  # noqa: B023
-            set_threads(1)
-            for method, exchange in exchanges.items():
-                row[method].append(_timed(lambda exchange=exchange: _step(own, exchange)))  # type: ignore[misc]
-        found.append(row)
+def _join(rank: int, world: int, folder: str) -> None:
+    set_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=600))
+
+
+def _leave(rank: int, folder: str, found: Any) -> None:
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
+def _grown(rank: int, world: int, folder: str, rows: int, terms: int, method: str) -> None:
+    """Take one step as one of the ranks, in a process that has taken none of this size; count bytes."""
+    _join(rank, world, folder)
+    _step(_batch(2 * world, terms, rank), Exchange())  # what the first step of any size sets up
+    own, exchange = _batch(rows // world, terms, rank), Exchange(method=method)
+    _leave(rank, folder, {"memory": _peak(lambda: _step(own, exchange)), "bytes": exchange.bytes_sent})
+
+
+def _timings(rank: int, world: int, folder: str, rows: int, terms: int, pairs: int) -> None:
+    """Take steps as one of the ranks, by turns with one process, which is the first."""
+    _join(rank, world, folder)
+    own, whole = _batch(rows // world, terms, rank), _batch(rows, terms, world)
+    exchanges = {method: Exchange(method=method) for method in METHODS}
+    found: dict[str, list[float]] = {"one": [], **{method: [] for method in METHODS}}
+    for _ in range(1 + pairs):
+        set_threads(world)
+        found["one"].append(_timed((lambda: _step(whole, None)) if rank == 0 else None))
+        set_threads(1)
+        for method, exchange in exchanges.items():
+            found[method].append(_timed(partial(_step, own, exchange)))
+    _leave(rank, folder, {name: times[1:] for name, times in found.items()})
+
+
+def _spawned(function: Callable[..., None], world: int, *given: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(function, (world, folder, *given), nprocs=world)
+        return json.loads((Path(folder) / "found.json").read_text())
+
+
 def measure(world: int, pairs: int, quick: bool) -> list[dict[str, Any]]:
     """Start the ranks, measure, and return a row for each size."""
-    sizes = QUICK_SIZES if quick else SIZES
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_serve, (world, sizes, pairs, folder), nprocs=world)
-        return list(json.loads((Path(folder) / "found.json").read_text()))
+    found = []
+    for rows, terms in QUICK_SIZES if quick else SIZES:
+        size = {"rows": rows, "terms": terms}
+        of_methods = {method: _spawned(_grown, world, rows, terms, method) for method in METHODS}
+        found.append({**size, "seconds": _spawned(_timings, world, rows, terms, pairs), "methods": of_methods})
+    return found
 
 
 def table(world: int, rows: list[dict[str, Any]]) -> str:
     """Return what was measured as a table in Markdown."""
-    lines = [
-        f"| B | n | one process, {world} threads | "
-        + " | ".join(f"{m} | of one | MiB sent | MiB more" for m in METHODS)
-        + " |",
-        "|" + "---|" * (3 + 4 * len(METHODS)),
-    ]
+    of_methods = " | ".join(f"{method} | of one | MiB sent | MiB more" for method in METHODS)
+    lines = [f"| B | n | one process, {world} threads | {of_methods} |", "|" + "---|" * (3 + 4 * len(METHODS))]
     for row in rows:
-        cells = [str(row["rows"]), str(row["terms"]), f"{1e3 * statistics.median(row['one']):.1f} ms"]
+        seconds = row["seconds"]
+        cells = [str(row["rows"]), str(row["terms"]), _milliseconds(seconds["one"])]
         for method in METHODS:
-            ratios = [ours / one for ours, one in zip(row[method], row["one"], strict=True)]
-            cells += [f"{1e3 * statistics.median(row[method]):.1f} ms", f"{statistics.median(ratios):.2f}"]
-            cells += [f"{row[f'{method} {of}'] / 2**20:.2f}" for of in ("bytes", "memory")]
-        lines.append("| " + " | ".join(cells) + " |")
+            ratios = [ours / one for ours, one in zip(seconds[method], seconds["one"], strict=True)]
+            cells += [_milliseconds(seconds[method]), f"{statistics.median(ratios):.2f}"]
+            cells += [f"{row['methods'][method][of] / 2**20:.1f}" for of in ("bytes", "memory")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _milliseconds(seconds: list[float]) -> str:
+    return f"{1e3 * statistics.median(seconds):.1f} ms"
+
+
+def write(world: int, pairs: int, quick: bool, out: Path) -> Path:
+    """Measure, and write the table and its numbers; return the table's path."""
+    rows, where = measure(world, pairs, quick), machine.Cpu().describe()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "ranks.json").write_text(
+        json.dumps({"machine": where, "ranks": world, "pairs": pairs, "rows": rows}, indent=1)
+    )
+    path = out / "ranks.md"
+    path.write_text(
+        f"# The contrastive loss over {world} ranks\n\n{where['cpu']}, {where['cores']} cores. Medians of {pairs} "
+        "interleaved rounds; forward and backward, float32. MiB are those of a rank; memory is that of the process above "
+        f"what it was before the step, the gradients included.\n\n{table(world, rows)}\n"
+    )
+    return path

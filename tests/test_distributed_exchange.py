@@ -195,8 +195,7 @@ def test_bytes_are_those_of_the_formulas(method):
         for symmetric in (False, True):
             columns, statistics = 6, 40 if symmetric else 0
             keys = columns * (4 * N)
-            count = 8 * 2 * (world - 1)  # of the rows that count
-            forward = (world - 1) * (keys + columns * statistics) + count
+            forward = (world - 1) * (keys + columns * statistics)
             backward = (world - 1) * (2 * keys + columns * statistics)
             for found in ranks(world).run(sent, columns, symmetric, method):
                 assert found == [forward, backward]

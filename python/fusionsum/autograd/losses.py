@@ -79,11 +79,11 @@ class Contrastive:
         of_queries, of_keys = self.tiles.softmax_stats(
             scores, self.options.any, self.options.symmetric, self.options.totals
         )
-        self.counts = self.count(of_queries, of_keys)
+        self.counts = self.count(of_queries, of_keys, scores)
         kept = [torch.from_numpy(x) for x in (of_queries, of_keys) if x is not None]
         return combine(of_queries, of_keys, self.options, scores.diagonal, self.counts), kept
 
-    def count(self, of_queries: Any, of_keys: Any) -> Any:
+    def count(self, of_queries: Any, of_keys: Any, scores: Scores) -> Any:
         """Return by how many queries and keys means divide, where not by those of these that have a positive."""
 
     def gradients(

@@ -248,7 +248,7 @@ class Trade:
         device = next(iter(sends.values())).device
         self.received = {source: torch.empty(size, dtype=torch.uint8, device=device) for source, size in sizes.items()}
         ops, self.peers = [], []
-        for op, messages in ((dist.isend, sends), (dist.irecv, self.received)):
+        for op, messages in ((dist.irecv, self.received), (dist.isend, sends)):
             for peer, message in messages.items():
                 if message.numel():
                     ops.append(dist.P2POp(op, message, group=ranks.exchange.group, group_peer=peer))

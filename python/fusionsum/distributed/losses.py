@@ -90,8 +90,13 @@ class _Contrastive(losses.Contrastive):
         super().__init__(*options)
         self.tiles = Tiles(ranks)
 
-    def count(self, of_queries: Any, of_keys: Any) -> Any:
-        return self.tiles.counts(of_queries, of_keys) if self.options.reduction == "mean" else None
+    def count(self, of_queries: Any, of_keys: Any, scores: Scores) -> Any:
+        if self.options.reduction != "mean":
+            return None
+        ranks = self.tiles.ranks
+        if scores.diagonal:  # every query has a positive, and as many keys are one
+            return (max(sum(ranks.rows), 1) / ranks.world,) * 2
+        return self.tiles.counts(of_queries, of_keys)
 
 
 class _Sigmoid(losses.Sigmoid):
