@@ -5,6 +5,7 @@ Losses and search over scores alike, but for derivatives beyond the first, and f
 Importing this package registers the operations with torch. What lives where:
 
 * ``routing.py``: which way a call of tensors takes;
+* ``dtensor.py``: the sum of DTensors, by the sums of their shards;
 * ``derivatives.py``: the sum's derivatives, whatever watches the call;
 * ``losses.py``, ``search.py``: what is built on scores, with the operations' records; ``sides.py``: what they share;
 * ``vmap.py``: a batch axis in front of every operand, or item by item;

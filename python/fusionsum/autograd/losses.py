@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import reference, tensors
 from ..combination import Options, arrange, coefficients, coefficients_sigmoid, combine, combine_sigmoid
 from ..scores import Scores
-from . import routing, schema
+from . import dtensor, routing, schema
 from .registration import apply, layered
 from .sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, once, plain, record, sides, wide, with_arrays
 
@@ -206,6 +206,7 @@ def _evaluated(loss: Any, options: Sequence[Any], scores: Scores) -> Sequence[Te
     given = arrays(scores)
     found = [x for x in given if isinstance(x, Tensor)]
     if not routing.is_plain(found):
+        dtensor.refuse(loss.name, found)
         outputs = apply(loss.name, *schema.side_arguments(_as_tensors(scores)), *options)
         return outputs[: len(loss.shapes(0, 0))]
     return evaluated(loss, scores, scores.read())

@@ -24,7 +24,7 @@ from .. import contraction
 from ..backend import native
 from ..call import Call, check, spread
 from ..contraction import route
-from . import derivatives, operations  # noqa: F401  (the operations are registered when they are imported)
+from . import derivatives, dtensor, operations  # noqa: F401  (the operations are registered when they are imported)
 from .registration import older_vmap_level
 
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -65,7 +65,7 @@ def fusion_sum(
                     return output
             elif not _watched():
                 return contraction.fusion_sum(call, split)
-    return derivatives.fusion_sum(call or _checked(fusion_weights, factors, activations, present, absent, dim))
+    return _watched_sum(call or _checked(fusion_weights, factors, activations, present, absent, dim))
 
 
 def fusion_sum_grad(
@@ -97,6 +97,20 @@ def fusion_sum_grad(
             return contraction.fusion_sum_grad(grad_output, call, split, needs)
     if call is None:
         call = _checked(fusion_weights, factors, activations, present, absent, dim, grad_output)
+    return _watched_sum_grad(grad_output, call, needs)
+
+
+def _watched_sum(call: Call) -> Tensor:
+    """Evaluate a checked call that is neither the kernels' nor that of matrices."""
+    if dtensor.is_among((call.fusion_weights, *call.factors, *call.present)):
+        return dtensor.fusion_sum(call, fusion_sum)
+    return derivatives.fusion_sum(call)
+
+
+def _watched_sum_grad(grad_output: Tensor, call: Call, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Evaluate the gradients of such a call."""
+    if dtensor.is_among((grad_output, call.fusion_weights, *call.factors, *call.present)):
+        return dtensor.fusion_sum_grad(grad_output, call, needs, fusion_sum_grad)
     return tuple(derivatives.fusion_sum_grad(grad_output, call, needs))
 
 
@@ -121,7 +135,7 @@ class _Recorded(torch.autograd.Function):
             output = native.fusion_sum(operands[0], operands[1:], activations, present, absent, dim, True)
             if output is NotImplemented:
                 call = call or check(operands[0], operands[1:], activations, present, absent, dim)
-                output = derivatives.fusion_sum(call)
+                output = _watched_sum(call)
         if call is not None:
             _, _, activations, present, absent, dim = call
         ctx.save_for_backward(*operands, *(present or ()))
@@ -144,7 +158,7 @@ class _Recorded(torch.autograd.Function):
                 return None, *contraction.fusion_sum_grad(grad, call, ctx.split, needs)
         if not ctx.checked:
             call = check(*call)
-        return None, *derivatives.fusion_sum_grad(grad, call, needs)
+        return None, *_watched_sum_grad(grad, call, needs)
 
 
 # Past the Python of Function.apply, which asks about functorch once more and unwraps dead functorch wrappers.

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from .. import tensors
 from ..combination import combine_ranks
 from ..scores import Search
-from . import routing, schema
+from . import dtensor, routing, schema
 from .registration import apply
 from .sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, plain, record, sides, wide, with_arrays
 
@@ -28,6 +28,7 @@ def top_k(search: Search, k: int) -> tuple[Tensor, Tensor]:
     """Evaluate `search.top_k` for tensors; takes a checked search."""
     found = [x for x in arrays(search) if isinstance(x, Tensor)]
     if not routing.is_plain(found):
+        dtensor.refuse("top_k", found)
         values, indices = apply("top_k", *schema.side_arguments(search), k)
     elif routing.records(found):
         values, indices = recorded(_Here, search, k)
@@ -41,6 +42,7 @@ def ranks(search: Search, targets: Tensor, ties: str) -> Tensor:
     if _is_direct(search, targets):
         counts = tensors.ranks(search, targets)
     else:
+        dtensor.refuse("ranks", (*arrays(search), targets))
         counts = apply("ranks", *schema.side_arguments(search), targets)
     greater, equal = counts.double() if ties == "mean" else counts  # torch divides integers in float32
     return combine_ranks(greater, equal, ties)
