@@ -13,10 +13,12 @@ import datetime
 import functools
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 LIMIT = 60.0  # seconds for a function; within which torch.distributed gives up on a rank, too
@@ -90,6 +92,20 @@ class Ranks:
 def ranks(world: int) -> Ranks:
     """Return so many ranks, the same for all tests."""
     return Ranks(world)
+
+
+def samples(file: str) -> list[str]:
+    """Return the code in docs/distributed.md that a test file runs."""
+    text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    found = re.findall(rf"<!-- runs: {Path(file).name} -->\n```python\n(.*?)```", text, re.DOTALL)
+    if not found:
+        raise AssertionError(f"no code of docs/distributed.md is run by {file}")
+    return found
+
+
+def sample(rank: int, code: str) -> None:
+    """Run code, as a rank."""
+    exec(code, {})
 
 
 def _serve(pipe: Any, rank: int, world: int, store: str, timeout: float) -> None:

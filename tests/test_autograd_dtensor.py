@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import pathlib
-import re
 
 import numpy as np
 import pytest
@@ -19,10 +17,10 @@ import torch
 import fusionsum as fs
 import fusionsum.nn as fnn
 import published
-from conftest import FORMS, TABLE, TESTS, run_python
+from conftest import FORMS, TABLE, run_python
 from eager import MASKS, fused, to_torch
 from published import F64, FEATURES, ONE_EACH
-from ranks import ranks
+from ranks import ranks, sample, samples
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="missing: torch.distributed")
 MESHES = {"two": (2,), "two by two": (2, 2)}
@@ -440,15 +438,6 @@ def test_layers_in(kind):
     ranks(2).run(replicas, ONE_EACH, kind)
 
 
-def sample(rank, code):
-    exec(code, {})
-
-
-def samples():
-    text = (TESTS.parent / "docs" / "distributed.md").read_text()
-    return re.findall(rf"<!-- runs: {pathlib.Path(__file__).name} -->\n```python\n(.*?)```", text, re.DOTALL)
-
-
-@pytest.mark.parametrize("place", [0, 1])
-def test_samples_of_the_docs(place):
-    ranks(2).run(sample, samples()[place])
+@pytest.mark.parametrize("code", samples(__file__))
+def test_samples_of_the_docs(code):
+    ranks(2).run(sample, code)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import fusionsum as fs
 from fusionsum.distributed import Exchange
-from ranks import ranks
+from ranks import ranks, sample, samples
 
 WORLDS = (1, 2, 3, 4)
 ROWS = ("even", "hard negatives", "uneven")
@@ -266,3 +266,8 @@ def test_sigmoid_loss_is_that_of_one_process(world, dtype, sides):
                     given = case, rows, sides, dtype, {"reduction": reduction}, world, method
                     worst = greatest_difference("sigmoid_loss", *given)
                     assert worst <= BOUND[dtype], (*given, worst)
+
+
+@pytest.mark.parametrize("code", samples(__file__))
+def test_samples_of_the_docs(code):
+    ranks(2).run(sample, code)

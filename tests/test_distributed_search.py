@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import fusionsum as fs
 from fusionsum.distributed import Exchange
-from ranks import ranks
+from ranks import ranks, sample, samples
 
 WORLDS = (1, 2, 3, 4)
 METHODS = ("gather", "ring")
@@ -191,3 +191,8 @@ def test_each_rank_maps_its_own_file(tmp_path, how):
     for found in ranks(4).run(map_and_search, str(tmp_path), queries, 20, how):
         for x, y in zip(found, expected, strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("code", samples(__file__))
+def test_samples_of_the_docs(code):
+    ranks(2).run(sample, code)
