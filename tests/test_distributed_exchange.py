@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import fusionsum as fs
-from fusionsum import distributed
+from fusionsum import distributed, tensors
 from fusionsum.distributed import Exchange, exchange
 from ranks import Failed, Ranks, ranks
 
@@ -336,7 +336,7 @@ def test_a_compiler_breaks_its_graph_there():
 
 
 def step(rank: int, when: str) -> Any:
-    """Fail on rank 1, before, in or after the forward pass."""
+    """Fail on rank 1, before, in or after the forward pass; return the error of the others, and after how long."""
     given = {name: x.requires_grad_() for name, x in sides(rank).items()}
     start = time.monotonic()
     try:
@@ -345,6 +345,8 @@ def step(rank: int, when: str) -> Any:
         if rank == 1 and when == "does not call":
             time.sleep(4)
             return None
+        if when == "dies in a search":
+            return searched(rank, given)
         loss = fs.contrastive_loss(**given, group=Exchange(method="ring"))
         if rank == 1 and when == "dies in backward":
             os._exit(1)
@@ -356,7 +358,20 @@ def step(rank: int, when: str) -> Any:
     return None
 
 
-@pytest.mark.parametrize("when", ["dies before", "does not call", "dies in backward", "raises in backward"])
+def searched(rank: int, given: dict[str, Any]) -> Any:
+    """Search twice; rank 1 dies while the second search is under way."""
+    fs.top_k(**given, k=K, group=dist.group.WORLD)
+    if rank == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tensors, "top_k", lambda *given: os._exit(1))
+            fs.top_k(**given, k=K, group=dist.group.WORLD)
+    return fs.top_k(**given, k=K, group=dist.group.WORLD)
+
+
+ENDS = ("dies before", "does not call", "dies in backward", "raises in backward", "dies in a search")
+
+
+@pytest.mark.parametrize("when", ENDS)
 def test_lost_ranks_end_the_others_in_time(when):
     pool = Ranks(3, timeout=2.0)
     try:
@@ -365,7 +380,7 @@ def test_lost_ranks_end_the_others_in_time(when):
         pool.close()
     for rank in (0, 2):
         message, seconds = found[rank]
-        assert message.startswith("RuntimeError: contrastive_loss: rank ")
+        assert message.startswith(f"RuntimeError: {'top_k' if 'search' in when else 'contrastive_loss'}: rank ")
         assert f"rank {rank} lost rank" in message or f"rank {rank} waited for the 3 ranks in vain" in message
         assert seconds < 10
     if "raises" in when:

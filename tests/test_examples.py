@@ -19,6 +19,7 @@ from conftest import TESTS
 FOLDER = TESTS.parent / "examples"
 SCRIPTS = {
     "open_clip_losses": ("open_clip", ["ClipLoss -> ContrastiveLoss", "SigLipLoss -> SigmoidLoss"]),
+    "open_clip_ranks": ("open_clip", ["ClipLoss -> contrastive_loss, 2 ranks", "SigLipLoss -> sigmoid_loss, 2 ranks"]),
     "sentence_transformers_losses": (
         "sentence_transformers",
         ["\nCachedMultipleNegativesRankingLoss, 512 anchors", "MultipleNegativesRankingLoss, 512 anchors"],
