@@ -5,19 +5,33 @@ What lives elsewhere: messages (``exchange.py``), the calls (``losses.py``, ``se
 
 from __future__ import annotations
 
+import functools
 import warnings
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.utils import _pytree
 
 from ..autograd import routing
 from ..autograd.sides import Side, arrays, wide
 from ..scores import Scores, Search
 from .exchange import Exchange
+
+
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a compiler break its graph at a function; without one, the first call need not import it, which takes 1 s."""
+    disabled = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def routed(*given: Any) -> Any:
+        return disabled(*given) if is_dynamo_compiling() else function(*given)
+
+    return routed
 
 
 def exchange_of(group: Any) -> Exchange:

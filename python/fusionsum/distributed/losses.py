@@ -28,18 +28,27 @@ from ..autograd import losses
 from ..autograd.sides import sides, wide
 from ..combination import Options, arrange, merge_stats
 from ..scores import Scores, check_one_kind, number
-from .calls import added, exchange_of, from_arrays, shared_arguments, to_arrays, travelling, travelling_dtype
+from .calls import (
+    added,
+    exchange_of,
+    from_arrays,
+    outside_graphs,
+    shared_arguments,
+    to_arrays,
+    travelling,
+    travelling_dtype,
+)
 from .exchange import Layout, Ranks, meet
 
 
-@torch._disable_dynamo
+@outside_graphs
 def contrastive_loss(group: Any, check: Callable[[], tuple[Scores, Options]]) -> Any:
     """Evaluate `losses.contrastive_loss` over the rows of all ranks; `check` returns its checked arguments."""
     ranks, scores, read, options, home = _met("contrastive_loss", losses.Contrastive, group, check)
     return home(arrange(losses.evaluated(_Contrastive(ranks, options), scores, read), options))
 
 
-@torch._disable_dynamo
+@outside_graphs
 def sigmoid_loss(group: Any, check: Callable[[], tuple[Scores, str]]) -> Any:
     """Evaluate `losses.sigmoid_loss` over the rows of all ranks; `check` returns its checked arguments."""
     ranks, scores, read, reduction, home = _met("sigmoid_loss", losses.Sigmoid, group, check)

@@ -25,11 +25,21 @@ from ..autograd import search as of_one
 from ..autograd.sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, sides, wide
 from ..combination import combine_ranks
 from ..scores import Search, check_k, check_offsets
-from .calls import added, checksum, exchange_of, from_arrays, shared_arguments, to_arrays, travelling, travelling_dtype
+from .calls import (
+    added,
+    checksum,
+    exchange_of,
+    from_arrays,
+    outside_graphs,
+    shared_arguments,
+    to_arrays,
+    travelling,
+    travelling_dtype,
+)
 from .exchange import Layout, Ranks, meet
 
 
-@torch._disable_dynamo
+@outside_graphs
 def top_k(group: Any, check: Callable[[], tuple[Search, int]]) -> tuple[Any, Any]:
     """Evaluate `search.top_k` among the keys of all ranks; `check` returns its checked arguments."""
 
@@ -44,7 +54,7 @@ def top_k(group: Any, check: Callable[[], tuple[Search, int]]) -> tuple[Any, Any
     return home((values, indices))
 
 
-@torch._disable_dynamo
+@outside_graphs
 def ranks(group: Any, check: Callable[[], Search], targets: Any, ties: str) -> Any:
     """Evaluate `search.ranks` among the keys of all ranks; `check` returns the checked search."""
     sharded, search, _, numbers, home = _met("ranks", group, lambda: (check(), {"ties": ties}, targets))
