@@ -247,27 +247,21 @@ FULL = os.environ.get("FUSIONSUM_FULL") == "1"
 EVERY = [(world, dtype) for world in WORLDS for dtype in BOUND if FULL or dtype == "float64" or world == 3]
 
 
-@pytest.mark.parametrize(("world", "dtype"), EVERY)
-@pytest.mark.parametrize("sides", SIDES)
-def test_contrastive_loss_is_that_of_one_process(world, dtype, sides):
-    for method in METHODS:
-        for rows in ROWS:
-            for case in CASES:
-                for name in OPTIONS if rows == "uneven" and method == "ring" else ["mean", "none", "lse"]:
-                    given = case, rows, sides, dtype, OPTIONS[name], world, method
-                    worst = greatest_difference("contrastive_loss", *given)
-                    assert worst <= BOUND[dtype], (*given, worst)
+REDUCTIONS = {reduction: {"reduction": reduction} for reduction in ("mean", "sum", "none")}
 
 
+@pytest.mark.parametrize("function", ["contrastive_loss", "sigmoid_loss"])
 @pytest.mark.parametrize(("world", "dtype"), EVERY)
 @pytest.mark.parametrize("sides", SIDES)
-def test_sigmoid_loss_is_that_of_one_process(world, dtype, sides):
+def test_losses_are_those_of_one_process(function, world, dtype, sides):
     for method in METHODS:
         for rows in ROWS:
+            every = function == "sigmoid_loss" or (rows == "uneven" and method == "ring") or FULL
+            named = REDUCTIONS if function == "sigmoid_loss" else OPTIONS
             for case in CASES:
-                for reduction in ("mean", "sum", "none"):
-                    given = case, rows, sides, dtype, {"reduction": reduction}, world, method
-                    worst = greatest_difference("sigmoid_loss", *given)
+                for name in named if every else ("mean", "none", "lse"):
+                    given = case, rows, sides, dtype, named[name], world, method
+                    worst = greatest_difference(function, *given)
                     assert worst <= BOUND[dtype], (*given, worst)
 
 
