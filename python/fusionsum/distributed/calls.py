@@ -6,6 +6,7 @@ What lives elsewhere: messages (``exchange.py``), the calls (``losses.py``, ``se
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from torch.utils import _pytree
 
 from ..autograd import routing
@@ -24,12 +24,15 @@ from .exchange import Exchange
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a compiler break its graph at a function; without one, the first call need not import it, which takes 1 s."""
+    """Make a compiler break its graph at a function, and trace nothing below.
+
+    The first call of what torch disables imports the compiler, which takes 1 s: where nobody has, none can be tracing.
+    """
     disabled = torch._disable_dynamo(function)
 
     @functools.wraps(function)
     def routed(*given: Any) -> Any:
-        return disabled(*given) if is_dynamo_compiling() else function(*given)
+        return (disabled if "torch._dynamo" in sys.modules else function)(*given)
 
     return routed
 
