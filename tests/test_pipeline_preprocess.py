@@ -188,6 +188,25 @@ def test_parts_of_the_rows_hold_what_all_hold(tmp_path, suffix, size):
     assert [message for part in parts for message in part.messages] == whole.messages and len(whole.messages) == 1
 
 
+def test_items_that_memory_has_no_room_for_are_on_disk(tmp_path, monkeypatch):
+    """The same items, and the same statistics of some of them; in a file that nobody sees."""
+    path = made_up.write(tmp_path / "m.csv", made_up.rows(tmp_path, 12))
+    given = config("image", "sound", cache=str(tmp_path / "cache"))
+    whole = preprocess.gather_rows(given, path, labelled=False, training=False, progress=False)
+    monkeypatch.setattr(preprocess.os, "sysconf", lambda name: 1)
+    mapped = preprocess.gather_rows(given, path, labelled=False, training=False, progress=False)
+    assert by_row(mapped) == by_row(whole)
+    rows = np.arange(1, 9)
+    for name, items in mapped.items.items():
+        modality = given.modalities[name]
+        wanted = preprocess.fit(name, modality, whole.items[name].of(rows))
+        assert preprocess.fit(name, modality, items.of(rows)) == wanted
+    assert os.listdir(tmp_path / "cache") == ["items.sqlite"]
+    with pytest.raises(OSError):  # nor has the disk
+        preprocess.ALONE.array((1 << 60,), np.uint8, tmp_path)
+    assert not list(tmp_path.glob("items-*"))
+
+
 def by_row(part):
     """Return the line, the id and the items of each usable row."""
     items = [[None if k < 0 else of.distinct[k].tolist() for k in of.index] for of in part.items.values()]

@@ -6,7 +6,9 @@ What lives elsewhere: what the pipeline's verbs do (``pipeline/verbs.py``).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
+import io
 import logging
 import os
 import platform
@@ -24,6 +26,13 @@ from . import __version__, backends, get_num_threads, selftest
 from .backend import native
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # exit statuses, by the convention of shells: 128 and the signal
+RANKED = ("train", "evaluate", "predict", "retrieve")  # the verbs that several processes share
+
+
+def _ranks() -> tuple[int, int]:
+    """Return this process's number and how many torchrun started."""
+    number, count = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return (int(number), int(count)) if number.isdecimal() and count.isdecimal() else (0, 1)
 
 
 def _version(package: str) -> str:
@@ -60,21 +69,29 @@ def _reported(verb: str, argv: Sequence[str], verbosity: int, **arguments: objec
     """Call a verb of the pipeline; return the exit status, with the message alone, without a traceback, for bad input."""
     try:
         from .pipeline import ERRORS, verbs
+        from .pipeline.processes import joined
     except ModuleNotFoundError as error:
         print(error, file=sys.stderr)
         return 1
+    rank, count = _ranks()
     if "progress" in inspect.signature(getattr(verbs, verb)).parameters:
-        arguments["progress"] = verbosity >= 0 and sys.stderr.isatty()  # in a file, bars are thousands of lines
+        # In a file, bars are thousands of lines.
+        arguments["progress"] = verbosity >= 0 and not rank and sys.stderr.isatty()
     said = logging.StreamHandler()
     said.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("fusionsum")
     before = log.level
-    log.setLevel({-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity])
+    log.setLevel(logging.ERROR if rank else {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity])
     log.addHandler(said)
     try:
-        getattr(verbs, verb)(**arguments)
+        with (
+            joined() if verb in RANKED else contextlib.nullcontext(),
+            contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext(),
+        ):
+            getattr(verbs, verb)(**arguments)
     except ERRORS as error:
-        print(error, file=sys.stderr)
+        if str(error):  # else another rank says it
+            print(error, file=sys.stderr)
         return 1
     except BrokenPipeError:
         raise
@@ -84,8 +101,11 @@ def _reported(verb: str, argv: Sequence[str], verbosity: int, **arguments: objec
     except KeyboardInterrupt:
         again = [*argv, *(["--resume"] if verb == "train" and "--resume" not in argv else [])]
         again = [word for word in again if word != "--overwrite"]
-        hint = f": continue with\n{shlex.join(['fusionsum', *again])}" if verb == "train" else ""
-        print(f"\ninterrupted{hint}", file=sys.stderr)
+        of_machine = os.environ.get("LOCAL_WORLD_SIZE", str(count))
+        start = ["fusionsum"] if count == 1 else ["torchrun", "--nproc-per-node", of_machine, "-m", "fusionsum"]
+        hint = f": continue with\n{shlex.join([*start, *again])}" if verb == "train" else ""
+        if not rank:
+            print(f"\ninterrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     finally:
         log.removeHandler(said)
@@ -214,7 +234,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Call the command that the arguments name and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser().parse_args(argv)
+    rank, count = _ranks()
+    with contextlib.redirect_stderr(io.StringIO()) if rank else contextlib.nullcontext():
+        args = _parser().parse_args(argv)
     options = vars(args)
     command = options.pop("command")
     verbosity = options.pop("verbosity", None) or 0
@@ -226,8 +248,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if on_error := options.pop("on_error"):
             options["overrides"] = [*args.overrides, f"data.on_error={on_error}"]
         if args.resume and args.overwrite:
-            print("--resume and --overwrite exclude each other", file=sys.stderr)
+            if not rank:
+                print("--resume and --overwrite exclude each other", file=sys.stderr)
             return 2
+    if count > 1 and command not in RANKED:
+        if rank:
+            return 0
+        print(f"fusionsum {command or 'info'}: one process does it, the first of {count}", file=sys.stderr)
     return info() if command in (None, "info") else _reported(command, argv, verbosity, **options)
 
 

@@ -9,7 +9,8 @@
    ``retrieve.py``: search, and its page.
 
 ``predictor.py`` takes these steps (`MultimodalPredictor`); ``config.py`` defines the configuration, ``errors.py`` the
-exceptions; ``datasets.py`` fetches data, ``demo.py`` is ``fusionsum demo``.
+exceptions; ``datasets.py`` fetches data, ``demo.py`` is ``fusionsum demo``; ``processes.py`` shares the steps among
+several processes.
 """
 
 from importlib.util import find_spec
@@ -35,13 +36,13 @@ if _missing:
     raise ModuleNotFoundError(needs, name=_missing[0])
 
 # After the packages that they need are known to be there.
-from .errors import CheckpointError, ConfigError, ManifestError, PrepareError  # noqa: E402
+from .errors import CheckpointError, ConfigError, ManifestError, PrepareError, RankError  # noqa: E402
 from .evaluate import Evaluation  # noqa: E402
 from .predictor import MultimodalPredictor  # noqa: E402
 from .report import write_report  # noqa: E402
 
 # The exceptions of bad input, whose message is enough without a traceback; ModuleNotFoundError: a frozen encoder's wheel.
-ERRORS = (ConfigError, ManifestError, CheckpointError, PrepareError, ArithmeticError, ModuleNotFoundError)
+ERRORS = (ConfigError, ManifestError, CheckpointError, PrepareError, RankError, ArithmeticError, ModuleNotFoundError)
 
 __all__ = [
     "ERRORS",
@@ -51,5 +52,6 @@ __all__ = [
     "ManifestError",
     "MultimodalPredictor",
     "PrepareError",
+    "RankError",
     "write_report",
 ]

@@ -24,7 +24,7 @@ from .evaluate import Evaluation
 from .fuse import FUSED, FusionModel
 from .predictor import MultimodalPredictor
 from .report import label, verdicts, write_report
-from .train import contained, loss_of, optimizer, step
+from .train import Objective, contained, loss_of, optimizer, step
 
 CONSTRUCTED = (
     "The inputs are real, the label is constructed: it needs both modalities and how they interact. Each alone, and any "
@@ -81,7 +81,8 @@ def step_times(predictor: MultimodalPredictor, pairs: int) -> dict[str, StepTime
 
     def whole(model: nn.Module) -> Callable[[], object]:
         optim = optimizer(model, dataclasses.replace(settings, learning_rate=0.0))
-        return lambda: step(model, optim, loss, inputs, labels, settings.clip)
+        objective = Objective(model, loss)
+        return lambda: step(objective, optim, (inputs, labels), settings.clip)
 
     with torch.no_grad():
         features = [encoder(inputs[name][0]) for name, encoder in fused.encoders.items()]

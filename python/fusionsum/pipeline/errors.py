@@ -23,6 +23,10 @@ class ManifestError(ValueError):
         super().__init__("\n".join([*problems[:SHOWN], *more]))
         self.problems = list(problems)
 
+    def __reduce__(self) -> tuple[type[ManifestError], tuple[list[str]]]:
+        """Travel to another process with all problems."""
+        return type(self), (self.problems,)
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, is of another configuration, or whose training is not done."""
@@ -30,6 +34,10 @@ class CheckpointError(ValueError):
 
 class PrepareError(RuntimeError):
     """Data that cannot be fetched, or is not in the folder that was named."""
+
+
+class RankError(RuntimeError):
+    """One of several processes has ended: the message names it; empty if another process says it."""
 
 
 def near(name: str, known: Iterable[str]) -> str | None:

@@ -35,6 +35,7 @@ from .metrics import (
     row_scores,
 )
 from .preprocess import item_numbers
+from .processes import here
 from .run import History
 from .train import EVALUATED, Rows
 
@@ -99,13 +100,13 @@ def outputs(
     model.eval()
     tower = model.query if isinstance(model, TwoTowers) else model
     assert isinstance(tower, FusionModel)
-    encoded = [tower.encode(rows.batch(part)[0]) for part in chosen.split(EVALUATED)]
+    encoded = here().mapped(lambda part: tower.encode(rows.batch(part)[0]), chosen.split(EVALUATED))
     features, masks = ([torch.cat(parts) for parts in zip(*side, strict=True)] for side in zip(*encoded, strict=True))
     target = weights = None
     if isinstance(model, TwoTowers):
         assert gallery is not None
         others, numbers = gallery
-        parts = [model.target(others.batch(part)[0]) for part in numbers.split(EVALUATED)]
+        parts = here().mapped(lambda part: model.target(others.batch(part)[0]), numbers.split(EVALUATED))
         target = nn.functional.normalize(torch.cat(parts), dim=-1).numpy()
         weights = model.fusion_weights.detach().numpy()
     found = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from .checkpoint import History
 from .config import Config, to_mapping
 from .errors import ConfigError, ManifestError, unknown
 from .fuse import FUSED
+from .infer import complete
 from .kinds import Modality
 from .labels import check_classes, learn
 from .manifest import Manifest, splits
 from .preprocess import Gathered, fit
 
+IN_MEMORY = ""  # the manifest of a training on rows in memory
 # Keys that may differ between the start of a training and its resumption: the weights do not depend on them, or, with
 # more epochs, go on from what they were.
 CIRCUMSTANCES = {
@@ -31,6 +34,20 @@ CIRCUMSTANCES = {
     "task": ("metric", "threshold"),
     "train": ("seeds", "epochs", "threads"),
 }
+
+
+def resolved(config: Config, manifest: Any = None) -> tuple[Config, Manifest, list[str]]:
+    """Return the configuration of a training with all paths absolute and all that rows tell, the rows, and what they told.
+
+    The rows are those of the configuration, or of a `manifest` in its place.
+    """
+    source = Path(config.data.manifest) if manifest is None else manifest
+    named = str(Path(source).resolve()) if isinstance(source, str | Path) else IN_MEMORY
+    cache, code = (str(Path(folder).resolve()) for folder in (config.data.cache, config.data.code))
+    data = replace(config.data, manifest=named, cache=cache, code=code)
+    rows = sources.read(source, data.names)
+    completed, notes = complete(replace(config, data=data), rows)
+    return completed, rows, notes
 
 
 def identity(config: Config, rows: Manifest) -> dict[str, Any]:

@@ -7,8 +7,10 @@ reading and decoding (``preprocess.py``), decisions and probabilities (``labels.
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from .evaluate import EVALUATED, Condition, outputs
 from .fuse import FusionModel, TwoTowers
 from .labels import safe
 from .preprocess import STREAMED, Gathered, stream_rows
+from .processes import ALONE, here
 from .train import Rows, contained
+
+LOG = logging.getLogger("fusionsum")
 
 
 def streamed(
@@ -34,7 +39,7 @@ def streamed(
     progress: bool = True,
     size: int | None = STREAMED,
 ) -> Iterator[tuple[Gathered, Any]]:
-    """Give what a model says of the usable rows of each part of a source.
+    """Give what a model says of the usable rows of each part of a source, all parts on all ranks.
 
     Parameters
     ----------
@@ -45,13 +50,23 @@ def streamed(
     progress : bool, optional
         Whether to show a bar, on a terminal.
     """
+
+    def answered(part: Gathered) -> tuple[Gathered, Any]:
+        if not len(part.manifest):
+            return part, []
+        with contained(config.train.threads), torch.no_grad():
+            said = say(part)
+        return (replace(part, items={}) if ranks.count > 1 else part), said
+
+    ranks = here() if size is not None else ALONE
+    noted: set[str] = set()
+    parts = stream_rows(config, source, on_error, size, only, progress and size is None, ranks)
     with tqdm(unit="row", disable=None if progress else True) as bar:
-        for part in stream_rows(config, source, on_error, size, only, progress and size is None):
-            if len(part.manifest):
-                with contained(config.train.threads), torch.no_grad():
-                    said = say(part)
-            else:
-                said = []
+        for part, said in ranks.merged(map(answered, parts)):
+            for note in part.notes:
+                if note not in noted:
+                    LOG.warning(note)
+            noted.update(part.notes)
             yield part, said
             bar.update(len(part.every))
 
@@ -103,8 +118,10 @@ def table(
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> int:
     """Write rows as they come to a CSV file that no spreadsheet takes for formulas; return their number.
 
-    A cell that a row lacks is empty. The file is there once it is whole.
+    A cell that a row lacks is empty. The file is there once it is whole. Of several ranks the first writes it.
     """
+    if here().rank:
+        return sum(1 for _ in rows)
     partial, count = path.with_name(f"{path.name}.partial"), 0
     try:
         with partial.open("w", newline="", encoding="utf-8") as file:

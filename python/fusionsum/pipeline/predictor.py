@@ -6,8 +6,6 @@ a run (``run.py``); the report of an `Evaluation` (``report.py``).
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +17,6 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from . import sources
 from .checkpoint import Checkpoint, History
 from .compare import clearly_less
 from .config import Config, from_mapping, load
@@ -37,18 +34,17 @@ from .fuse import (
     trained_models,
     without_products,
 )
-from .infer import complete
 from .labels import check_classes, encode, predicted, probabilities
-from .plan import choose, numbered, own_rows, plan, trained_on
+from .plan import choose, numbered, own_rows, plan, resolved, trained_on
 from .plan import identity as identity_of
 from .prediction import embeddings, streamed, table, values, write_table
 from .preprocess import Gathered, column, gather_rows
+from .processes import here
 from .retrieve import FOUND, Retrieved, among, retrieve
-from .run import Run, write_checkpoint
+from .run import Run, begun, write_checkpoint
 from .train import Rows, contained, loaded, loss_of, losses, row_losses, train
 
 LOG = logging.getLogger("fusionsum")
-IN_MEMORY = ""  # the manifest of a training on rows in memory
 
 
 class MultimodalPredictor:
@@ -157,32 +153,14 @@ class MultimodalPredictor:
         ArithmeticError
             If a model's loss is not finite.
         """
-        run = None if out is None else Run(out)
-        with contextlib.nullcontext() if run is None else run.claimed():
-            if run is not None and not resume:
-                run.must_be_new(overwrite)
-            source = Path(self.config.data.manifest) if manifest is None else manifest
-            named = str(Path(source).resolve()) if isinstance(source, str | Path) else IN_MEMORY
-            cache, code = (str(Path(folder).resolve()) for folder in (self.config.data.cache, self.config.data.code))
-            data = dataclasses.replace(self.config.data, manifest=named, cache=cache, code=code)
-            rows = sources.read(source, data.names)
-            config, notes = complete(dataclasses.replace(self.config, data=data), rows)
+        with begun(out, resume, overwrite) as run:
+            config, rows, notes = resolved(self.config, manifest)
             for note in notes:
                 LOG.info("inferred: %s", note)
             self._configure(config)
             gathered = gather_rows(self.config, rows, progress=progress)
             identity = identity_of(self.config, rows)
-            drawn = {} if run is None or not resume else run.drawn(self.config.train.seeds)
-            plans = {
-                seed: plan(self.config, self.modalities, gathered, seed, drawn.get(seed))
-                for seed in self.config.train.seeds
-            }
-            if run is not None:
-                if resume:
-                    run.must_be_of(identity, self.config.train)
-                else:
-                    run.clear()
-                run.write_config(self.config)
+            plans = here().first(lambda: self._planned(gathered, identity, run, resume))
             try:
                 self._train(gathered, plans, identity, run, progress)
             except ArithmeticError as error:
@@ -193,6 +171,21 @@ class MultimodalPredictor:
             if run is not None:
                 run.write_log(self.histories)
         return self
+
+    def _planned(
+        self, gathered: Gathered, identity: dict[str, Any], run: Run | None, resume: bool
+    ) -> dict[int, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+        """Plan the training of each seed; make the run's folder ready."""
+        seeds = self.config.train.seeds
+        drawn = {} if run is None or not resume else run.drawn(seeds)
+        plans = {seed: plan(self.config, self.modalities, gathered, seed, drawn.get(seed)) for seed in seeds}
+        if run is not None:
+            if resume:
+                run.must_be_of(identity, self.config.train)
+            else:
+                run.clear()
+            run.write_config(self.config)
+        return plans
 
     def _train(
         self,

@@ -7,6 +7,7 @@ and the item of each row. What lives elsewhere: decoding, by kind (``kinds.py``)
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -33,6 +34,7 @@ from .files import state
 from .kinds import Modality
 from .manifest import Manifest, check
 from .pretrained import EXTRACTORS, Extractor, extractor
+from .processes import ALONE, Ranks, here
 
 CHUNK = 64  # items that are decoded, encoded and stored at a time, at most
 IN_FLIGHT = 1 << 26  # bytes of them, by and large
@@ -53,8 +55,22 @@ class Items:
         numbers = np.unique(self.index[rows])
         numbers = numbers[numbers >= 0]
         if isinstance(self.distinct, np.ndarray):
-            return self.distinct if len(numbers) == len(self.distinct) else self.distinct[numbers]
+            return self.distinct if len(numbers) == len(self.distinct) else _Some(self.distinct, numbers)
         return [self.distinct[k] for k in numbers]
+
+
+class _Some(Sequence[np.ndarray]):
+    """Some of an array's items, which is not copied: they may be more than fit into memory."""
+
+    def __init__(self, items: np.ndarray, numbers: np.ndarray) -> None:
+        self.items = items
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.items[self.numbers[place]]
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,10 @@ class Column:
         found = index.clamp(min=0)
         values = self.values[found] if self.scaled is None else self.scaled(self.values[found.numpy()])
         return values, index >= 0
+
+    def present(self, rows: Tensor) -> Tensor:
+        """Return for each row whether its item is there, (B,) bool."""
+        return self.index[rows] >= 0
 
 
 def fit(name: str, modality: Modality, items: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -122,6 +142,7 @@ class Problem:
 
 
 Made = tuple[bytes, bytes, Any]  # an item's key, its content's digest, and the item
+Done = tuple[int, np.ndarray | None, bytes | str]  # a row, its item and its key, or the reason why it has none
 
 
 class _Reader:
@@ -168,7 +189,7 @@ class _Reader:
 
     def finished(
         self, chunk: Sequence[tuple[int, Cells]], results: Sequence[Made | Exception], kept: _Kept
-    ) -> Iterator[tuple[int, np.ndarray | None, bytes | Exception]]:
+    ) -> Iterator[Done]:
         """Give each row's item and key, or no item and the reason; encode and store those that are fresh.
 
         An item that `kept` has is None, too.
@@ -183,7 +204,7 @@ class _Reader:
             items |= self.cache.find([key for _, (key, *_) in made if key not in fresh and key not in kept.numbers])
         for (row, cells), result in zip(chunk, results, strict=True):
             if isinstance(result, Exception):
-                yield row, None, result
+                yield row, None, _reason(result, cells[0])
                 continue
             key = result[0]
             try:
@@ -193,7 +214,7 @@ class _Reader:
                         self.cache.store(self.what, {key: items[key]})
                 yield row, items.get(key), key
             except (OSError, ValueError) as error:
-                yield row, None, error
+                yield row, None, _reason(error, cells[0])
 
     def _again(self, cells: Cells) -> np.ndarray:
         item = self.decode(self.modality.content(self.folder, cells))
@@ -203,10 +224,11 @@ class _Reader:
 class _Kept:
     """The distinct items so far: a list, or one array where all are of one shape, which spares a copy."""
 
-    def __init__(self, name: str, fixed: bool, most: int) -> None:
-        self.name = name
+    def __init__(self, fixed: bool, most: int, ranks: Ranks, folder: Path) -> None:
         self.fixed = fixed
         self.most = most
+        self.ranks = ranks
+        self.folder = folder
         self.numbers: dict[bytes, int] = {}
         self.items: Any = []
 
@@ -223,21 +245,18 @@ class _Kept:
                 self._reserve(item)
             if item.shape != self.items.shape[1:]:
                 raise ValueError(f"is of shape {item.shape}, but the first is of {self.items.shape[1:]}")
-            self.items[number] = item
+            if self.ranks.leads:
+                self.items[number] = item
         self.numbers[key] = number
         return number
 
     def _reserve(self, item: np.ndarray) -> None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
-        needed = self.most * item.nbytes
-        if needed > memory:
-            raise ManifestError(
-                [
-                    f"modality {self.name!r}: {self.most:,} items of shape {item.shape} take {needed / 2**30:,.1f} GiB, but"
-                    f" this machine has {memory / 2**30:,.1f}: make them smaller"
-                ]
-            )
-        self.items = np.empty((self.most, *item.shape), item.dtype)  # pages that nothing is written to take no memory
+        shape = self.most, *item.shape
+        if self.ranks.count == 1 and self.most * item.nbytes <= memory // 2:
+            self.items = np.empty(shape, item.dtype)  # pages that nothing is written to take no memory
+        else:
+            self.items = self.ranks.array(shape, item.dtype, self.folder)
 
     def distinct(self) -> Sequence[np.ndarray]:
         """Return the items in the order of their numbers."""
@@ -253,7 +272,7 @@ def gather(
     frozen: Extractor | None = None,
     progress: bool = True,
 ) -> tuple[Items, list[Problem]]:
-    """Return one modality's items; each distinct item is decoded once, or read from the cache.
+    """Return one modality's items; each distinct item is decoded once, by one rank, or read from the cache.
 
     Parameters
     ----------
@@ -276,16 +295,18 @@ def gather(
 
     Raises
     ------
-    ManifestError
-        If the items of all rows take more memory than the machine has.
+    OSError
+        If the items of all rows take more than half of the machine's memory, and the disk of the cache has no room either.
     """
     columns = modality.columns_of(name)
     cells = [manifest.column(c) for c in columns]
     present = np.flatnonzero(np.any([manifest.present(c) for c in columns], axis=0)).tolist()
     same = _first(cells, present)
     wanted = [row for row in present if same[row] == row]
-    kept = _Kept(name, frozen is not None or modality.fixed, len(wanted))
     reader = _Reader(manifest, modality, cache, frozen)
+    fixed = frozen is not None or modality.fixed
+    ranks = here() if fixed else ALONE  # texts and tables are decoded sooner than exchanged
+    kept = _Kept(fixed, len(wanted), ranks, cache.path.parent)
     number = np.full(len(manifest), -1, dtype=np.int64)
     reasons: dict[int, str] = {}
     size = max(1, min(CHUNK, IN_FLIGHT // modality.nbytes()))
@@ -299,15 +320,19 @@ def gather(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", PillowImage.DecompressionBombWarning)  # `Image.decode` keeps their memory small
-        for chunk, results in _ahead(chunks, reader, pool):
-            for (row, of_row), (_, item, key) in zip(chunk, reader.finished(chunk, results, kept), strict=True):
+        mine = itertools.islice(chunks, ranks.rank, None, ranks.count)
+        made = (list(reader.finished(*read, kept)) for read in _ahead(mine, reader, pool))
+        for done in ranks.merged(made):
+            for row, item, key in done:
                 try:
-                    if isinstance(key, Exception):
-                        raise key
-                    number[row] = kept.add(key, item)
-                except (OSError, ValueError) as error:
-                    reasons[row] = _reason(error, of_row[0])
-            bar.update(len(chunk))
+                    if isinstance(key, str):
+                        reasons[row] = key
+                    else:
+                        number[row] = kept.add(key, item)
+                except ValueError as error:
+                    reasons[row] = _reason(error, cells[0][row])
+            bar.update(len(done))
+    ranks.wait()  # until the items are written
     where = ", ".join(columns)
     problems = [Problem(i, where, reasons[k]) for i, k in enumerate(same.tolist()) if k in reasons]
     return Items(kept.distinct(), np.where(same >= 0, number[same], -1)), problems
@@ -489,8 +514,9 @@ def gather_rows(
     manifest = sources.read(source, config.data.names)
     with Cache(Path(config.data.cache), round(config.data.cache_limit * 2**30)) as cache:
         gathered = _gather(config, manifest, cache, labelled, training, only, on_error, progress)
-    for message in gathered.messages:
-        print(f"skipped: {message}")
+    if not here().rank:
+        for message in gathered.messages:
+            print(f"skipped: {message}")
     for note in gathered.notes:
         LOG.warning(note)
     return gathered
@@ -503,10 +529,12 @@ def stream_rows(
     size: int | None = STREAMED,
     only: Sequence[str] | None = None,
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Gathered]:
     """Read, check and gather rows to predict, `size` at a time: memory does not grow with their number.
 
-    Unlike `gather_rows`, it gives parts of which no row is usable, and leaves it to the caller to tell why.
+    Unlike `gather_rows`, it gives parts of which no row is usable, and leaves it to the caller to tell why, and to say the
+    notes.
 
     Parameters
     ----------
@@ -514,6 +542,8 @@ def stream_rows(
         As in `gather_rows`.
     size : int or None, optional
         Rows at a time; None for all, whose ids are then checked to be different.
+    ranks : Ranks, optional
+        Those that share the parts: this one gets its own.
 
     Raises
     ------
@@ -521,16 +551,11 @@ def stream_rows(
         If a row is bad and ``data.on_error`` is ``raise``, when its turn comes.
     """
     with Cache(Path(config.data.cache), round(config.data.cache_limit * 2**30)) as cache:
-        said: set[str] = set()
-        for manifest in sources.batches(source, size, config.data.names):
-            gathered = _gather(
+        parts = sources.batches(source, size, config.data.names)
+        for manifest in itertools.islice(parts, ranks.rank, None, ranks.count):
+            yield _gather(
                 config, manifest, cache, False, False, only, on_error, progress, whole=size is None, some=False
             )
-            for note in gathered.notes:
-                if note not in said:
-                    LOG.warning(note)
-            said.update(gathered.notes)
-            yield gathered
 
 
 def _gather(

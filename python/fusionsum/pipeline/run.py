@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .config import Config, Train, load, to_yaml
 from .errors import CheckpointError, ConfigError
 from .features import known
 from .manifest import write_csv
+from .processes import here
 
 MADE = ("checkpoints", "tensorboard", "plots", "evaluations")  # folders of a run
 WRITTEN = (
@@ -170,6 +171,23 @@ class Run:
         if "offsets" not in shared:
             raise CheckpointError(f"{self.folder}: the training of seed {seed} is not done: --resume")
         return shared, checkpoints
+
+
+@contextmanager
+def begun(out: str | Path | None, resume: bool, overwrite: bool) -> Iterator[Run | None]:
+    """Give the run of a training, claimed, if it has a folder and to the first rank; all raise if it may not begin."""
+    ranks = here()
+    run = None if out is None or ranks.rank else Run(out)
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            if run is not None:
+                stack.enter_context(run.claimed())
+                if not resume:
+                    run.must_be_new(overwrite)
+
+        ranks.first(claim)
+        yield run
 
 
 def write_checkpoint(path: Path, state: Checkpoint) -> None:

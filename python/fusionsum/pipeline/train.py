@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from .config import Train
 from .errors import CheckpointError
 from .fuse import Inputs, TwoTowers
 from .preprocess import Column
+from .processes import ALONE, AsOne, Ranks, Share, here
 from .run import write_checkpoint
 
 LOG = logging.getLogger("fusionsum")
@@ -47,7 +50,9 @@ class Rows:
         return {name: column.batch(rows) for name, column in self.columns.items()}, self.labels[rows]
 
 
-def contrastive(model: TwoTowers, embedded: tuple[Tensor, Tensor], labels: Tensor, reduction: str = "mean") -> Tensor:
+def contrastive(
+    model: TwoTowers, embedded: tuple[Tensor, Tensor], labels: Tensor, reduction: str = "mean", group: Any = None
+) -> Tensor:
     """Return the symmetric InfoNCE loss of a batch, the mean of both directions.
 
     Rows of the same label, which is the same target or, of a model of `several`, the manifest's label, are not each other's
@@ -59,41 +64,80 @@ def contrastive(model: TwoTowers, embedded: tuple[Tensor, Tensor], labels: Tenso
     et al., "Supervised Contrastive Learning", NeurIPS 2020, eq. 2.
     """
     pairs = {"labels": labels, "key_labels": labels} if model.several else {"exclude": (labels, labels)}
-    found = contrastive_loss(*embedded, fusion_weights=model.fusion_weights, reduction=reduction, **pairs)
+    found = contrastive_loss(*embedded, fusion_weights=model.fusion_weights, reduction=reduction, group=group, **pairs)
     return found if reduction == "mean" else sum(found) / 2
 
 
-def loss_of(
-    kind: str, weights: Sequence[float] | None = None, reduction: str = "mean"
-) -> Callable[[Any, Any, Tensor], Tensor]:
-    """Return a task's loss, a function of the model, the model's output and the labels.
+@dataclass(frozen=True)
+class Loss:
+    """A task's loss, a function of the model, the model's output and the labels.
 
-    `weights`: one a class; of a label of multi-label classification, for the rows that have it. `reduction`: ``mean``, or
-    ``none`` for a loss per row (B,).
+    `weights`: one a class; of a label of multi-label classification, for the rows that have it. `reduction`: ``mean``,
+    ``sum``, or ``none`` for a loss per row (B,).
     """
-    weighted = None if weights is None else torch.tensor(weights, dtype=torch.float32)
-    losses: dict[str, Callable[[Any, Any, Tensor], Tensor]] = {
-        "classification": lambda model, logits, labels: cross_entropy(
-            logits, labels, weight=weighted, reduction=reduction
-        ),
-        "multilabel": lambda model, logits, labels: binary_cross_entropy_with_logits(
-            logits, labels, pos_weight=weighted, reduction=reduction
-        ),
-        "regression": lambda model, values, labels: mse_loss(values.squeeze(-1), labels, reduction=reduction),
-        "retrieval": lambda model, embedded, labels: contrastive(model, embedded, labels, reduction),
-    }
-    loss = losses[kind]
-    if reduction == "none" and kind == "multilabel":
-        return lambda *given: loss(*given).mean(dim=-1)
-    return loss
+
+    kind: str
+    weights: Tensor | None = None
+    reduction: str = "mean"
+
+    def __call__(self, model: Any, output: Any, labels: Tensor) -> Tensor:
+        """Return the loss of some rows."""
+        if self.kind == "classification":
+            return cross_entropy(output, labels, weight=self.weights, reduction=self.reduction)
+        if self.kind == "multilabel":
+            found = binary_cross_entropy_with_logits(output, labels, pos_weight=self.weights, reduction=self.reduction)
+            return found.mean(dim=-1) if self.reduction == "none" else found
+        if self.kind == "regression":
+            return mse_loss(output.squeeze(-1), labels, reduction=self.reduction)
+        return contrastive(model, output, labels, self.reduction)
+
+    def share(self, model: Any, output: Any, labels: Tensor, every: Tensor, ranks: Ranks) -> Tensor:
+        """Return one rank's part of the loss of a batch, of which it knows `every` label: the parts' mean is that loss."""
+        if self.kind == "retrieval":
+            return contrastive(model, output, labels, group=ranks.group)
+        count = every.numel() if self.kind != "classification" or self.weights is None else self.weights[every].sum()
+        return replace(self, reduction="sum")(model, output, labels) * (ranks.count / count)
 
 
-def dropped(inputs: Inputs, probability: float) -> Inputs:
-    """Take each modality of each row away at random, but never all modalities of a row."""
-    masks = torch.stack([present for _, present in inputs.values()])
+def loss_of(kind: str, weights: Sequence[float] | None = None, reduction: str = "mean") -> Loss:
+    """Return a task's loss, with the weights as plain numbers."""
+    return Loss(kind, None if weights is None else torch.tensor(weights, dtype=torch.float32), reduction)
+
+
+class Objective(nn.Module):
+    """A model and its loss: what is differentiated, and what ranks have in common.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    loss : Loss
+    ranks : Ranks, optional
+        Those that share a batch.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, ranks: Ranks = ALONE) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.ranks = ranks
+
+    def forward(self, inputs: Inputs, labels: Tensor, share: Share | None = None) -> Tensor:
+        """Return the loss of a batch, or of one rank's `share` of it: `inputs` of the rows it takes, all `labels`."""
+        if share is None:
+            return self.loss(self.model, self.model(inputs), labels)
+        with AsOne(share):
+            output = self.model(inputs)
+        own = labels[share.own]
+        output = output[: len(own)] if isinstance(output, Tensor) else tuple(side[: len(own)] for side in output)
+        return self.loss.share(self.model, output, own, labels, self.ranks)
+
+
+def dropped(present: Mapping[str, Tensor], probability: float) -> dict[str, Tensor]:
+    """Take each modality of each row away at random, but never all modalities of a row; by name, what is there (B,)."""
+    masks = torch.stack(list(present.values()))
     kept = masks & (torch.rand(masks.shape) >= probability)
     kept = torch.where(kept.any(dim=0), kept, masks)
-    return {name: (items, mask) for (name, (items, _)), mask in zip(inputs.items(), kept, strict=True)}
+    return dict(zip(present, kept, strict=True))
 
 
 def optimizer(model: nn.Module, settings: Train) -> torch.optim.AdamW:
@@ -107,19 +151,12 @@ def optimizer(model: nn.Module, settings: Train) -> torch.optim.AdamW:
     )
 
 
-def step(
-    model: nn.Module,
-    optim: torch.optim.Optimizer,
-    loss: Callable[..., Tensor],
-    inputs: Inputs,
-    labels: Tensor,
-    clip: float,
-) -> float:
-    """Take one step of training; return the loss before it."""
+def step(objective: nn.Module, optim: torch.optim.Optimizer, batch: Sequence[Any], clip: float) -> float:
+    """Take one step of training on what an `Objective` takes; return the loss before it."""
     optim.zero_grad()
-    value = loss(model, model(inputs), labels)
+    value = objective(*batch)
     value.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    nn.utils.clip_grad_norm_(objective.parameters(), clip)
     optim.step()
     return value.item()
 
@@ -128,24 +165,29 @@ def step(
 def row_losses(model: nn.Module, loss: Callable[..., Tensor], rows: Rows, chosen: Tensor, batch_size: int) -> Tensor:
     """Return the loss of each of some rows (N,), by a `loss_of` without reduction, in batches as `mean_loss` takes them."""
     model.eval()
-    batches = map(rows.batch, chosen.split(batch_size))
-    return torch.cat([loss(model, model(inputs), labels) for inputs, labels in batches])
+
+    def of_rows(part: Tensor) -> Tensor:
+        inputs, labels = rows.batch(part)
+        return loss(model, model(inputs), labels)
+
+    return torch.cat(here().mapped(of_rows, chosen.split(batch_size)))
 
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, loss: Callable[..., Tensor], rows: Rows, chosen: Tensor, batch_size: int) -> float:
     """Return the mean loss over some rows, in batches of training's size, on which a contrastive loss depends."""
     model.eval()
-    total = 0.0
-    for part in chosen.split(batch_size):
+
+    def total(part: Tensor) -> float:
         inputs, labels = rows.batch(part)
-        total += loss(model, model(inputs), labels).item() * len(part)
-    return total / len(chosen)
+        return loss(model, model(inputs), labels).item() * len(part)
+
+    return functools.reduce(operator.add, here().mapped(total, chosen.split(batch_size)), 0.0) / len(chosen)
 
 
 def train(
     model: nn.Module,
-    loss: Callable[[Any, Any, Tensor], Tensor],
+    loss: Loss,
     rows: Rows,
     chosen: Mapping[str, Tensor],
     settings: Train,
@@ -159,8 +201,7 @@ def train(
     Parameters
     ----------
     model : torch.nn.Module
-    loss : callable
-        As `loss_of` returns it.
+    loss : Loss
     rows : Rows
     chosen : mapping of str to Tensor
         The numbers of the rows to train on, ``train``, and to validate on, ``validation``, which may be empty.
@@ -186,11 +227,10 @@ def train(
     ArithmeticError
         If the loss is not finite.
     """
+    ranks = here()
     optim = optimizer(model, settings)
     steps = -(-len(chosen["train"]) // settings.batch_size)
-    known = None
-    if checkpoint is not None and checkpoint.exists():
-        known = files.read(checkpoint).checked(checkpoint, identity, settings)
+    known = ranks.first(lambda: _known(checkpoint, identity, settings))
     history: History = known.history if known else []
     best: dict[str, Any] = {"loss": float("inf"), "epoch": 0, "weights": None}
     extended = known is not None and known.done and not known.stopped and settings.epochs > known.epochs
@@ -213,22 +253,32 @@ def train(
     _shorten(bar, (settings.epochs if over else len(history)) * steps)  # what an earlier process has done
     stopped = known is not None and known.stopped
     board = _board(checkpoint)
+    objective: nn.Module = Objective(model, loss, ranks)
+    if not over:
+        objective = ranks.parallel(objective)
     for epoch in range(len(history) + 1, settings.epochs + 1):
         if over:
             break
         model.train()
+        ranks.agree()
         total = 0.0
         order = chosen["train"][torch.randperm(len(chosen["train"]))]
         for part in order.split(settings.batch_size):
-            inputs, labels = rows.batch(part)
+            share = ranks.share(len(part))
+            inputs, _ = rows.batch(part[share.taken])
             if settings.modality_dropout:
-                asked = dropped({name: inputs[name] for name in query}, settings.modality_dropout)
-                inputs.update(asked)
-            total += step(model, optim, loss, inputs, labels, settings.clip) * len(part)
+                kept = dropped({name: rows.columns[name].present(part) for name in query}, settings.modality_dropout)
+                inputs.update({name: (inputs[name][0], mask[share.taken]) for name, mask in kept.items()})
+            batch = inputs, rows.labels[part], *([share] if ranks.count > 1 else [])
+            total += step(objective, optim, batch, settings.clip) * len(part)
             schedule.step()
             if bar is not None:
                 bar.update()
-        entry = {"epoch": epoch, "train_loss": total / len(order), "learning_rate": schedule.get_last_lr()[0]}
+        entry = {
+            "epoch": epoch,
+            "train_loss": ranks.mean(total) / len(order),
+            "learning_rate": schedule.get_last_lr()[0],
+        }
         if len(chosen["validation"]):
             value = mean_loss(model, loss, rows, chosen["validation"], settings.batch_size)
             entry["validation_loss"] = value
@@ -288,6 +338,13 @@ def loaded(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint's weights do not fit the configuration: {error}") from None
+
+
+def _known(checkpoint: Path | None, identity: Mapping[str, Any], settings: Train) -> Checkpoint | None:
+    """Return the checkpoint to go on from, if there is one."""
+    if checkpoint is None or not checkpoint.exists():
+        return None
+    return files.read(checkpoint).checked(checkpoint, identity, settings)
 
 
 def _shorten(bar: tqdm | None, steps: int) -> None:

@@ -20,6 +20,7 @@ from .datasets import prepare as prepare_data
 from .demo import demonstrate
 from .errors import ConfigError
 from .predictor import MultimodalPredictor
+from .processes import here
 from .report import verdicts, write_report
 from .retrieve import write_retrieved
 
@@ -81,6 +82,8 @@ def evaluate(run: Path, manifest: Path | None, out: Path | None, trust_encoder: 
         if manifest is not None:  # the run's own metrics and report stay
             out = run / "evaluations" / f"{manifest.stem}-{hashlib.sha256(manifest.read_bytes()).hexdigest()[:8]}"
     words = ["fusionsum", "evaluate", str(run), *(["--manifest", str(manifest)] if manifest else [])]
+    if here().rank:
+        return
     write_report(out, evaluation, command=shlex.join(words))
     print("\n".join(verdicts(evaluation)))
     print(f"Written to {out / 'report.html'}.")
@@ -99,7 +102,7 @@ def predict(
 ) -> None:
     """Write the predictions of one of a run's models for a manifest's rows."""
     place = out or run / "predictions.csv"
-    _must_be_free(place, overwrite or out is None, manifest)
+    here().first(lambda: _must_be_free(place, overwrite or out is None, manifest))
     predictor = MultimodalPredictor.load(run, trust_encoder)
     model, seed, reason = predictor.chosen(model, seed)
     count = predictor.write_predictions(manifest, place, model, seed, on_error, progress)
@@ -121,7 +124,10 @@ def retrieve(
 ) -> None:
     """Write what a run's fused model finds in a gallery for queries: a table, and a page that shows both."""
     place = out or run
-    write_retrieved(place, MultimodalPredictor.load(run, trust_encoder).retrieve(queries, gallery, k, progress))
+    retrieved = MultimodalPredictor.load(run, trust_encoder).retrieve(queries, gallery, k, progress)
+    if here().rank:
+        return
+    write_retrieved(place, retrieved)
     print(f"Written to {place / 'retrieved.csv'} and {place / 'retrieved.html'}.")
 
 
