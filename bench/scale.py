@@ -130,25 +130,39 @@ def _of_search(case: Case) -> list[Travel]:
     of_queries, of_keys, _ = case.gradients
     asked = rows[0] if case.shared else sum(rows)
     flop = 2 * asked * case.columns[0] * terms
+    # Of the same queries each rank merges a share, which all then have.
+    ends = [rank * rows[0] // len(rows) for rank in range(len(rows) + 1)]
+    shares, nothing = (
+        [end - start for start, end in itertools.pairwise(ends)],
+        _layout([0] * len(rows), (torch.uint8, 1)),
+    )
+
+    def shared(*entries: Any, first: int = 0, last: int = 0) -> list[Travel]:
+        whole, share = _layout(rows, *entries).size(0), _layout(shares, *entries)
+        return [
+            Travel(nothing, share, first, beside=whole),
+            Travel(share, flop=last, beside=2 * whole, stays=True),
+        ]
+
     lists = [] if case.excluded is None else [(integers, 1, [b + 1 for b in rows]), (integers, 1, case.excluded)]
     query = case.dtype if case.plain else wide, terms
     value, number = (wide, case.k or 1), (integers, case.k or 1)  # found, or a target's
     if case.function == "ranks":
         score, counts = _layout(rows, value), _layout(rows, (integers, 2))
         if case.shared:
-            return [Travel(score, stays=True), Travel(counts, flop=flop, stays=True)]
+            return [*shared(value), *shared((integers, 2), first=flop)]
         scored = Travel(_layout(rows, number, query), score)
         return [scored, Travel(_layout(rows, number, value, *lists, query), counts, flop)]
-    # The gradient of the values: every rank goes through all that was found, also what is no key of its own.
-    of_values, own = 4 * case.k * terms * asked, of_keys * case.columns[0] * terms * wide.itemsize
+    # The gradient of the values: every rank goes through what was found of its own keys, here as many as of the others'.
+    of_values, own = 4 * case.k * terms * asked // len(rows), of_keys * case.columns[0] * terms * wide.itemsize
     found = _layout(rows, value, number)
     if case.shared:
-        both = Travel(found, flop=flop, stays=True), Travel(_layout(rows, value), flop=of_values, stays=True)
+        passes = shared(value, number, first=flop), shared(value, last=of_values)
     else:
         home = _layout(rows, (wide, terms)) if of_queries else None
         block = _layout(rows, value, number, (wide, terms))
-        both = Travel(_layout(rows, *lists, query), found, flop), Travel(block, home, of_values, own)
-    return [*both] if any(case.gradients) else [both[0]]
+        passes = [Travel(_layout(rows, *lists, query), found, flop)], [Travel(block, home, of_values, own)]
+    return [*passes[0], *passes[1]] if any(case.gradients) else [*passes[0]]
 
 
 def agreed(case: Case) -> list[int]:

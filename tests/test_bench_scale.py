@@ -22,6 +22,7 @@ from ranks import Ranks, ranks
 
 METHODS = ("gather", "ring")
 ROWS, COLUMNS, TERMS = (3, 5, 2, 4), (5, 5, 7, 4), 6
+SHARED = 12  # rows of queries that all ranks ask for: as many a rank
 BOTH, NONE = (True, True, False), (False, False, False)
 
 
@@ -112,7 +113,7 @@ def sent(rank: int, method: str) -> list[int]:
     for case in CASES:
         shared = case.get("shared", False)
         group = Exchange(method=method, queries="shared" if shared else "own")
-        step(rank, group, ROWS[0 if shared else rank], COLUMNS[rank], TERMS, **case)()
+        step(rank, group, SHARED if shared else ROWS[rank], COLUMNS[rank], TERMS, **case)()
         found.append(group.bytes_sent)
     return found
 
@@ -125,7 +126,7 @@ def test_bytes_are_those_that_are_sent(method):
         for rank, of_rank in enumerate(ranks(world).run(sent, method)):
             order = [(rank + step) % world for step in range(world)]  # formulas are those of rank 0
             for case, found in zip(CASES, of_rank, strict=True):
-                rows = [ROWS[0 if case.get("shared") else r] for r in order]
+                rows = [SHARED if case.get("shared") else ROWS[r] for r in order]
                 given = case | ({"excluded": [EXCLUDED * b for b in rows]} if case.get("excluded") else {})
                 expected = scale.Case(rows=rows, columns=[COLUMNS[r] for r in order], terms=TERMS, **given)
                 assert scale.predicted(expected, method).sent == found, (world, rank, case)
@@ -201,7 +202,9 @@ def test_memory_is_that_of_the_formulas(world):
             # of the ranks: a message may come late, to memory that the system gives when it is written
             found = max(found[method] for found in of_ranks)
             expected = scale.predicted(shared, method, workspace=workspace).held
-            assert abs(found - expected) <= 0.03 * expected, (case, method, found / 2**20, expected / 2**20)
+            # one rank gathers all keys found for their gradient, several each a part of them: that workspace is less
+            least = 0.9 if case["function"] == "top_k" else 0.97
+            assert least * expected <= found <= 1.03 * expected, (case, method, found / 2**20, expected / 2**20)
 
 
 # ---- seconds, acted out

@@ -201,10 +201,12 @@ def test_bytes_are_those_of_the_formulas(method):
                 assert found == [forward, backward]
 
 
-def chosen(rank: int, columns: int) -> list[str]:
-    """Return which ways are taken for so many keys."""
+def chosen(rank: int, columns: int, limits: dict[str, int] | None = None) -> list[str]:
+    """Return which ways are taken for so many keys, of 4 KiB."""
     ways = []
     with pytest.MonkeyPatch.context() as patch:
+        for name, limit in (limits or {}).items():
+            patch.setattr(exchange, name, limit)
         for name in ("_gather", "_ring"):
             way = getattr(exchange.Ranks, name)
             patch.setattr(exchange.Ranks, name, lambda *given, name=name, way=way: ways.append(name) or way(*given))
@@ -215,6 +217,10 @@ def chosen(rank: int, columns: int) -> list[str]:
 def test_few_rows_are_gathered_and_many_go_round():
     assert ranks(2).run(chosen, 8) == [["_gather"]] * 2
     assert ranks(2).run(chosen, exchange.GATHERED // (4 * 1024 * 2) + 1) == [["_ring"]] * 2
+    # as many bytes in all of many ranks, in small blocks
+    assert ranks(2).run(chosen, 8, {"GATHERED": 0, "SMALL": 2**15}) == [["_gather"]] * 2
+    assert ranks(2).run(chosen, 8, {"GATHERED": 0, "SMALL": 2**15 - 1}) == [["_ring"]] * 2
+    assert ranks(2).run(chosen, 8, {"GATHERED": 0, "MANY": 2**16 - 1}) == [["_ring"]] * 2
 
 
 # ---- groups

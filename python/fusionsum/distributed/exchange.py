@@ -27,7 +27,9 @@ from torch import Tensor
 from ..call import check_choice
 from ..scores import check_flag
 
-GATHERED = 2**26  # bytes of all ranks' rows up to which they are gathered
+# Up to so many bytes in all, or in a block and what comes home to it (but for so many in all), rows are gathered: a ring
+# waits for W - 1 messages one after another, which only computing with blocks of a thousand rows hides (docs/scale.md).
+GATHERED, SMALL, MANY = 2**26, 2**20, 2**31
 METHODS = ("auto", "gather", "ring")
 
 
@@ -40,7 +42,7 @@ class Exchange:
         The ranks; by default all. A mesh must have one dim.
     method : {"auto", "gather", "ring"}, optional
         How rows travel: sent to all at once, or round the ranks, a block at a time, while the last one is computed with.
-        "auto" gathers up to 64 MiB of rows. Either gives the same bits.
+        "auto" gathers up to 64 MiB of rows, and small blocks of many ranks. Either gives the same bits.
     check : bool, optional
         Exchange a checksum of the arguments first, so that ranks that disagree get an error that says who differs, and
         the numbers of rows, which may differ. It costs one all-gather of some 60 bytes a rank. Without it every rank must
@@ -193,7 +195,8 @@ class Ranks:
         if method == "auto":
             # of all ranks, own rows too, so that all ranks choose alike
             total = sum(each.size(rank) for each in (layout, home) if each is not None for rank in range(self.world))
-            method = "gather" if total <= GATHERED else "ring"
+            gathers = total <= GATHERED or (total <= self.world * SMALL and total <= MANY)
+            method = "gather" if gathers else "ring"
         return (self._gather if method == "gather" else self._ring)(block, layout, visit, home, merge)
 
     def _gather(self, block: list[Tensor], layout: Layout, visit: Visit, home: Any, merge: Any) -> Any:

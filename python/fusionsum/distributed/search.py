@@ -12,7 +12,7 @@ What lives elsewhere: how blocks travel (``exchange.py``), the search of one ran
 from __future__ import annotations
 
 import functools
-import operator
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -160,8 +160,8 @@ class Sharded:
     def top_k(self, search: Search, k: int) -> tuple[Tensor, ...]:
         """Find the k best keys of all ranks for the queries of this one: values and indices, (B, k)."""
         if self.shared:
-            found = self._of_all(self._found(search, k), [wide(search), torch.int64], (k,))
-            return tuple(functools.reduce(functools.partial(_best, k), found))
+            found = self._found(search, k)
+            return tuple(self._merged(found, [wide(search), torch.int64], (k,), functools.partial(_best, k)))
         rows = self.ranks.rows
         home = Layout((wide(search), [(b, k) for b in rows]), (torch.int64, [(b, k) for b in rows]))
         merge = functools.partial(_best, k)
@@ -181,7 +181,7 @@ class Sharded:
             x is not None and x.requires_grad for x in (grad, *search.queries, *search.keys)
         ):
             raise NotImplementedError("top_k: has first derivatives only where `group` is given")
-        of_queries, of_keys, of_bias = _asked(needs)
+        of_queries, _, of_bias = _asked(needs)
         d_keys: list[Any] = [None] * len(search.keys)
         d_bias = None
 
@@ -189,7 +189,11 @@ class Sharded:
             nonlocal d_keys, d_bias
             given, numbers, product = block
             here = torch.where((numbers >= self.first) & (numbers < self.end), numbers - self.first, -1)
-            if len(search.keys[0]):
+            # of each query as many places as the most of any that are here, those first
+            most = int((here >= 0).sum(dim=1).max()) if here.numel() else 0
+            places = (here < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+            given, here = given.gather(1, places), here.gather(1, places)
+            if most:
                 d_product, d_factors, of_bias = of_one.of_found(search, given, here, product, needs, True)
                 d_keys = [_sum(a, b) for a, b in zip(d_keys, d_factors, strict=True)]
                 d_bias = _sum(d_bias, of_bias)
@@ -200,9 +204,7 @@ class Sharded:
         block = [grad.contiguous(), indices, sides(search)[0].product(grad.dtype).detach().contiguous()]
         if self.shared:
             # the ranks' values are the same, and each rank has its part of the gradient of their sum
-            block[0] = functools.reduce(
-                operator.add, (x for (x,) in self._of_all(block[:1], [grad.dtype], indices.shape[1:]))
-            )
+            (block[0],) = self._merged(block[:1], [grad.dtype], indices.shape[1:], added)
             d_product = visit(self.ranks.rank, block)
         else:
             rows, k, terms = self.ranks.rows, indices.shape[1], block[2].shape[1]
@@ -210,20 +212,26 @@ class Sharded:
             product = grad.dtype, [(b, terms) for b in rows]
             home = Layout(product) if of_queries else None
             d_product = self.ranks.travel(block, Layout(*shapes, product), visit, home, added)
-        if of_keys and not len(search.keys[0]):
-            d_keys = [torch.zeros_like(x) for x in search.keys]
-            d_bias = None if not of_bias else torch.zeros_like(search.key_bias)
+        d_keys = [
+            torch.zeros_like(x) if need and d is None else d
+            for x, d, need in zip(search.keys, d_keys, needs[KEYS], strict=True)
+        ]
+        if of_bias and d_bias is None:
+            d_bias = torch.zeros_like(search.key_bias)
         return of_one.fields_of(search, needs, d_product[0] if of_queries else None, d_keys, d_bias)
 
     # ---- ranks
 
     def counts(self, search: Search, targets: Tensor) -> Tensor:
         """Count the scores greater than and equal to the target's among all ranks' keys, (2, B)."""
+
+        def known(ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
+            return [torch.where(torch.isnan(ours[0]), theirs[0], ours[0])]
+
         if self.shared:
-            parts = self._of_all([self._targets_scores(search, targets)], [wide(search)], ())
-            scores = functools.reduce(_known, (part[0] for part in parts))
-            found = self._of_all([self._counts(search, targets, scores).T.contiguous()], [torch.int64], (2,))
-            return functools.reduce(operator.add, (part[0] for part in found)).T
+            (scores,) = self._merged([self._targets_scores(search, targets)], [wide(search)], (), known)
+            found = self._counts(search, targets, scores).T.contiguous()
+            return self._merged([found], [torch.int64], (2,), added)[0].T
         rows = self.ranks.rows
         of_rows, numbers = [(b,) for b in rows], (torch.int64, [(b,) for b in rows])
         home = Layout((wide(search), of_rows))
@@ -233,9 +241,6 @@ class Sharded:
 
         def counted(part: Search, given: list[Tensor]) -> list[Tensor]:
             return [self._counts(part, *given)]
-
-        def known(ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
-            return [_known(ours[0], theirs[0])]
 
         plain = search._replace(excluded_offsets=None, excluded_ids=None)
         (scores,) = self._travel(plain, [targets], [numbers], scored, home, known)
@@ -308,21 +313,25 @@ class Sharded:
 
         return self.ranks.travel(block, Layout(*laid), visited, home, merge)
 
-    def _of_all(self, given: list[Tensor], dtypes: Sequence[torch.dtype], after: tuple[int, ...]) -> list[list[Tensor]]:
-        """Return tensors (B, *after) of each rank, in the order of the ranks."""
+    def _merged(self, given: list[Tensor], dtypes: Sequence[Any], after: Sequence[int], merge: Any) -> list[Tensor]:
+        """Merge tensors (B, *after) of all ranks, for the same rows: each rank some of the rows, then all have all."""
+        world, rows = self.ranks.world, self.ranks.rows[0]
+        starts = [rank * rows // world for rank in range(world + 1)]
+        shares = [(end - start, *after) for start, end in itertools.pairwise(starts)]
+        layout, nothing = Layout(*[(dtype, shares) for dtype in dtypes]), torch.empty(0, dtype=torch.uint8)
         found: dict[int, list[Tensor]] = {}
-        layout = Layout(*[(dtype, [(b, *after) for b in self.ranks.rows]) for dtype in dtypes])
-        self.ranks.travel(given, layout, found.__setitem__)
-        return [found[rank] for rank in range(self.ranks.world)]
+
+        def of_share(rank: int, _: list[Tensor]) -> list[Tensor]:
+            return [x[starts[rank] : starts[rank + 1]] for x in given]
+
+        own = self.ranks.travel([nothing], Layout((torch.uint8, [(0,)] * world)), of_share, layout, merge)
+        self.ranks.travel(own, layout, found.__setitem__)
+        return [torch.cat(parts) for parts in zip(*[found[rank] for rank in range(world)], strict=True)]
 
 
 def _best(k: int, ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
     found = reference.best([x.numpy() for x in ours], [x.numpy() for x in theirs], k)
     return [torch.from_numpy(x) for x in found]
-
-
-def _known(ours: Tensor, theirs: Tensor) -> Tensor:
-    return torch.where(torch.isnan(ours), theirs, ours)
 
 
 def _sum(ours: Any, theirs: Any) -> Any:
