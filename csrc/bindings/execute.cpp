@@ -50,6 +50,7 @@ void execute_on_cuda(const Problem& problem, dlpack::Device device) {
     const int64_t entries = divide_up(workspace_bytes, item_size(DType::f64));
     owner = allocate_tensor(device, DType::f64, 1, &entries, &workspace);
   }
+  const OnDevice guard(device);
   check(cuda.execute(plan.get(), device.id, current_stream(device), workspace));
 }
 

@@ -14,6 +14,7 @@ struct Torch {  // objects live as long as the process
   const dlpack::ExchangeApi* api = nullptr;
   PyObject* watchers[3] = {};                                                   // functions
   PyObject *forward_ad = nullptr, *current_level = nullptr, *is_neg = nullptr;  // a module, and two names
+  PyObject* module = nullptr;
 } torch;
 
 const dlpack::ExchangeApi* exchange_api(const py::object& module) {
@@ -58,6 +59,7 @@ void use_torch(py::object module, py::object parallel_for, py::object num_thread
   torch.api = api;
   torch.parameter = keep(module.attr("nn").attr("Parameter"));
   torch.tensor = keep(module.attr("Tensor"));
+  torch.module = keep(module);
   load_cuda_by(std::move(load_cuda));
   if (!parallel_for.is_none())
     use_torch_pool(reinterpret_cast<void*>(parallel_for.cast<uintptr_t>()),
@@ -97,7 +99,22 @@ bool read_tensor(py::handle object, Array& to) {
   return t.data || is_empty(to);
 }
 
+// By torch.empty, as its own operations: record_stream, resize_ and the trees of CUDA graphs take no notice of memory that
+// came through DLPack, or refuse it.
+py::object allocate_on_gpu(dlpack::Device device, DType dtype, int ndim, const int64_t* shape, void** data) {
+  const py::handle module(torch.module);
+  py::tuple sizes(ndim);
+  for (int d = 0; d < ndim; ++d) sizes[static_cast<size_t>(d)] = shape[d];
+  py::object tensor = module.attr("empty")(sizes, py::arg("dtype") = module.attr(kDTypeNames[static_cast<int>(dtype)]),
+                                           py::arg("device") = module.attr("device")("cuda", device.id));
+  dlpack::Tensor t;
+  if (torch.api->from_object(tensor.ptr(), &t)) throw py::error_already_set();
+  *data = static_cast<char*>(t.data) + t.byte_offset;
+  return tensor;
+}
+
 py::object allocate_tensor(dlpack::Device device, DType dtype, int ndim, const int64_t* shape, void** data) {
+  if (device.type == dlpack::kCuda) return allocate_on_gpu(device, dtype, ndim, shape, data);
   int64_t sizes[kMaxArrayDims];
   std::copy_n(shape, ndim, sizes);
   dlpack::Tensor prototype{};
@@ -118,6 +135,18 @@ void* current_stream(dlpack::Device device) {
   void* stream = nullptr;
   if (torch.api->work_stream(device.type, device.id, &stream)) throw py::error_already_set();
   return stream;
+}
+
+OnDevice::OnDevice(dlpack::Device device)
+    : before_(py::handle(torch.module).attr("_C").attr("_cuda_exchangeDevice")(device.id).cast<int>()) {}
+
+OnDevice::~OnDevice() {
+  const py::error_scope kept;  // of an exception that passes
+  try {
+    py::handle(torch.module).attr("_C").attr("_cuda_maybeExchangeDevice")(before_);
+  } catch (py::error_already_set& error) {
+    error.discard_as_unraisable("torch._C._cuda_maybeExchangeDevice");
+  }
 }
 
 bool is_watched() {

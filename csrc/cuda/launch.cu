@@ -31,34 +31,21 @@ const char* unavailable() noexcept {
   return devices ? nullptr : "CUDA finds no GPU";
 }
 
-// Makes a device current, and the one before it current again.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    error = cudaGetDevice(&before);
-    if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
-    changed = error == cudaSuccess && before != device;
-  }
-  ~OnDevice() {
-    if (changed) cudaSetDevice(before);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
-  cudaError_t error;
-
- private:
-  int before = 0;
-  bool changed = false;
-};
-
-// A device whose compute capability has no kernels says so here, once, not at the launch.
+// A device whose compute capability has no kernels says so here, once, not at the launch; and so does a context that an
+// earlier error has made useless.
 const char* check_device(int device) {
+  int current = -1;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess && current != device) {
+    std::snprintf(message, sizeof message, "device %d is current, and the arrays are on device %d", current, device);
+    return message;
+  }
   static std::atomic<uint64_t> checked{0};
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if (checked.load(std::memory_order_relaxed) & bit) return nullptr;
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&combine)) == cudaSuccess) {
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&combine));
+  if (error == cudaSuccess) {
     checked.fetch_or(bit, std::memory_order_relaxed);
     return nullptr;
   }
@@ -66,8 +53,9 @@ const char* check_device(int device) {
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  std::snprintf(message, sizeof message, "device %d has compute capability %d.%d; the kernels in this build are for %s",
-                device, major, minor, FUSIONSUM_CUDA_ARCHITECTURES);
+  std::snprintf(message, sizeof message,
+                "device %d, of compute capability %d.%d, does not take the kernels of this build, which are for %s: %s, %s",
+                device, major, minor, FUSIONSUM_CUDA_ARCHITECTURES, cudaGetErrorName(error), cudaGetErrorString(error));
   return message;
 }
 
@@ -80,8 +68,6 @@ const char* plan(const Problem* problem, void* to, int64_t* workspace_bytes) noe
 
 const char* execute(const void* from, int device, void* stream, void* workspace) noexcept {
   const Plan& plan = *static_cast<const Plan*>(from);
-  const OnDevice guard(device);
-  if (guard.error != cudaSuccess) return failed("cudaSetDevice", guard.error);
   if (const char* error = check_device(device)) return error;
   const auto on = static_cast<cudaStream_t>(stream);
   for (int i = 0; i < plan.launches; ++i) {

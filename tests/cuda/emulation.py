@@ -31,11 +31,12 @@ import pybind11
 from tests import compiled
 from tests.cuda.planted import Bug, plant
 
-__all__ = ["SCHEDULES", "VARIANTS", "Launch", "Library", "Run", "Span", "bindings", "build", "replay"]
+__all__ = ["SCHEDULES", "STREAM", "VARIANTS", "Launch", "Library", "Run", "Span", "bindings", "build", "replay"]
 
 _HERE = pathlib.Path(__file__).parent
 _SOURCES = _HERE.parent.parent / "csrc"
 _BUILD = _HERE.parent.parent / "build" / "cuda-emulation"
+STREAM = 0x57  # where calls of `bindings` go
 _ROLES = ("data", "mask", "grad", "workspace")
 SCHEDULES = ("forward", "reverse", "random:1")
 
@@ -175,6 +176,8 @@ class _LaunchRecord(ctypes.Structure):
         ("block", ctypes.c_uint32 * 3),
         ("parameters", ctypes.c_void_p),
         ("bytes", ctypes.c_int64),
+        ("stream", ctypes.c_void_p),
+        ("device", ctypes.c_int32),
     )
 
 
@@ -195,6 +198,8 @@ class Launch:
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     parameters: bytes
+    stream: int
+    device: int  # that was current
 
 
 @dataclass(frozen=True)
@@ -231,6 +236,8 @@ class Library:
         library.emulator_schedule.argtypes = library.emulator_write_cases.argtypes = [ctypes.c_char_p]
         library.emulator_reports.restype = ctypes.c_char_p
         library.emulator_record.argtypes = [ctypes.c_bool]
+        library.emulator_fail_after.argtypes = [ctypes.c_int64]
+        library.emulator_set_device.argtypes = [ctypes.c_int]
         library.emulator_runs.restype = ctypes.c_int64
         library.emulator_launches.argtypes = library.emulator_spans.argtypes = [
             ctypes.c_int64,
@@ -256,6 +263,24 @@ class Library:
         if not self._library.emulator_schedule(name.encode()):
             raise ValueError(f"schedule: expected 'forward', 'reverse' or 'random:<seed>', got {name!r}")
 
+    @contextlib.contextmanager
+    def failing_after(self, launches: int) -> Iterator[None]:
+        """Let a launch fail after so many that succeed, once."""
+        self._library.emulator_fail_after(launches)
+        try:
+            yield
+        finally:
+            self._library.emulator_fail_after(-1)
+
+    @contextlib.contextmanager
+    def on_device(self, device: int) -> Iterator[None]:
+        """Make another device than the first current."""
+        self._library.emulator_set_device(device)
+        try:
+            yield
+        finally:
+            self._library.emulator_set_device(0)
+
     def reports(self) -> list[str]:
         """Take what the emulator reported since the last call."""
         return self._library.emulator_reports().decode().splitlines()
@@ -277,7 +302,14 @@ class Library:
         spans = self._library.emulator_spans(run, ctypes.byref(count))[: count.value]
         return Run(
             tuple(
-                Launch(l.kernel.decode(), tuple(l.grid), tuple(l.block), ctypes.string_at(l.parameters, l.bytes))
+                Launch(
+                    l.kernel.decode(),
+                    tuple(l.grid),
+                    tuple(l.block),
+                    ctypes.string_at(l.parameters, l.bytes),
+                    l.stream or 0,
+                    l.device,
+                )
                 for l in launches
             ),
             tuple(Span(s.operand, _ROLES[s.role], s.begin or 0, s.bytes) for s in spans),

@@ -80,14 +80,16 @@ void __stwb(T* pointer, T value, emulator::Site site = emulator::Site::here()) {
 }
 
 template <class Parameters>
-cudaError_t gpu_launch(void (*kernel)(Parameters), dim3 grid, dim3 block, cudaStream_t, const Parameters& parameters) {
+cudaError_t gpu_launch(void (*kernel)(Parameters), dim3 grid, dim3 block, cudaStream_t stream,
+                       const Parameters& parameters) {
   static_assert(std::is_trivially_copyable<Parameters>::value, "parameters are copied byte by byte");
   static_assert(sizeof(Parameters) <= emulator::kParameterLimit, "a launch takes 4 KB of parameters");
   return emulator::run({reinterpret_cast<const void*>(kernel), grid, block, &parameters, sizeof parameters,
                         [](const emulator::Launch& launch) {
                           reinterpret_cast<void (*)(Parameters)>(launch.kernel)(
                               *static_cast<const Parameters*>(launch.parameters));
-                        }});
+                        },
+                        stream});
 }
 
 inline const char* cudaGetErrorName(cudaError_t error) {
@@ -100,6 +102,8 @@ inline const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorInvalidConfiguration";
     case cudaErrorInvalidDevice:
       return "cudaErrorInvalidDevice";
+    case cudaErrorLaunchOutOfResources:
+      return "cudaErrorLaunchOutOfResources";
     case cudaErrorLaunchFailure:
       return "cudaErrorLaunchFailure";
   }
@@ -107,28 +111,34 @@ inline const char* cudaGetErrorName(cudaError_t error) {
 }
 // Of a failed launch, the emulator's report; valid until the next one fails.
 inline const char* cudaGetErrorString(cudaError_t error) {
-  if (error == cudaErrorLaunchFailure || error == cudaErrorInvalidConfiguration)
+  if (error == cudaErrorLaunchFailure || error == cudaErrorInvalidConfiguration ||
+      error == cudaErrorLaunchOutOfResources)
     return emulator::machine.failure.c_str();
   return cudaGetErrorName(error);
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
 
-// One device, of compute capability 9.0.
+// Devices of compute capability 9.0, whose memory is the host's; each OS thread has a current one. What makes another one
+// current is not the library's business: there is no cudaSetDevice.
+namespace emulator {
+constexpr int kDevices = 2;
+inline thread_local int current_device = 0;
+inline cudaError_t of_device(int device) {
+  return device >= 0 && device < kDevices ? cudaSuccess : last_error = cudaErrorInvalidDevice;
+}
+}  // namespace emulator
 inline cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = emulator::kDevices;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator::current_device;
   return cudaSuccess;
-}
-inline cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : emulator::last_error = cudaErrorInvalidDevice;
 }
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
-  return cudaSetDevice(device);
+  return emulator::of_device(device);
 }
 struct cudaFuncAttributes {
   int maxThreadsPerBlock;

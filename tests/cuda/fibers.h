@@ -61,6 +61,7 @@ enum cudaError_t {  // CUDA's numbers
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDevice = 101,
+  cudaErrorLaunchOutOfResources = 701,
   cudaErrorLaunchFailure = 719,
 };
 
@@ -135,6 +136,7 @@ struct Launch {
   const void* parameters;
   size_t bytes;
   void (*call)(const Launch&);
+  void* stream;
 };
 
 struct Schedule {
@@ -173,6 +175,7 @@ struct Machine {
   std::string failure;  // of the last launch that failed
   std::vector<std::string> reports;
   void (*observe)(const Launch&) = nullptr;  // the recorder's
+  int64_t launches_to_failure = -1;          // how many still succeed before one fails; negative: all
   // The sanitizers' view of the scheduler.
   const void* scheduler_bottom = nullptr;
   size_t scheduler_size = 0;
@@ -527,6 +530,9 @@ inline cudaError_t run(const Launch& launch) {
     return failed("a block of an impossible size", cudaErrorInvalidConfiguration);
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) {
     return failed("a grid of an impossible size", cudaErrorInvalidConfiguration);
+  }
+  if (machine.launches_to_failure >= 0 && machine.launches_to_failure-- == 0) {
+    return failed("a failure that was asked for", cudaErrorLaunchOutOfResources);
   }
   if (machine.observe) machine.observe(launch);
   machine.threads = static_cast<unsigned>(threads);

@@ -109,7 +109,7 @@ def launch(
     Report
         Findings are of these kinds: "out of bounds", "misaligned", "uninitialised", "read-only", "nc" (a non-coherent
         load of what the launch writes), "race" (within a block), "block race", "sync mask", "barrier",
-        "division by zero", "endless".
+        "division by zero", "endless", "launch bounds" (a block larger than the kernel was compiled for: nothing runs).
 
     Raises
     ------
@@ -135,8 +135,11 @@ def launch(
         raise PtxError(f"{name} takes {kernel.parameters.size} bytes of parameters, got {len(parameters)}")
     random = np.random.default_rng(seed) if schedule == "adversarial" else None
     run = Launch(kernel, _three(grid), _three(block), parameters, segments, random, most_steps)
-    with np.errstate(all="ignore"):
-        run.run()
+    if kernel.most_threads is not None and run.threads > kernel.most_threads:
+        run.report(0, "launch bounds", f"a block of {run.threads} threads, of a kernel for {kernel.most_threads}")
+    else:
+        with np.errstate(all="ignore"):
+            run.run()
     run.memory.write_back()
     instructions: Counter[str] = Counter()
     for instruction, times in zip(kernel.code, run.executed, strict=True):

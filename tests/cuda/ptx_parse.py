@@ -7,6 +7,7 @@ memory (``ptx_memory.py``), execution (``ptx.py``).
 
 from __future__ import annotations
 
+import math
 import re
 from collections import ChainMap
 from dataclasses import dataclass, field
@@ -78,13 +79,14 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     targets: dict[str, tuple[str, ...]] = field(default_factory=dict)  # .branchtargets: the labels of a brx.idx
     compiled: list[Any] = field(default_factory=list)  # what ptx_decode.py makes of the code, once for all launches
+    most_threads: int | None = None  # in a block, by .maxntid or .reqntid
 
 
 @dataclass
 class Module:
-    """The kernels of one PTX file: by name, the parameters, the body and the line on which the body begins."""
+    """The kernels of one PTX file: by name, parameters, directives, the body and the line on which the body begins."""
 
-    entries: dict[str, tuple[str, str, int]]
+    entries: dict[str, tuple[str, str, str, int]]
     parsed: dict[str, Kernel] = field(default_factory=dict)
 
     def kernel(self, name: str) -> Kernel:
@@ -98,6 +100,7 @@ class Module:
 
 _VARIABLE = re.compile(r"\.(param|shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$%]+)(?:\[(\d+)\])?")
 _ENTRY = re.compile(r"(?:\.visible\s+|\.weak\s+)*\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)", re.S)
+_BOUND = re.compile(r"\.(?:max|req)ntid\s+(\d+(?:\s*,\s*\d+)*)")
 _SPECIAL = re.compile(r"%(?:n?tid|n?ctaid)\.[xyz]|%laneid")
 _CHUNK = re.compile(r"\s*([^{;]+)([{;])")
 _BRACE = re.compile(r"[{}]")
@@ -147,7 +150,7 @@ def parse(text: str) -> Module:
                 break
         if depth:
             raise PtxError(f"{entry[1]} has no end")
-        entries[entry[1]] = entry[2], text[position : brace.start()], line
+        entries[entry[1]] = entry[2], entry[3], text[position : brace.start()], line
         line += text.count("\n", position, brace.end())
         position = brace.end()
     if text[position:].strip():
@@ -155,8 +158,10 @@ def parse(text: str) -> Module:
     return Module(entries)
 
 
-def _parse_kernel(name: str, parameters: str, body: str, line: int) -> Kernel:
+def _parse_kernel(name: str, parameters: str, directives: str, body: str, line: int) -> Kernel:
     kernel = Kernel(name)
+    if bound := _BOUND.search(directives):
+        kernel.most_threads = math.prod(int(extent) for extent in bound[1].split(","))
     for parameter in filter(None, (" ".join(p.split()) for p in parameters.split(","))):
         variable = _VARIABLE.fullmatch(re.sub(r"\.ptr (?:\.\w+ )?\.align \d+ ", "", parameter))
         if not variable:

@@ -24,6 +24,8 @@ struct LaunchRecord {
   uint32_t grid[3], block[3];
   const void* parameters;
   int64_t bytes;
+  const void* stream;
+  int32_t device;
 };
 
 struct Run {
@@ -50,7 +52,9 @@ void observe(const Launch& launch) {
                           {grid.x, grid.y, grid.z},
                           {block.x, block.y, block.z},
                           run.parameters.back().data(),
-                          static_cast<int64_t>(launch.bytes)});
+                          static_cast<int64_t>(launch.bytes),
+                          launch.stream,
+                          current_device});
 }
 
 // A plan and, before it, what the records need of the problem when it is executed.
@@ -119,6 +123,15 @@ const fusionsum::CudaLibrary* fusionsum_cuda() {
 bool emulator_schedule(const char* name) {
   const std::lock_guard<std::mutex> lock(machine.mutex);
   return machine.schedule.parse(name);
+}
+
+// The device that is current for this thread from now on.
+void emulator_set_device(int device) { emulator::current_device = device; }
+
+// After how many launches from now on one fails, and runs nothing; negative: none.
+void emulator_fail_after(int64_t launches) {
+  const std::lock_guard<std::mutex> lock(machine.mutex);
+  machine.launches_to_failure = launches;
 }
 
 // The reports since the last call, one a line.
