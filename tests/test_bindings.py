@@ -48,7 +48,8 @@ class Managed(Structure):
     _fields_ = [("major", c_uint32), ("minor", c_uint32), ("manager", c_void_p), ("deleter", c_void_p),
                 ("flags", c_uint64), ("tensor", DLTensor)]
 
-made = {}  # what is allocated, by address
+made = {}  # what is allocated by DLPack, by address
+allocated = []  # by torch.empty
 
 def write(tensor, to):
     to.data, to.device_type, to.device_id, to.ndim = cast(tensor.memory, c_void_p), CUDA, DEVICE, len(tensor.shape)
@@ -105,7 +106,7 @@ def plan(problem, to, workspace_bytes):
 @PYFUNCTYPE(c_char_p, c_void_p, c_int, c_void_p, c_void_p)
 def execute(of, device, stream, workspace):
     planned = set(ctypes.string_at(of, library.plan_bytes)) == {7}
-    ours = [tensor for tensor, _ in made.values() if ctypes.addressof(tensor.memory) == workspace]
+    ours = [tensor for tensor in allocated if ctypes.addressof(tensor.memory) == workspace]
     asked.append(["execute", planned, device, stream, len(ours), workspace is None])
     return None
 
@@ -126,8 +127,15 @@ def use_cuda():
 def use_torch(load_cuda):
     c = SimpleNamespace(**dict.fromkeys(
         ("_are_functorch_transforms_active", "_len_torch_dispatch_stack", "_is_tracing"), lambda: False))
+    c._cuda_exchangeDevice = lambda device: asked.append(["device", device]) or 5
+    c._cuda_maybeExchangeDevice = lambda device: asked.append(["device back", device])
+    def empty(shape, dtype, device):
+        asked.append(["empty", *device, dtype, *shape])
+        tensor = Tensor(*shape)
+        allocated.append(tensor)
+        return tensor
     _core.use_torch(SimpleNamespace(
-        Tensor=Tensor, nn=SimpleNamespace(Parameter=type("Parameter", (), {})), _C=c,
+        empty=empty, device=lambda kind, index: (kind, index), float64="float64", Tensor=Tensor, nn=SimpleNamespace(Parameter=type("Parameter", (), {})), _C=c,
         autograd=SimpleNamespace(forward_ad=SimpleNamespace(_current_level=-1))), None, None, load_cuda)
 
 def call():
@@ -174,17 +182,20 @@ print(json.dumps([call() is NotImplemented for _ in range(2)]))
 
 @pytest.mark.parametrize("workspace", [0, 100])
 def test_the_caller_allocates_what_the_plan_needs(workspace):
-    """On the tensors' device, as float64; launches go to torch's stream of that device."""
+    """By torch.empty, on the tensors' device, as float64; launches go to torch's stream of that device, which is current."""
     code = f"""
 WORKSPACE = {workspace}
 use_torch(use_cuda)
 call()
 print(json.dumps(asked))
 """
-    output, *between, executed = asked_for(code)
-    assert output == ["allocate", 2, 3, 2, 64, 4]
-    assert between == ([["allocate", 2, 3, 2, 64, 13]] if workspace else [])  # ceil(100 / 8)
+    output, *between, executed, back = asked_for(code)
+    assert output == ["empty", "cuda", 3, "float64", 4]
+    *scratch, device = between
+    assert scratch == ([["empty", "cuda", 3, "float64", 13]] if workspace else [])  # ceil(100 / 8)
+    assert device == ["device", 3]
     assert executed == ["execute", True, 3, 0x57, int(bool(workspace)), not workspace]
+    assert back == ["device back", 5]
 
 
 @pytest.mark.parametrize("step", ["plan", "execute"])
@@ -196,6 +207,8 @@ library.{step} = type(failing)(lambda *arguments: b"it is too hot")
 try:
     call()
 except RuntimeError as error:
-    print(json.dumps([str(error), len(asked)]))
+    print(json.dumps([str(error), asked[1:]]))
 """
-    assert asked_for(code) == ["it is too hot", 1 if step == "plan" else 2]
+    # an error of a launch leaves torch's device as it was
+    between = [] if step == "plan" else [["empty", "cuda", 3, "float64", 13], ["device", 3], ["device back", 5]]
+    assert asked_for(code) == ["it is too hot", between]

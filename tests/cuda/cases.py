@@ -57,6 +57,21 @@ def large_cases() -> Iterator[tuple[str, Case]]:
     yield "candidates", candidates.case(rng, "float32", B=40, n=64, K=33)
 
 
+def sizes() -> Iterator[tuple[str, Case]]:
+    """Yield calls of float32 that reach what small ones do not: each showed a foreign bug that no other call did.
+
+    Of two factors, or not packed, so that the kernels of ``two_factors.cu`` are enough.
+    """
+    rng = np.random.default_rng(0)
+    quotient = Form(None, ("AB1n", "A1Kn", "1BKn")).case(rng, "float32", A=2, B=3, K=49, n=7)
+    yield "rows whose quotient is off by one", quotient
+    yield "a sum for each of many units", Form("B11", ("BKn", "BKn")).case(rng, "float32", B=3000, K=8, n=128)
+    yield "gradients stored past the caches", Form("n", ("Bn", "Bn")).case(rng, "float32", B=1100, n=4096)
+    form = Form(None, ("ABCKOn", "A1C1On", "1B1K1n"))
+    yield "five dims of rows", form.case(rng, "float32", A=2, B=3, C=2, K=3, O=2, n=7)
+    yield "a sum over all units", Form("n", ("B1n", "BKn")).case(rng, "float32", B=3000, K=2, n=1023)
+
+
 def both(case: Case) -> list[np.ndarray]:
     """Run forward and backward; return the arrays that are not the case's: recorded runs point to them."""
     rng = np.random.default_rng(1)

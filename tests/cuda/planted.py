@@ -14,7 +14,7 @@ from dataclasses import dataclass
 __all__ = ["BUGS", "STAGES", "Bug", "plant", "table"]
 
 
-STAGES = ("plain", "address", "thread", "ptx")
+STAGES = ("plain", "address", "thread", "ptx", "sizes", "launches")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Bug:
     stages: tuple[tuple[str, str], ...]  # the first is the one to run where time is short
 
 
-_KERNEL, _PLAN = "cuda/sum/kernel.cuh", "cuda/sum/plan.cpp"
+_KERNEL, _PLAN, _LAUNCH = "cuda/sum/kernel.cuh", "cuda/sum/plan.cpp", "cuda/launch.cu"
 BUGS = (
     Bug(
         "no barrier between the steps of strided_sum",
@@ -127,6 +127,84 @@ BUGS = (
         "reinterpret_cast<uintptr_t>(data) % 16 == 0",
         "reinterpret_cast<uintptr_t>(data) % 4 == 0",
         (("plain", "a misaligned access"),),
+    ),
+    # A foreigner's, which every stage before missed.
+    Bug(
+        "a quotient that is one too small",
+        _KERNEL,
+        "return estimate + (rest >= size) - (rest < 0);",
+        "return estimate - (rest < 0);",
+        (("sizes", "wrong results: rows whose quotient is off by one"),),
+    ),
+    Bug(
+        "a sum that goes on into the next unit",
+        _KERNEL,
+        "      total = 0;\n      if (unit_here",
+        "      if (unit_here",
+        (("sizes", "wrong results: a sum for each of many units"),),
+    ),
+    Bug(
+        "a wrong word stored past the caches",
+        "cuda/sum/packet.cuh",
+        "__stcs(to, v);",
+        "__stcs(to, make_uint4(v.x, v.y, v.w, v.z));",
+        (("sizes", "wrong results: gradients stored past the caches"),),
+    ),
+    Bug(
+        "the wrong reciprocal of the fifth dim",
+        _PLAN,
+        "pass.inverse_size[d] = 1.0 / static_cast<double>(pass.size[d]);",
+        "pass.inverse_size[d] = 1.0 / static_cast<double>(pass.size[d < 4 ? d : 0]);",
+        (("sizes", "wrong results: five dims of rows"), ("launches", "the reciprocal of")),
+    ),
+    Bug(
+        "a sum over all units that forgets the earlier",
+        _KERNEL,
+        "*to = first ? value : *to + value;",
+        "*to = value;",
+        (("sizes", "wrong results: a sum over all units"),),
+    ),
+    Bug(
+        "reciprocals in float32",
+        _PLAN,
+        "pass.inverse_size[d] = 1.0 / static_cast<double>(pass.size[d]);",
+        "pass.inverse_size[d] = 1.0f / static_cast<float>(pass.size[d]);",
+        (("launches", "the reciprocal of"),),
+    ),
+    Bug(
+        "combine compiled for smaller blocks",
+        "cuda/sum/combine.cu",
+        "__launch_bounds__(kThreads) combine",
+        "__launch_bounds__(kThreads / 2) combine",
+        (("ptx", "launch bounds"),),
+    ),
+    Bug(
+        "combine on the default stream",
+        _LAUNCH,
+        "kCombined))), block, on, sums);",
+        "kCombined))), block, nullptr, sums);",
+        (("launches", "another stream: combine"),),
+    ),
+    Bug(
+        "every kernel on the default stream",
+        _LAUNCH,
+        "static_cast<cudaStream_t>(stream);",
+        "static_cast<cudaStream_t>(stream ? nullptr : stream);",
+        (("launches", "another stream: rows"),),
+    ),
+    Bug(
+        "combine is not checked",
+        _LAUNCH,
+        '      if (error != cudaSuccess) return failed("kernel combine", error);\n',
+        "",
+        (("launches", "is told as success"),),
+    ),
+    Bug(
+        "whatever device is current",
+        _LAUNCH,
+        "if (error == cudaSuccess && current != device) {",
+        "if (error == cudaSuccess && current < 0) {",
+        (("launches", "another device is told as success"),),
     ),
 )
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from conftest import Case, Form, check_both, run_python
-from tests.cuda import cases, emulation, planted, ptx, sass
+from tests.cuda import cases, emulation, planted, ptx, sass, test_launches
 
 KERNELS = (
     pathlib.Path("cuda/sum/combine.cu"),
@@ -69,6 +69,26 @@ def by_emulation(library: str) -> None:
                     print(f"wrong results: {label}, {schedule}", flush=True)
                 except RuntimeError as error:
                     print(f"{error}: {label}, {schedule}", flush=True)
+
+
+def by_sizes(library: str, evidence: str) -> None:
+    """Print which calls of particular sizes have wrong results: of the one that the evidence names, or of all."""
+    with cases.emulated(pathlib.Path(library)):
+        for label, case in cases.sizes():
+            if label not in (evidence or label):
+                continue
+            try:
+                check_both(case, np.random.default_rng(2))
+            except (AssertionError, RuntimeError) as error:
+                print(
+                    f"wrong results: {label}" if isinstance(error, AssertionError) else f"{error}: {label}", flush=True
+                )
+
+
+def by_launches(library: str) -> None:
+    """Print what is wrong with the launches."""
+    for complaint in test_launches.complaints(pathlib.Path(library)):
+        print(complaint, flush=True)
 
 
 def by_interpreter(library: str, right: str, csrc: str, folder: str) -> None:
@@ -125,8 +145,10 @@ def isolated(function: str, *arguments: object) -> list[str]:
 
 def complaints(stage: str, bug: planted.Bug | None, request: pytest.FixtureRequest) -> list[str]:
     """Run the calls through a stage; return what it says about them. Sanitizers say nothing of wrong results."""
-    if stage == "plain":
-        return isolated("by_emulation", str(build("plain", bug)))
+    emulated = {"plain": "by_emulation", "sizes": "by_sizes", "launches": "by_launches"}
+    if stage in emulated:
+        evidence = [dict(bug.stages).get(stage, "") if bug else ""] if stage == "sizes" else []
+        return isolated(emulated[stage], str(build("plain", bug)), *evidence)
     if stage == "ptx":
         sass.require_tool("nvcc")
         right = build("plain", None)
