@@ -135,7 +135,8 @@ def use_torch(load_cuda):
         allocated.append(tensor)
         return tensor
     _core.use_torch(SimpleNamespace(
-        empty=empty, device=lambda kind, index: (kind, index), float64="float64", Tensor=Tensor, nn=SimpleNamespace(Parameter=type("Parameter", (), {})), _C=c,
+        empty=empty, device=lambda kind, index: (kind, index), float64="float64",
+        Tensor=Tensor, nn=SimpleNamespace(Parameter=type("Parameter", (), {})), _C=c,
         autograd=SimpleNamespace(forward_ad=SimpleNamespace(_current_level=-1))), None, None, load_cuda)
 
 def call():
@@ -182,7 +183,7 @@ print(json.dumps([call() is NotImplemented for _ in range(2)]))
 
 @pytest.mark.parametrize("workspace", [0, 100])
 def test_the_caller_allocates_what_the_plan_needs(workspace):
-    """By torch.empty, on the tensors' device, as float64; launches go to torch's stream of that device, which is current."""
+    """By torch.empty, on the tensors' device, as float64; launches go to torch's stream of the device, which is current."""
     code = f"""
 WORKSPACE = {workspace}
 use_torch(use_cuda)

@@ -147,7 +147,8 @@ def complaints(stage: str, bug: planted.Bug | None, request: pytest.FixtureReque
     """Run the calls through a stage; return what it says about them. Sanitizers say nothing of wrong results."""
     emulated = {"plain": "by_emulation", "sizes": "by_sizes", "launches": "by_launches"}
     if stage in emulated:
-        evidence = [dict(bug.stages).get(stage, "") if bug else ""] if stage == "sizes" else []
+        found = dict(bug.stages).get(stage, "") if bug else ""
+        evidence = [found if ": " in found else ""] if stage == "sizes" else []
         return isolated(emulated[stage], str(build("plain", bug)), *evidence)
     if stage == "ptx":
         sass.require_tool("nvcc")
