@@ -73,7 +73,7 @@ BUGS = (
             ("ptx", "sync mask"),
             ("plain", "a lane exits that is named in the mask"),
             ("sizes", "names a lane that has exited"),
-            ("launches", "names a lane that has exited"),
+            ("launches", "a lane exits that is named in the mask"),
         ),
     ),
     Bug(
