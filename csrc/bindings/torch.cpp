@@ -99,8 +99,8 @@ bool read_tensor(py::handle object, Array& to) {
   return t.data || is_empty(to);
 }
 
-// By torch.empty, as its own operations: record_stream, resize_ and the trees of CUDA graphs take no notice of memory that
-// came through DLPack, or refuse it.
+// By torch.empty, as its own operations: record_stream, resize_ and the trees of CUDA graphs take no notice of memory
+// that came through DLPack, or refuse it.
 py::object allocate_on_gpu(dlpack::Device device, DType dtype, int ndim, const int64_t* shape, void** data) {
   const py::handle module(torch.module);
   py::tuple sizes(ndim);

@@ -17,8 +17,8 @@ bool read_tensor(py::handle tensor, Array& to);
 py::object allocate_tensor(dlpack::Device device, DType dtype, int ndim, const int64_t* shape, void** data);
 void* current_stream(dlpack::Device device);
 
-// Makes a GPU current, and the one before it current again. By torch, which creates no context on the latter where there is
-// none yet: cudaSetDevice would, and take hundreds of megabytes of it.
+// Makes a GPU current, and the one before it current again. By torch, which creates no context on the latter where
+// there is none yet: cudaSetDevice would, and take hundreds of megabytes of it.
 class OnDevice {
  public:
   explicit OnDevice(dlpack::Device device);

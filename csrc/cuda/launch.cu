@@ -53,9 +53,10 @@ const char* check_device(int device) {
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  std::snprintf(message, sizeof message,
-                "device %d, of compute capability %d.%d, does not take the kernels of this build, which are for %s: %s, %s",
-                device, major, minor, FUSIONSUM_CUDA_ARCHITECTURES, cudaGetErrorName(error), cudaGetErrorString(error));
+  std::snprintf(
+      message, sizeof message,
+      "device %d, of compute capability %d.%d, does not take the kernels of this build, which are for %s: %s, %s",
+      device, major, minor, FUSIONSUM_CUDA_ARCHITECTURES, cudaGetErrorName(error), cudaGetErrorString(error));
   return message;
 }
 

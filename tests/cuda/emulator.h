@@ -118,8 +118,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
 
-// Devices of compute capability 9.0, whose memory is the host's; each OS thread has a current one. What makes another one
-// current is not the library's business: there is no cudaSetDevice.
+// Devices of compute capability 9.0, whose memory is the host's; each OS thread has a current one. What makes another
+// one current is not the library's business: there is no cudaSetDevice.
 namespace emulator {
 constexpr int kDevices = 2;
 inline thread_local int current_device = 0;
