@@ -18,10 +18,10 @@ struct CudaLibrary {
   // Writes a plan of the problem to such memory. Returns null, or what about the problem no kernel takes.
   const char* (*plan)(const Problem* problem, void* plan, int64_t* workspace_bytes) noexcept;
 
-  // Queues a plan on a stream of a device, which must be current. The data pointers of its problem and `workspace` are that device's; the
-  // workspace must last until the stream has passed, and may be null where the plan needs none. Returns null, or an
-  // error that names the kernel; then no result is valid. Launches only: nothing synchronises, so a CUDA graph can
-  // capture it.
+  // Queues a plan on a stream of a device, which must be current. The data pointers of its problem and `workspace` are
+  // that device's; the workspace must last until the stream has passed, and may be null where the plan needs none.
+  // Returns null, or an error that names the kernel; then no result is valid. Launches only: nothing synchronises, so a
+  // CUDA graph can capture it.
   const char* (*execute)(const void* plan, int device, void* stream, void* workspace) noexcept;
 };
 
