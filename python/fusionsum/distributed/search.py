@@ -194,9 +194,9 @@ class Sharded:
             places = (here < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
             given, here = given.gather(1, places), here.gather(1, places)
             if most:
-                d_product, d_factors, of_bias = of_one.of_found(search, given, here, product, needs, True)
+                d_product, d_factors, more = of_one.of_found(search, given, here, product, needs, True)
                 d_keys = [_sum(a, b) for a, b in zip(d_keys, d_factors, strict=True)]
-                d_bias = _sum(d_bias, of_bias)
+                d_bias = _sum(d_bias, more)
             else:
                 d_product = torch.zeros_like(product)
             return [d_product] if of_queries else []
