@@ -171,7 +171,7 @@ def agreed(case: Case) -> list[int]:
     if case.function == "contrastive_loss" and case.reduction == "mean" and (case.labels or case.ids):
         found.append(16)
     if case.function == "sigmoid_loss" and case.reduction != "none" and any(case.gradients):
-        found.append(4)
+        found.append(8)
     return found
 
 

@@ -265,6 +265,36 @@ def test_losses_are_those_of_one_process(function, world, dtype, sides):
                     assert worst <= BOUND[dtype], (*given, worst)
 
 
+def scaled(rank: int, function: str, rows: str) -> Any:
+    """Return the loss and its gradients, of which each rank asks for another multiple."""
+    world = dist.get_world_size()
+    given = batch(function, "plain", rows, SIDES[0], world, "float64")
+    (loss,) = outputs(function, of_rank(given, rank, *rows_of(rows, world)), {}, dist.group.WORLD)
+    grads = torch.autograd.grad((1 + rank) * loss, list(leaves(given).values()))
+    return loss.item(), [d.numpy() for d in grads]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("function", ["contrastive_loss", "sigmoid_loss"])
+def test_ranks_may_scale_their_losses_differently(function, rows):
+    """Each rank returns the losses of its own rows, over the mean number of rows; gradients are of what each asks for."""
+    world = 3
+    of_queries, of_keys = rows_of(rows, world)
+    given = batch(function, "plain", rows, SIDES[0], world, "float64")
+    whole, order = positives_first(given, of_queries, of_keys)
+    found = outputs(function, whole, {"reduction": "none"})
+    found[1:] = [x[torch.argsort(order)] for x in found[1:]]  # of the keys, in the order of the ranks
+    parts = [x.split(of) for x, of in zip(found, (of_queries, of_keys), strict=False)]
+    losses = [sum(of[rank].sum() for of in parts) / len(parts) / (sum(of_queries) / world) for rank in range(world)]
+    total = sum((1 + rank) * loss for rank, loss in enumerate(losses))
+    expected = torch.autograd.grad(total, list(leaves(given).values()))
+    of_ranks = ranks(world).run(scaled, function, rows)
+    for (loss, _), own in zip(of_ranks, losses, strict=True):
+        assert loss == pytest.approx(own.item(), rel=1e-12)
+    for d, *found_grads in zip(expected, *[grads for _, grads in of_ranks], strict=True):
+        np.testing.assert_allclose(sum(found_grads), d.numpy(), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("function", ["contrastive_loss", "sigmoid_loss"])
 def test_rows_of_16_bits_travel_as_they_are(function, dtype):

@@ -118,7 +118,8 @@ class _Sigmoid(losses.Sigmoid):
         ranks = self.tiles.ranks
         if ranks.world == 1:
             return True
-        return len({x.item() for x in ranks.exchange.gather(torch.tensor(float(upstream), device=ranks.device))}) == 1
+        own = torch.tensor(float(upstream), dtype=torch.float64, device=ranks.device)
+        return len({x.item() for x in ranks.exchange.gather(own)}) == 1
 
 
 class Tiles:
