@@ -254,6 +254,26 @@ def test_groups():
     assert first[1:] != third[1:]
 
 
+def elsewhere(rank: int) -> str:
+    group = Exchange()
+    group.device = "cuda"  # as of a group of NCCL alone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Exchange, "gather", lambda self, given: [given.cpu()] * self.world)
+        patch.setattr(torch, "tensor", lambda *given, device=None, real=torch.tensor, **also: real(*given, **also))
+        try:
+            fs.sigmoid_loss(**sides(rank), group=group)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_a_group_of_another_device():
+    for found in ranks(2).run(elsewhere):
+        assert found.startswith(
+            "group: expected a backend for cpu, where queries are, got one for cuda; torch.distributed."
+        )
+
+
 def test_without_a_process_group():
     for name in FUNCTIONS:
         with pytest.raises(ValueError, match="group: expected an initialised process group, got str before"):

@@ -44,8 +44,14 @@ def exchange_of(group: Any) -> Exchange:
     return group if isinstance(group, Exchange) else Exchange(group)
 
 
-def from_arrays(call: Any) -> Any:
+def from_arrays(call: Any, exchange: Exchange) -> Any:
     """Return a checked call with tensors in the places of NumPy's arrays, whose memory they share."""
+    on_cpu = not isinstance(call.queries[0], Tensor) or call.queries[0].device.type == "cpu"
+    if on_cpu and exchange.device != "cpu":
+        raise ValueError(
+            f"group: expected a backend for cpu, where queries are, got one for {exchange.device}; "
+            "torch.distributed.new_group(backend='gloo') makes one"
+        )
     if isinstance(call.queries[0], Tensor):
         found = [x for x in arrays(call) if isinstance(x, Tensor)]
         if not routing.is_plain(found):

@@ -80,7 +80,7 @@ class Exchange:
         check_choice("queries", queries, ("own", "shared"))
         self.method, self.check, self.queries = method, check_flag("check", check), queries
         self.bytes_sent = 0
-        self.device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"  # where it takes tensors
+        self.device = "cpu" if "cpu:" in dist.get_backend_config(self.group) else "cuda"  # where it takes tensors
 
     def gather(self, given: Tensor) -> list[Tensor]:
         """Return a small tensor of each rank."""

@@ -68,7 +68,7 @@ def _met(name: str, loss: Any, group: Any, check: Callable[[], tuple[Scores, Any
         given, options = check()
         check_one_kind("labels", given.query_labels, given.key_labels)
         check_one_kind("exclude", given.query_ids, given.key_ids)
-        scores = from_arrays(given)
+        scores = from_arrays(given, exchange)
         read = scores._replace(logit_scale=number(scores.logit_scale), logit_bias=number(scores.logit_bias))
         return scores, read, options, functools.partial(to_arrays, first=given.queries[0])
 

@@ -74,7 +74,7 @@ def _met(name: str, group: Any, check: Callable[[], tuple[Search, Any, Any]]) ->
 
     def checked() -> Any:
         given, options, targets = check()
-        search, width = _with_lists(from_arrays(given))
+        search, width = _with_lists(from_arrays(given, exchange))
         if targets is not None:
             targets = torch.as_tensor(targets).to("cpu", torch.int64)
         return search, width, options, targets, functools.partial(to_arrays, first=given.queries[0])
