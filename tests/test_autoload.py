@@ -111,3 +111,9 @@ except ImportError as error:
         code = "import sys; sys.modules['torch'] = None\nimport fusionsum.backend; del sys.modules['torch']\n" + code
     said = run_python(WARNED + code)
     assert said.strip() == "fusionsum takes tensors of torch 2.10 or newer, found torch 2.9.1"
+
+
+@pytest.mark.parametrize("module", ["tensors", "contraction", "autograd", "nn", "distributed", "losses"])
+def test_torch_may_be_imported_by_a_module_of_the_package(module):
+    """Then torch's import imports the package again, in the middle of that module's."""
+    assert run_python(f"import fusionsum.{module}, torch\n{REGISTERED}").strip() == "True"

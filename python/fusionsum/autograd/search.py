@@ -77,7 +77,11 @@ def _top_k_backward(grads: Any, needs: Sequence[Any], *rest: Any) -> tuple[Any, 
 class _Here:
     """A search among the keys of this process."""
 
-    top_k = staticmethod(tensors.top_k)
+    @staticmethod
+    def top_k(search: Search, k: int) -> list[Tensor]:
+        return tensors.top_k(
+            search, k
+        )  # looked up when called: torch's import may come in the middle of that of tensors
 
     @staticmethod
     def gradients(grad: Tensor, needs: Sequence[Any], search: Search, indices: Tensor) -> list[Any]:
