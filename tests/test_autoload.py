@@ -113,7 +113,7 @@ except ImportError as error:
     assert said.strip() == "fusionsum takes tensors of torch 2.10 or newer, found torch 2.9.1"
 
 
-@pytest.mark.parametrize("module", ["tensors", "contraction", "autograd", "nn", "distributed", "losses"])
+@pytest.mark.parametrize("module", ["tensors", "autograd", "nn", "distributed", "losses"])
 def test_torch_may_be_imported_by_a_module_of_the_package(module):
     """Then torch's import imports the package again, in the middle of that module's."""
     assert run_python(f"import fusionsum.{module}, torch\n{REGISTERED}").strip() == "True"
