@@ -30,10 +30,10 @@ from fusionsum.distributed import Exchange
 
 from . import machine
 from .measure import set_threads
+from .scale import METHODS
 
 SIZES = ((512, 64), (4096, 512), (16384, 256))  # queries and keys of all ranks, terms
 QUICK_SIZES = SIZES[:2]
-METHODS = ("gather", "ring")
 
 
 def _batch(rows: int, terms: int, seed: int) -> list[torch.Tensor]:
@@ -45,20 +45,6 @@ def _step(sides: list[torch.Tensor], group: Any) -> None:
     for x in sides:
         x.grad = None
     fs.contrastive_loss(*sides, logit_scale=20.0, group=group).backward()
-
-
-def _peak(step: Callable[[], None]) -> int:
-    """Return by how many bytes the process grew at most during its first step, gradients included."""
-    status = Path("/proc/self/status").read_text
-    before = _field(status(), "VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    step()
-    return _field(status(), "VmHWM") - before
-
-
-def _field(status: str, name: str) -> int:
-    (line,) = (line for line in status.splitlines() if line.startswith(name + ":"))
-    return 1024 * int(line.split()[1])
 
 
 def _timed(step: Callable[[], None] | None) -> float:
@@ -88,7 +74,8 @@ def _grown(rank: int, world: int, folder: str, rows: int, terms: int, method: st
     _join(rank, world, folder)
     _step(_batch(2 * world, terms, rank), Exchange())  # what the first step of any size sets up
     own, exchange = _batch(rows // world, terms, rank), Exchange(method=method)
-    _leave(rank, folder, {"memory": _peak(lambda: _step(own, exchange)), "bytes": exchange.bytes_sent})
+    memory = machine.Cpu().peak_extra(partial(_step, own, exchange), given_back=0)  # the gradients included
+    _leave(rank, folder, {"memory": memory, "bytes": exchange.bytes_sent})
 
 
 def _timings(rank: int, world: int, folder: str, rows: int, terms: int, pairs: int) -> None:

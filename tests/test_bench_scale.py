@@ -171,7 +171,7 @@ HELD: list[dict[str, Any]] = [
 
 def grown(rank: int) -> list[dict[str, int]]:
     """Return by how many bytes the process grew at most in each case: with these rows alone, and by either way."""
-    from bench.ranks import _peak
+    from bench.machine import Cpu
 
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed is given back
     found = []
@@ -180,7 +180,7 @@ def grown(rank: int) -> list[dict[str, int]]:
         for method in ("alone", *METHODS):
             group = None if method == "alone" else Exchange(method=method)
             step(rank, group, 4, 4, LONG, **case)()  # what the first step of any size sets up
-            peaks[method] = _peak(step(rank, group, MANY, MANY, LONG, **case))
+            peaks[method] = Cpu().peak_extra(step(rank, group, MANY, MANY, LONG, **case), given_back=0)
         found.append(peaks)
     return found
 

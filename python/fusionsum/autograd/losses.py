@@ -27,7 +27,7 @@ from ..combination import Options, arrange, coefficients, coefficients_sigmoid, 
 from ..scores import Scores
 from . import dtensor, routing, schema
 from .registration import apply, layered
-from .sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, once, plain, record, sides, wide, with_arrays
+from .sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, once, plain, record, requiring, sides, wide, with_arrays
 
 _LOGIT_SCALE, _LOGIT_BIAS = (Scores._fields.index(name) for name in ("logit_scale", "logit_bias"))
 
@@ -159,8 +159,7 @@ class Sigmoid:
 
 def asked(loss: Any, scores: Scores) -> list[bool]:
     """Tell which of these gradients autograd may ask for."""
-    recorded = [isinstance(x, Tensor) and x.requires_grad for x in arrays(scores)]
-    return _needed(with_arrays(scores, recorded), loss.bias)
+    return _needed(requiring(scores), loss.bias)
 
 
 def _needed(needs: Sequence[Any], bias: int) -> list[bool]:
@@ -214,9 +213,10 @@ def _evaluated(loss: Any, options: Sequence[Any], scores: Scores) -> Sequence[Te
 
 def evaluated(loss: Any, scores: Scores, read: Scores) -> Sequence[Tensor]:
     """Return the outputs of a loss of plain tensors, which autograd may record; `read` are the scores, read."""
-    given, values = arrays(scores), arrays(read)
+    given = arrays(scores)
     if not routing.records([x for x in given if isinstance(x, Tensor)]):
         return _rounded(loss.evaluate(read)[0], scores)
+    values = arrays(read)
     # Integers have no gradients, and were read once.
     places = [i for i, x in enumerate(given) if isinstance(x, Tensor) and not isinstance(values[i], np.ndarray)]
     return _record(loss, scores, read, places, *[given[i] for i in places])

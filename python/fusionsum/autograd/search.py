@@ -79,9 +79,8 @@ class _Here:
 
     @staticmethod
     def top_k(search: Search, k: int) -> list[Tensor]:
-        return tensors.top_k(
-            search, k
-        )  # looked up when called: torch's import may come in the middle of that of tensors
+        # Looked up when called: torch's import may come in the middle of that of `tensors`.
+        return tensors.top_k(search, k)
 
     @staticmethod
     def gradients(grad: Tensor, needs: Sequence[Any], search: Search, indices: Tensor) -> list[Any]:

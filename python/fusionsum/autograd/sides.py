@@ -80,6 +80,11 @@ def with_arrays(call: Any, given: Sequence[Any]) -> Any:
     return type(call)(*of_sides, *names, *masks, call.absent, *given[2 * factors :])
 
 
+def requiring(call: Any) -> Any:
+    """Return the call with, in the places of its `arrays`, whether they are tensors that require a gradient."""
+    return with_arrays(call, [isinstance(x, Tensor) and x.requires_grad for x in arrays(call)])
+
+
 def wide(call: Scores | Search) -> torch.dtype:
     """Return the dtype in which scores are formed."""
     given = (*call.operands, *([] if call.key_bias is None else [call.key_bias]))

@@ -9,7 +9,7 @@ import functools
 import sys
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch.utils import _pytree
 from ..autograd import routing
 from ..autograd.sides import Side, arrays, wide
 from ..scores import Scores, Search
-from .exchange import Exchange
+from .exchange import Exchange, Ranks
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,6 +117,16 @@ def shared_arguments(call: Scores | Search, exchange: Exchange) -> dict[str, Any
         "key_bias": None if call.key_bias is None else str(call.key_bias.dtype),
         "method": exchange.method,
     }
+
+
+def check_widths(ranks: Ranks, widths: Sequence[int]) -> None:
+    """Raise an error, on all ranks, unless each rank's boolean `exclude`, of so many columns or -1, has all ranks' keys."""
+    total = ranks.offsets[-1]
+    for rank, width in enumerate(widths):
+        if width not in (-1, total):
+            raise ValueError(
+                f"exclude: expected {total} columns, the keys of all ranks in their order, got {width} on rank {rank}"
+            )
 
 
 def checksum(x: Tensor) -> int:

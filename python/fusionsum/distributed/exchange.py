@@ -9,8 +9,8 @@ in messages from rank to rank, and add up in the same order, so that results are
 
 * gather: every rank sends its block to all others at once, and later each its part of what was made. Two rounds of
   messages, and all blocks in memory.
-* ring: a block moves on to the next rank while it is computed with, and what was made follows it, growing. Two blocks in
-  memory, W - 1 rounds, hidden behind the computing if that takes as long.
+* ring: a block moves on to the next rank while it is computed with, and what was made follows it, growing. Two or three
+  blocks in memory, W - 1 rounds, hidden behind the computing if that takes as long.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Exchange:
         "auto" gathers up to 64 MiB of rows, and small blocks of many ranks. Either gives the same bits.
     check : bool, optional
         Exchange a checksum of the arguments first, so that ranks that disagree get an error that says who differs, and
-        the numbers of rows, which may differ. It costs one all-gather of some 60 bytes a rank. Without it every rank must
+        the numbers of rows, which may differ. It costs one all-gather of 80 bytes a rank. Without it every rank must
         have as many rows and the same arguments, or calls hang or fail.
     queries : {"own", "shared"}, optional
         Of `top_k` and `ranks`: whether each rank asks for queries of its own, or all ask for the same ones and get the
@@ -202,7 +202,7 @@ class Ranks:
     def _gather(self, block: list[Tensor], layout: Layout, visit: Visit, home: Any, merge: Any) -> Any:
         others = [(self.rank - step) % self.world for step in range(1, self.world)]
         packed = layout.pack(block, self.rank)
-        coming = self.trade({to: packed for to in others}, {source: layout.size(source) for source in others})
+        coming = Trade(self, {to: packed for to in others}, {source: layout.size(source) for source in others})
         own = visit(self.rank, block)
         blocks, made = coming.wait(), {}
         for source in others:
@@ -211,7 +211,7 @@ class Ranks:
                 made[source] = home.pack(found, source)
         if home is None:
             return own
-        parts = self.trade(made, dict.fromkeys(others, home.size(self.rank))).wait()
+        parts = Trade(self, made, dict.fromkeys(others, home.size(self.rank))).wait()
         total = home.unpack(parts.pop(others[-1]), self.rank)
         for source in reversed(others[:-1]):
             total = merge(total, home.unpack(parts.pop(source), self.rank))
@@ -219,24 +219,20 @@ class Ranks:
 
     def _ring(self, block: list[Tensor], layout: Layout, visit: Visit, home: Any, merge: Any) -> Any:
         after, before = (self.rank + 1) % self.world, (self.rank - 1) % self.world
-        coming = self.trade({after: layout.pack(block, self.rank)}, {before: layout.size(before)})
+        coming = Trade(self, {after: layout.pack(block, self.rank)}, {before: layout.size(before)})
         own = visit(self.rank, block)
         carried: Trade | None = None
         for step in range(1, self.world):
             source, following = (self.rank - step) % self.world, (self.rank - step - 1) % self.world
             held = coming.wait()[before]
             if following != self.rank:
-                coming = self.trade({after: held}, {before: layout.size(following)})
+                coming = Trade(self, {after: held}, {before: layout.size(following)})
             made = visit(source, layout.unpack(held, source))
             if home is not None:
                 if carried is not None:
                     made = merge(home.unpack(carried.wait()[before], source), made)
-                carried = self.trade({after: home.pack(made, source)}, {before: home.size(following)})
+                carried = Trade(self, {after: home.pack(made, source)}, {before: home.size(following)})
         return own if carried is None else merge(home.unpack(carried.wait()[before], self.rank), own)
-
-    def trade(self, sends: Mapping[int, Tensor], sizes: Mapping[int, int]) -> Trade:
-        """Begin to send bytes to some ranks, and to receive so many bytes from some."""
-        return Trade(self, sends, sizes)
 
     def lost(self, peer: int, error: Exception) -> RuntimeError:
         """Make the error of a rank that does not answer."""

@@ -30,6 +30,7 @@ from ..combination import Options, arrange, merge_stats
 from ..scores import Scores, check_one_kind, number
 from .calls import (
     added,
+    check_widths,
     exchange_of,
     from_arrays,
     outside_graphs,
@@ -85,12 +86,7 @@ def _met(name: str, loss: Any, group: Any, check: Callable[[], tuple[Scores, Any
         return {**shared_arguments(scores, exchange), **scalars, **given, "options": options, "gradients": gradients}
 
     ranks, call = meet(exchange, name, checked, sizes, arguments)
-    for rank, width in enumerate(ranks.others[0]):
-        if width not in (-1, ranks.offsets[-1]):
-            raise ValueError(
-                f"exclude: expected {ranks.offsets[-1]} columns, the keys of all ranks in their order, got {width} on "
-                f"rank {rank}"
-            )
+    check_widths(ranks, ranks.others[0])
     return ranks, *call
 
 

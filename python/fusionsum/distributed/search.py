@@ -22,11 +22,12 @@ from torch import Tensor
 from .. import reference, tensors
 from ..autograd import routing
 from ..autograd import search as of_one
-from ..autograd.sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, sides, wide
+from ..autograd.sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, requiring, sides, wide
 from ..combination import combine_ranks
 from ..scores import Search, check_k, check_offsets
 from .calls import (
     added,
+    check_widths,
     checksum,
     exchange_of,
     from_arrays,
@@ -92,19 +93,15 @@ def _met(name: str, group: Any, check: Callable[[], tuple[Search, Any, Any]]) ->
             given = [*search.queries, *search.present, search.excluded_offsets, search.excluded_ids, targets]
             shared["queries' checksum"] = [None if x is None else f"{checksum(x):08x}" for x in given]
         excludes = {"exclude": search.excluded_ids is not None}
-        gradients = _asked(_requiring(search)) if torch.is_grad_enabled() else None
+        gradients = _asked(requiring(search)) if torch.is_grad_enabled() else None
         known = shared_arguments(search, exchange)
         return {**known, **options, **shared, **excludes, "queries of": exchange.queries, "gradients": gradients}
 
     ranks, (search, _, options, targets, home) = meet(exchange, name, checked, sizes, arguments)
     total = ranks.offsets[-1]
     _, widths, *ends = ranks.others
+    check_widths(ranks, widths)
     for rank in range(ranks.world):
-        if widths[rank] not in (-1, total):
-            raise ValueError(
-                f"exclude: expected {total} columns, the keys of all ranks in their order, got {widths[rank]} on rank "
-                f"{rank}"
-            )
         for argument, (least, most) in (("exclude", ends[:2]), ("targets", ends[2:])):
             for number in (least[rank], most[rank]):
                 if not 0 <= number < max(total, 1):
@@ -131,15 +128,6 @@ def _with_lists(search: Search) -> tuple[Search, int]:
 def _range(integers: Tensor | None) -> tuple[int, int]:
     """Return the least and the greatest; zeros for none."""
     return (0, 0) if integers is None or not len(integers) else (int(integers.min()), int(integers.max()))
-
-
-def _requiring(search: Search) -> list[Any]:
-    """Return, in the places of a search's fields, which of their tensors require a gradient."""
-
-    def of(x: Any) -> Any:
-        return [of(entry) for entry in x] if isinstance(x, tuple) else isinstance(x, Tensor) and x.requires_grad
-
-    return [of(x) for x in search]
 
 
 def _asked(needs: Sequence[Any]) -> list[bool]:
