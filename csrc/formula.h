@@ -73,6 +73,19 @@ FUSIONSUM_INLINE Exp<V> exp_of_negative(V x) {
   return {scaled(p + T(1), n), madd(scale, p, scale - T(1))};
 }
 
+// Sums of exponentials are relative to a score seen before, which later ones exceed by so much at most: exp(kMargin)
+// times the entries of a strip or tile is far from float32's largest number.
+constexpr double kMargin = 30;
+
+// exp(x) for x up to kMargin, and 0 below the least that stays normal when a coefficient multiplies it: subnormal
+// numbers take dozens of times as long on some processors (all pairs at logit_scale 200: six times the whole), and no
+// sum whose largest term is 1 or more sees them.
+template <class V>
+FUSIONSUM_INLINE V exp_or_zero(V x) {
+  const V lowest = V{} + Scalar<V>(sizeof(Scalar<V>) == 8 ? -640 : -64);
+  return select(x < lowest, V{}, exp_of_negative(at_least(x, lowest)).e);
+}
+
 template <class V>
 struct Value {
   V y, dy;  // phi(x) and phi'(x); what a caller does not use is not computed

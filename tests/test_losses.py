@@ -198,7 +198,7 @@ def gradients(case, options):
         options["positives"] == "any", options["symmetric"], options["label_smoothing"], options["reduction"], 0
     )
     stats = evaluate("softmax_stats", *given, checked.any, checked.symmetric, checked.totals)
-    upstream = [np.ones(np.shape(x)) for x in combine(*stats, checked)]
+    upstream = [np.ones(np.shape(x)) for x in combine(np, *stats, checked)]
     return evaluate("softmax_grad", *given, checked.any, *coefficients(np, *stats, checked, upstream), (True,) * 4)
 
 
@@ -453,7 +453,7 @@ def test_coefficients_are_the_same_in_torch(options, rng):
     )
     stats = evaluate("softmax_stats", *case.read(), checked.any, checked.symmetric, True)
     tensors = [None if x is None else torch.tensor(x) for x in stats]
-    outputs = combine(*stats, checked)
+    outputs = combine(np, *stats, checked)
     upstream = [np.asarray(rng.standard_normal(np.shape(x))) for x in outputs]
     upstream[-1] = None
     found = coefficients(torch, *tensors, checked, [None if u is None else torch.tensor(u) for u in upstream])
@@ -484,7 +484,7 @@ def test_the_shortcut_of_the_diagonal_is_the_general_way(reduction, symmetric, r
         assert case.read().diagonal
         options = Options(False, symmetric, 0.0, reduction, False)
         stats = evaluate("softmax_stats", *case.read(), False, symmetric, False)
-        close(combine(*stats, options, True)[0], torch.tensor(combine(*stats, options)[0]), 1e-15)
+        close(combine(np, *stats, options, True)[0], torch.tensor(combine(np, *stats, options)[0]), 1e-15)
         found = [coefficients(np, *stats, options, [np.float64(0.7)], diagonal) for diagonal in (True, False)]
         for got, want in zip(*found, strict=True):
             assert (got is None) == (want is None)

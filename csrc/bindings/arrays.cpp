@@ -23,6 +23,7 @@ bool read_dtype(const py::dtype& dtype, Array& to) {
   if (number < 0 || (dtype.byteorder() != '=' && dtype.byteorder() != '|')) return false;
   const auto is = [&](int i) {
     to.boolean = i == kDTypes;
+    to.integer = false;
     to.dtype = to.boolean ? DType{} : static_cast<DType>(i);
     return true;
   };

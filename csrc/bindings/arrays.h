@@ -29,6 +29,7 @@ struct Array {
   dlpack::Device device;
   DType dtype;   // of floats
   bool boolean;  // instead
+  bool integer;  // instead, of int64; of tensors alone
   int ndim;
   int64_t shape[kMaxArrayDims], stride[kMaxArrayDims];  // strides in elements
 };

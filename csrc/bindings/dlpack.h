@@ -21,7 +21,7 @@ struct Type {
   uint16_t lanes;
   bool operator==(const Type& other) const { return code == other.code && bits == other.bits && lanes == other.lanes; }
 };
-constexpr uint8_t kFloat = 2, kBfloat = 4, kBool = 6;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
 
 struct Tensor {
   void* data;

@@ -34,24 +34,34 @@ void execute_on_cpu(const Problem& problem) {
   if (!done) throw py::error_already_set();
 }
 
-// The workspace goes back to torch's allocator at once: it gives the memory out again to what comes later on the same
+void check(const char* error) {
+  if (error) throw std::runtime_error(error);
+}
+
+// Memory on a GPU that goes back to torch's allocator at once: it gives it out again to what comes later on the same
 // stream.
+class GpuWorkspace {
+ public:
+  GpuWorkspace(dlpack::Device device, int64_t bytes) {
+    if (!bytes) return;
+    const int64_t entries = divide_up(bytes, item_size(DType::f64));
+    owner_ = allocate_tensor(device, DType::f64, 1, &entries, &data_);
+  }
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+  py::object owner_;
+};
+
 void execute_on_cuda(const Problem& problem, dlpack::Device device) {
   const CudaLibrary& cuda = *library.load();
-  const auto check = [](const char* error) {
-    if (error) throw std::runtime_error(error);
-  };
   const std::unique_ptr<char[]> plan(new char[static_cast<size_t>(cuda.plan_bytes)]);
-  int64_t workspace_bytes = 0;
-  check(cuda.plan(&problem, plan.get(), &workspace_bytes));
-  void* workspace = nullptr;
-  py::object owner;
-  if (workspace_bytes) {
-    const int64_t entries = divide_up(workspace_bytes, item_size(DType::f64));
-    owner = allocate_tensor(device, DType::f64, 1, &entries, &workspace);
-  }
+  int64_t bytes = 0;
+  check(cuda.plan(&problem, plan.get(), &bytes));
+  const GpuWorkspace workspace(device, bytes);
   const OnDevice guard(device);
-  check(cuda.execute(plan.get(), device.id, current_stream(device), workspace));
+  check(cuda.execute(plan.get(), device.id, current_stream(device), workspace.data()));
 }
 
 }  // namespace
@@ -76,6 +86,13 @@ void execute(const Problem& problem, dlpack::Device device) {
   } else {
     execute_on_cpu(problem);
   }
+}
+
+void execute(const Chunk& chunk, dlpack::Device device) {
+  const CudaLibrary& cuda = *library.load();
+  const GpuWorkspace workspace(device, cuda.step_workspace(&chunk));
+  const OnDevice guard(device);
+  check(cuda.step(&chunk, device.id, current_stream(device), workspace.data()));
 }
 
 }  // namespace fusionsum

@@ -5,6 +5,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include "../cuda/scores/chunk.h"
 #include "../sum.h"
 #include "dlpack.h"
 
@@ -25,5 +26,8 @@ py::object use_cuda(uintptr_t address);
 // Computes the derivatives that a problem asks for, its arrays being on the device; on a GPU it queues that on torch's
 // current stream. Throws Python's error, of Ctrl-C for one, and std::runtime_error or std::bad_alloc.
 void execute(const Problem& problem, dlpack::Device device);
+
+// Queues a step of a chunk of scores, likewise; the device is a GPU.
+void execute(const Chunk& chunk, dlpack::Device device);
 
 }  // namespace fusionsum

@@ -4,6 +4,7 @@
 #include "execute.h"
 #include "parse.h"
 #include "scores.h"
+#include "steps.h"
 #include "sum.h"
 #include "torch.h"
 
@@ -27,6 +28,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("fusion_sum", &fusion_sum);
   m.def("fusion_sum_grad", &fusion_sum_grad);
   define_scores(m);
+  define_steps(m);
   m.def("use_torch", &use_torch);
   m.def("use_cuda", &use_cuda);
   m.def("isa", [] { return active_isa().name; });

@@ -52,7 +52,7 @@ bool find_home(py::handle array, py::handle trusted, Home& home) {
 }
 
 bool read_floats(py::handle object, Home& home, Array& to) {
-  if (!read(object, home.framework, to) || to.boolean) return false;
+  if (!read(object, home.framework, to) || to.boolean || to.integer) return false;
   if (home.device.type) return to.device == home.device;
   home.device = to.device;
   return home.device.type != dlpack::kCuda || has_cuda();

@@ -85,8 +85,9 @@ bool read_tensor(py::handle object, Array& to) {
     return false;
   }
   to.boolean = t.type.code == dlpack::kBool && t.type.lanes == 1;
+  to.integer = t.type == dlpack::Type{dlpack::kInt, 64, 1};
   to.dtype = DType{};
-  if (!to.boolean) {
+  if (!to.boolean && !to.integer) {
     int i = 0;
     while (i < kDTypes && !(dlpack_type(static_cast<DType>(i)) == t.type)) ++i;
     if (i == kDTypes) return false;

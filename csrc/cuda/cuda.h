@@ -6,6 +6,7 @@
 // allocates it, `execute` launches.
 #pragma once
 #include "../sum.h"
+#include "scores/chunk.h"
 
 namespace fusionsum {
 
@@ -23,6 +24,10 @@ struct CudaLibrary {
   // Returns null, or an error that names the kernel; then no result is valid. Launches only: nothing synchronises, so a
   // CUDA graph can capture it.
   const char* (*execute)(const void* plan, int device, void* stream, void* workspace) noexcept;
+
+  // The same of a step of a chunk of scores, which needs no plan.
+  int64_t (*step_workspace)(const Chunk* chunk) noexcept;  // bytes
+  const char* (*step)(const Chunk* chunk, int device, void* stream, void* workspace) noexcept;
 };
 
 }  // namespace fusionsum

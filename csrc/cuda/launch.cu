@@ -1,10 +1,12 @@
-// The library's interface (cuda.h): what it asks of CUDA's runtime, and the launches of a plan (sum/plan.h).
+// The library's interface (cuda.h): what it asks of CUDA's runtime, and the launches of a plan (sum/plan.h). Those of
+// scores are in scores/steps.cu.
 #include <atomic>
 #include <cstdio>
 #include <new>
 
 #include "cuda.h"
 #include "gpu.h"
+#include "scores/steps.h"
 #include "sum/plan.h"
 
 namespace fusionsum {
@@ -86,12 +88,25 @@ const char* execute(const void* from, int device, void* stream, void* workspace)
   return nullptr;
 }
 
+int64_t workspace_of(const Chunk* chunk) noexcept { return step_workspace(*chunk); }
+
+const char* step(const Chunk* chunk, int device, void* stream, void* workspace) noexcept {
+  if (const char* error = check_device(device)) return error;
+  cudaError_t error;
+  const char* const kernel = launch_step(*chunk, static_cast<cudaStream_t>(stream), workspace, error);
+  if (!kernel) return nullptr;
+  char what[64];
+  std::snprintf(what, sizeof what, "kernel %s", kernel);
+  return failed(what, error);
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace fusionsum
 
 extern "C" const fusionsum::CudaLibrary* fusionsum_cuda() {
   using namespace fusionsum;
-  static const CudaLibrary library{cuda::unavailable, sizeof(cuda::Plan), cuda::plan, cuda::execute};
+  static const CudaLibrary library{cuda::unavailable, sizeof(cuda::Plan), cuda::plan,
+                                   cuda::execute,     cuda::workspace_of, cuda::step};
   return &library;
 }

@@ -70,6 +70,11 @@ def is_tensor(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def on_gpu(x: Any) -> bool:
+    """Tell whether x is a tensor whose values only a GPU sees: reading them here would wait for it."""
+    return is_tensor(x) and x.device.type == "cuda"
+
+
 def spread(fusion_weights: Any, factors: Any, activations: Any, present: Any, absent: Any, dim: Any) -> Call:
     """Give every factor its activation and its mask, and check nothing else."""
     names = per_factor("activations", activations, len(factors), (str,))

@@ -2,7 +2,7 @@
 
 What lives here is shared by both frameworks, each formula once, over float64 vectors:
 
-* `combine(query_stats, key_stats, options)`: statistics, as `softmax_stats` gives them, to losses;
+* `combine(xp, query_stats, key_stats, options)`: statistics, as `softmax_stats` gives them, to losses;
 * `coefficients(xp, query_stats, key_stats, options, upstream)`: statistics and the losses' gradients to the coefficients
   that `softmax_grad` takes;
 * `combine_sigmoid(losses, reduction)` and `coefficients_sigmoid(xp, upstream, rows, reduction)`: the same between
@@ -10,8 +10,7 @@ What lives here is shared by both frameworks, each formula once, over float64 ve
 * `merge_stats(ours, theirs, any)`: the statistics of some pairs and of others to those of both;
 * `combine_ranks(greater, equal, ties)`.
 
-Losses are made of NumPy's statistics; coefficients by `xp`, NumPy or torch, for torch's operations have gradients of
-tensors. A small step spends its time here: a function of NumPy takes 1 us, and the kernels take 25 us for 64 x 64 pairs.
+`xp` is NumPy or torch: on a GPU statistics are tensors, and torch's operations have gradients of tensors. A small step spends its time here: a function of NumPy takes 1 us, and the kernels take 25 us for 64 x 64 pairs.
 
 What lives elsewhere: the public functions (``losses.py``, ``search.py``), tensors (``autograd/losses.py``), statistics and
 gradients in NumPy (``reference.py``), the kernels (``csrc/``).
@@ -49,7 +48,7 @@ class Options(NamedTuple):
 
 @np.errstate(all="ignore")  # infinities and NaN give no warnings, as in torch
 def combine(
-    query_stats: Any, key_stats: Any, options: Options, diagonal: bool = False, counts: Any = None
+    xp: Any, query_stats: Any, key_stats: Any, options: Options, diagonal: bool = False, counts: Any = None
 ) -> tuple[Any, ...]:
     """Combine the statistics, (5, B) and, if symmetric, (5, C), into losses and, if they are asked for, log-sum-exps.
 
@@ -66,19 +65,19 @@ def combine(
     sides = [query_stats, key_stats] if options.symmetric else [query_stats]
     if diagonal and options.plain:
         rows = query_stats.shape[1]
-        total = sum(np.add.reduce(stats[0, :rows] - stats[1, :rows]) for stats in sides)
+        total = sum(_sum(xp, stats[0, :rows] - stats[1, :rows]) for stats in sides)
         return (total / _divisor(rows, options, counts and counts[0]),)
     losses = []
     for side, stats in enumerate(sides):
         lse, positive, positives, total, valid = stats
         loss = lse - positive
         if options.label_smoothing > 0:
-            smooth = lse - total / np.maximum(valid, 1)
+            smooth = lse - total / xp.clip(valid, 1, None)
             loss = (1 - options.label_smoothing) * loss + options.label_smoothing * smooth
         counted = positives > 0
-        loss = np.where(counted, loss, 0.0)  # elsewhere it may be -inf less -inf
+        loss = xp.where(counted, loss, 0.0)  # elsewhere it may be -inf less -inf
         if options.reduction != "none":
-            loss = np.add.reduce(loss) / _divisor(np.count_nonzero(counted), options, counts and counts[side])
+            loss = _sum(xp, loss) / _divisor(_sum(xp, counted), options, counts and counts[side])
         losses.append(loss)
     if options.reduction != "none":
         losses = [sum(losses)]
@@ -129,6 +128,10 @@ def coefficients(
             rows[4] = options.label_smoothing * u / xp.clip(valid, 1, None)
         found.append(np.array(rows) if xp is np else xp.stack(rows))
     return found[0], found[1] if options.symmetric else None
+
+
+def _sum(xp: Any, x: Any) -> Any:
+    return np.add.reduce(x) if xp is np else x.sum()  # which in NumPy takes a microsecond more
 
 
 def _divisor(counted: Any, options: Options, count: float | None) -> Any:

@@ -150,7 +150,9 @@ def contrastive_loss(
         return adopt_autograd().losses.contrastive_loss(scores, options)
     of_queries, of_keys = evaluate("softmax_stats", *scores.read(), options.any, options.symmetric, options.totals)
     with np.errstate(all="ignore"):  # infinities and NaN give no warnings, as in the kernels and torch
-        return arrange([_rounded(x, scores) for x in combine(of_queries, of_keys, options, scores.diagonal)], options)
+        return arrange(
+            [_rounded(x, scores) for x in combine(np, of_queries, of_keys, options, scores.diagonal)], options
+        )
 
 
 def sigmoid_loss(

@@ -31,6 +31,7 @@ from .call import (
     check_mask,
     check_operand,
     is_tensor,
+    on_gpu,
     per_factor,
 )
 
@@ -72,7 +73,17 @@ class Scores(NamedTuple):
         return self.query_labels is None and self.query_ids is None and self.exclude is None
 
     def read(self) -> Scores:
-        """Read the values: floats for scalars, int32 codes for labels and ids, plain arrays for memory maps."""
+        """Read the values: floats for scalars, int32 codes for labels and ids, plain arrays for memory maps.
+
+        Those on a GPU are left there: scalars as they are, labels and ids as int64.
+        """
+        if on_gpu(self.queries[0]):
+            for name, of_queries, of_keys in (
+                ("labels", self.query_labels, self.key_labels),
+                ("exclude", self.query_ids, self.key_ids),
+            ):
+                check_one_kind(name, of_queries, of_keys)
+            return Scores._make((*self[:11], *map(_longs, self[11:15]), self.exclude))
         labels = _codes("labels", self.query_labels, self.key_labels)
         ids = _codes("exclude", self.query_ids, self.key_ids)
         scalars = number(self.logit_scale), number(self.logit_bias)
@@ -101,7 +112,13 @@ class Search(NamedTuple):
         return _operands(self)
 
     def read(self) -> Search:
-        """Read the values: ids of keys to leave out become int64, ascending within a query, each of them once."""
+        """Read the values: ids of keys to leave out become int64, ascending within a query, each of them once.
+
+        On a GPU, where the values are left, `excluded_ids` become places: query times the number of keys plus id, ascending,
+        without offsets. Ids out of range leave out nothing.
+        """
+        if on_gpu(self.queries[0]):
+            return self if self.excluded_offsets is None else self._replace(**self._places())
         plain = Search(*_plain(tuple(self)))
         if plain.excluded_offsets is None:
             return plain
@@ -112,6 +129,19 @@ class Search(NamedTuple):
         places = np.unique(np.repeat(np.arange(rows), np.diff(offsets)) * columns + ids)
         offsets = np.searchsorted(places, np.arange(rows + 1) * columns)
         return plain._replace(excluded_offsets=offsets, excluded_ids=places % max(columns, 1))
+
+    def _places(self) -> dict[str, Any]:
+        xp, like = sys.modules["torch"], self.queries[0]
+        rows, columns = like.shape[0], self.keys[0].shape[0]
+        if not on_gpu(self.excluded_offsets):  # of lists
+            offsets, ids = _integers(self.excluded_offsets), _integers(self.excluded_ids)
+            check_offsets(offsets, ids)
+            _check_below("exclude", ids, columns, "the number of keys")
+        offsets, ids = (_longs(x.to(like.device)) for x in (self.excluded_offsets, self.excluded_ids))
+        of_query = xp.searchsorted(offsets, xp.arange(len(ids), device=like.device), right=True) - 1
+        inside = (ids >= 0) & (ids < columns) & (of_query >= 0) & (of_query < rows)
+        places = xp.where(inside, of_query * columns + ids, -1)
+        return {"excluded_offsets": None, "excluded_ids": places.sort().values}
 
 
 def evaluate(name: str, *arguments: Any) -> Any:
@@ -249,7 +279,9 @@ def check_targets(targets: Any, search: Search, first_name: str) -> None:
 
 
 def read_targets(targets: Any, columns: int) -> np.ndarray:
-    """Read the targets: int64 numbers of keys."""
+    """Read the targets: int64 numbers of keys. On a GPU they are not checked; the rank of one out of range is the last."""
+    if on_gpu(targets):
+        return _longs(targets)
     found = _integers(targets)
     _check_below("targets", found, columns, "the number of keys")
     return found.astype(np.int64)
@@ -412,6 +444,11 @@ def _plain(x: Any) -> Any:
 def number(x: Any) -> float:
     """Read a checked scalar."""
     return x if type(x) is float else float(x if isinstance(x, numbers.Real) else x.item())
+
+
+def _longs(x: Any) -> Any:
+    """Make int64 of a tensor of integers, contiguous."""
+    return None if x is None else x.to(sys.modules["torch"].int64).contiguous()
 
 
 def _integers(x: Any) -> np.ndarray:

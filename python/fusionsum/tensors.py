@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import reference
+from . import chunks, reference
 from .backend import adopt_torch, load_cuda, native
-from .call import Call, check
+from .call import Call, check, on_gpu
 from .scores import Scores, Search, read_targets
 
 adopt_torch(torch)
@@ -80,23 +80,36 @@ Needs = Sequence[bool]  # of the queries' side, the keys' side, logit_scale, and
 
 
 def softmax_stats(scores: Scores, any: bool, symmetric: bool, totals: bool) -> Any:
-    """Evaluate the statistics of scores that are read: arrays (5, B) and, if symmetric, (5, C), else None."""
+    """Evaluate the statistics of scores that are read: (5, B) and, if symmetric, (5, C), else None.
+
+    Arrays or, on a GPU, tensors; so are the coefficients that gradients take.
+    """
+    if on_gpu(scores.queries[0]):
+        return chunks.softmax_stats(scores, any, symmetric, totals)
     return _evaluated("softmax_stats", scores, any, symmetric, totals)
 
 
 def softmax_grad(query_coefs: Any, key_coefs: Any, any: bool, scores: Scores, needs: Needs) -> list[Tensor]:
     """Evaluate the gradients that are needed: of the two sides, in the dtype of the scores, and float64 ones."""
-    found = _evaluated("softmax_grad", scores, any, query_coefs, key_coefs, tuple(needs))
+    if on_gpu(scores.queries[0]):
+        found = chunks.softmax_grad(query_coefs, key_coefs, any, scores, needs)
+    else:
+        found = _evaluated("softmax_grad", scores, any, query_coefs, key_coefs, tuple(needs))
     return _needed(found, scores.logit_scale, needs)
 
 
 def sigmoid_stats(scores: Scores) -> Any:
-    """Evaluate the sigmoid losses of the queries, an array (B,) of float64, for scores that are read."""
+    """Evaluate the sigmoid losses of the queries, an array (B,) of float64, for scores that are read; a tensor on a GPU."""
+    if on_gpu(scores.queries[0]):
+        return chunks.sigmoid_stats(scores)
     return np.asarray(_evaluated("sigmoid_stats", scores))
 
 
 def sigmoid_stats_and_grad(coefs: Any, scores: Scores, needs: Needs) -> tuple[Any, list[Tensor]]:
     """Evaluate those losses and, in the same pass, the gradients that are needed; takes an array (B,) of coefficients."""
+    if on_gpu(scores.queries[0]):
+        losses, *found = chunks.sigmoid_grad(coefs, scores, needs)
+        return losses, _needed(found, scores.logit_scale, needs)
     losses, *found = _evaluated("sigmoid_grad", scores, np.ascontiguousarray(coefs), tuple(needs))
     return np.asarray(losses), _needed(found, scores.logit_scale, needs)
 
@@ -108,12 +121,18 @@ def sigmoid_grad(coefs: Any, scores: Scores, needs: Needs) -> list[Tensor]:
 
 def top_k(search: Search, k: int) -> list[Tensor]:
     """Evaluate the values and indices (B, k), for a search that is not read yet."""
-    return [torch.as_tensor(x) for x in _evaluated("top_k", search.read(), k)]
+    read = search.read()
+    if on_gpu(search.queries[0]):
+        return chunks.top_k(read, k)
+    return [torch.as_tensor(x) for x in _evaluated("top_k", read, k)]
 
 
 def ranks(search: Search, targets: Tensor) -> Tensor:
     """Count the greater and the equal scores (2, B) of int64."""
-    return torch.from_numpy(np.stack(_evaluated("ranks", search.read(), read_targets(targets, len(search.keys[0])))))
+    read, targets = search.read(), read_targets(targets, len(search.keys[0]))
+    if on_gpu(search.queries[0]):
+        return chunks.ranks(read, targets)
+    return torch.from_numpy(np.stack(_evaluated("ranks", read, targets)))
 
 
 def ranks_of_scores(search: Search, targets: Tensor, scores: Tensor) -> Tensor:
@@ -130,7 +149,7 @@ def _evaluated(name: str, given: Scores | Search, *rest: Any) -> Any:
     """Evaluate an internal function of scores; it takes what is read."""
     device = given.queries[0].device
     if device.type != "cpu":
-        raise ValueError(f"queries: are on {device}, expected cpu: scores have no kernels for other devices yet")
+        raise ValueError(f"queries: are on {device}, expected cpu or cuda, the devices with kernels")
     kernel = getattr(native, name, None)
     found = NotImplemented if kernel is None else kernel(*given, *rest, True)
     return getattr(reference, name)(*map(_viewed, given), *rest) if found is NotImplemented else found
@@ -142,11 +161,11 @@ def _viewed(x: Any) -> Any:
     return _array(x) if isinstance(x, Tensor) else x
 
 
-def _needed(found: Sequence[Any], logit_scale: float, needs: Needs) -> list[Tensor]:
+def _needed(found: Sequence[Any], logit_scale: float | Tensor, needs: Needs) -> list[Tensor]:
     """Keep what is needed. The sides' gradients come as those through S0, of which S is logit_scale times as much."""
     d_queries, d_keys, *others = found
     sides = [d if d is None else torch.as_tensor(d) for d in (d_queries, d_keys)]
-    if logit_scale != 1:
+    if isinstance(logit_scale, Tensor) or logit_scale != 1:
         sides = [d if d is None else d.mul_(logit_scale) for d in sides]
     wanted = [d for d, need in zip([*sides, *others], needs, strict=True) if need]
     return [torch.scalar_tensor(d, dtype=torch.float64) if isinstance(d, float) else torch.as_tensor(d) for d in wanted]

@@ -60,6 +60,11 @@ T __shfl_down_sync(unsigned mask, T value, unsigned by, emulator::Site site = em
                            site);
 }
 
+inline unsigned __ballot_sync(unsigned mask, bool vote, emulator::Site site = emulator::Site::here()) {
+  return emulator::ballot(mask, vote, site);
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 template <class T>
 T __ldg(const T* pointer, emulator::Site site = emulator::Site::here()) {
   emulator::check_aligned(pointer, site);

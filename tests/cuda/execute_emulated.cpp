@@ -28,16 +28,31 @@ py::object use_cuda(uintptr_t address) {
   return reason ? py::object(py::str(reason)) : py::none();
 }
 
-void execute(const Problem& problem, dlpack::Device device) {
+namespace {
+
+void* const kStream = reinterpret_cast<void*>(0x57);  // emulation.STREAM
+
+const CudaLibrary& cuda() {
   if (!library) throw std::runtime_error("no emulated library was given to use_cuda");
-  const auto check = [](const char* error) {
-    if (error) throw std::runtime_error(error);
-  };
-  std::vector<char> plan(static_cast<size_t>(library->plan_bytes));
+  return *library;
+}
+void check(const char* error) {
+  if (error) throw std::runtime_error(error);
+}
+
+}  // namespace
+
+void execute(const Problem& problem, dlpack::Device device) {
+  std::vector<char> plan(static_cast<size_t>(cuda().plan_bytes));
   int64_t bytes = 0;
-  check(library->plan(&problem, plan.data(), &bytes));
+  check(cuda().plan(&problem, plan.data(), &bytes));
   std::vector<char> workspace(static_cast<size_t>(bytes));
-  check(library->execute(plan.data(), device.id, reinterpret_cast<void*>(0x57), workspace.data()));  // emulation.STREAM
+  check(cuda().execute(plan.data(), device.id, kStream, workspace.data()));
+}
+
+void execute(const Chunk& chunk, dlpack::Device device) {
+  std::vector<char> workspace(static_cast<size_t>(cuda().step_workspace(&chunk)));
+  check(cuda().step(&chunk, device.id, kStream, workspace.data()));
 }
 
 }  // namespace fusionsum

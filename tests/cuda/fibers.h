@@ -96,7 +96,7 @@ struct Site {
 };
 
 enum class State : uint8_t { ready, at_barrier, in_collective, exited };
-enum class Collective : uint8_t { syncwarp, shfl, shfl_xor, shfl_down };
+enum class Collective : uint8_t { syncwarp, shfl, shfl_xor, shfl_down, ballot };
 
 struct Thread {
   State state;
@@ -363,7 +363,8 @@ EMULATOR_OWN inline void barrier(Site site) {
   acquire(order);
 }
 
-// Waits for all lanes of the mask to come to the same operation; returns what lane `source` gives.
+// Waits for all lanes of the mask to come to the same operation; returns what lane `source` gives or, of a ballot, a
+// bit for each lane that gives 1.
 EMULATOR_OWN inline uint64_t collective(Collective operation, unsigned mask, uint64_t given, unsigned source,
                                         Site site) {
   Thread& me = *machine.current;
@@ -392,10 +393,13 @@ EMULATOR_OWN inline uint64_t collective(Collective operation, unsigned mask, uin
     to_scheduler();
     return me.taken;
   }
+  uint64_t votes = 0;
+  for (unsigned i = 0; i < kWarp; ++i)
+    if (mask >> i & 1) votes |= (machine.thread[warp + i].given & 1) << i;
   for (unsigned i = 0; i < kWarp; ++i) {
     if (!(mask >> i & 1)) continue;
     Thread& other = machine.thread[warp + i];
-    other.taken = machine.thread[warp + other.source].given;
+    other.taken = operation == Collective::ballot ? votes : machine.thread[warp + other.source].given;
     other.state = State::ready;
   }
   return me.taken;
@@ -417,6 +421,11 @@ EMULATOR_OWN T shuffle(Collective operation, unsigned mask, T value, unsigned so
   bits = collective(operation, mask, bits, source, site);
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+EMULATOR_OWN inline unsigned ballot(unsigned mask, bool vote, Site site) {
+  return static_cast<unsigned>(
+      collective(Collective::ballot, mask, vote, machine.current->rank % kWarp, site));
 }
 
 template <class T>

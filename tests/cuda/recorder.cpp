@@ -18,6 +18,8 @@ extern "C" const fusionsum::CudaLibrary* fusionsum_cuda_product();
 namespace emulator {
 namespace {
 
+using fusionsum::Chunk;
+
 // emulation.py mirrors this struct.
 struct LaunchRecord {
   const char* kernel;  // mangled
@@ -104,6 +106,10 @@ const char* execute(const void* from, int device, void* stream, void* workspace)
   return error;
 }
 
+const char* step(const Chunk* chunk, int device, void* stream, void* workspace) noexcept {
+  return fusionsum_cuda_product()->step(chunk, device, stream, workspace);
+}
+
 }  // namespace
 }  // namespace emulator
 
@@ -115,7 +121,10 @@ const fusionsum::CudaLibrary* fusionsum_cuda() {
   const fusionsum::CudaLibrary& product = *fusionsum_cuda_product();
   static const fusionsum::CudaLibrary library{product.unavailable,
                                               product.plan_bytes + static_cast<int64_t>(sizeof(emulator::Planned)),
-                                              emulator::plan, emulator::execute};
+                                              emulator::plan,
+                                              emulator::execute,
+                                              product.step_workspace,
+                                              emulator::step};
   return &library;
 }
 

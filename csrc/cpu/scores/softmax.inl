@@ -10,8 +10,6 @@ namespace fusionsum {
 namespace FUSIONSUM_ISA {
 namespace {
 
-constexpr double kMargin = 30;  // exp(kMargin) times the entries of a strip is far from float32's largest number
-
 inline void raise(Statistics& of, double reference) {
   of.sum *= __builtin_exp(of.reference - reference);
   of.reference = reference;
@@ -28,15 +26,6 @@ inline void add_positive(Statistics& to, double score, bool any) {
   } else {
     to.positive += score == to.positive_reference ? 1 : __builtin_exp(score - to.positive_reference);  // both +inf, too
   }
-}
-
-// exp(x) for x up to kMargin, and 0 below the least that stays normal when a coefficient multiplies it: subnormal
-// numbers take dozens of times as long on some processors (all pairs at logit_scale 200: six times the whole), and no
-// sum whose largest term is 1 or more sees them.
-template <class V>
-FUSIONSUM_INLINE V exp_or_zero(V x) {
-  const V lowest = V{} + Scalar<V>(sizeof(Scalar<V>) == 8 ? -640 : -64);
-  return select(x < lowest, V{}, exp_of_negative(at_least(x, lowest)).e);
 }
 
 // Brings the keys' references to what was seen of them in earlier strips.

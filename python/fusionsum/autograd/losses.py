@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, tensors
+from ..call import on_gpu
 from ..combination import Options, arrange, coefficients, coefficients_sigmoid, combine, combine_sigmoid
 from ..scores import Scores
 from . import dtensor, routing, schema
@@ -80,8 +81,8 @@ class Contrastive:
             scores, self.options.any, self.options.symmetric, self.options.totals
         )
         self.counts = self.count(of_queries, of_keys, scores)
-        kept = [torch.from_numpy(x) for x in (of_queries, of_keys) if x is not None]
-        return combine(of_queries, of_keys, self.options, scores.diagonal, self.counts), kept
+        kept = [torch.as_tensor(x) for x in (of_queries, of_keys) if x is not None]
+        return combine(_xp(scores), of_queries, of_keys, self.options, scores.diagonal, self.counts), kept
 
     def count(self, of_queries: Any, of_keys: Any, scores: Scores) -> Any:
         """Return by how many queries and keys means divide, where not by those of these that have a positive."""
@@ -127,7 +128,9 @@ class Sigmoid:
         """Evaluate the output, a float64 array, and what is kept, for scores that are read."""
         if not any(self.keep):
             return [combine_sigmoid(self.tiles.sigmoid_stats(scores), self.reduction, self.count)], []
-        coefs = coefficients_sigmoid(np, np.float64(1), len(scores.queries[0]), self.reduction, self.count)
+        first = scores.queries[0]
+        one = first.new_ones((), dtype=torch.float64) if on_gpu(first) else np.float64(1)
+        coefs = coefficients_sigmoid(_xp(scores), one, len(first), self.reduction, self.count)
         of_queries, found = self.tiles.sigmoid_stats_and_grad(coefs, scores, self.keep)
         return [combine_sigmoid(of_queries, self.reduction, self.count)], found
 
@@ -140,7 +143,7 @@ class Sigmoid:
         if not torch.is_grad_enabled() and kept_all and self.may_scale(upstream[0]):
             wanted = [need for has, need in zip(self.keep, needed, strict=True) if has]
             found = [d for d, need in zip(kept, wanted, strict=True) if need]
-            if xp is not np:  # operations change nothing
+            if xp is not np:  # operations change nothing, and a GPU's numbers are not known here
                 return [d * upstream[0] for d in found]
             # Handed over as they lie, for a copy would double the memory; of `data`, whose changes autograd does not see.
             # A second call for the same graph finds none and computes them anew.
@@ -197,6 +200,11 @@ def _gradients(
     return with_arrays(scores, [*of_queries, *of_keys, *masks, *map(others.get, range(WEIGHTS, len(scores)))])
 
 
+def _xp(scores: Scores) -> Any:
+    """Return of which module's functions statistics and coefficients are made: on a GPU they are tensors."""
+    return torch if on_gpu(scores.queries[0]) else np
+
+
 # ---- the ways --------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +237,8 @@ def _result_dtype(scores: Scores) -> torch.dtype:
 
 def _rounded(outputs: Sequence[Any], scores: Scores) -> list[Tensor]:
     dtype = _result_dtype(scores)
+    if on_gpu(scores.queries[0]):
+        return [x.to(dtype) for x in outputs]
     # torch.tensor takes 4 us for a number
     return [torch.tensor(x, dtype=dtype) if np.ndim(x) else torch.scalar_tensor(x, dtype=dtype) for x in outputs]
 
@@ -276,8 +286,10 @@ class _Recorded(torch.autograd.Function):
         scores, needs = with_arrays(ctx.read, values), with_arrays(ctx.read, needed)
         found = [x for x in (*grads, *saved) if x is not None]
         if routing.is_plain(found) and not routing.records(found):
-            read = scores._replace(logit_scale=ctx.read.logit_scale, logit_bias=ctx.read.logit_bias)
-            gradients = _gradients(ctx.loss, np, grads, needs, scores, kept, _by_tiles(ctx.loss.tiles, read))
+            xp = _xp(scores)
+            scalars = {"logit_scale": ctx.read.logit_scale, "logit_bias": ctx.read.logit_bias}
+            read = scores._replace(**scalars) if xp is np else scores.read()
+            gradients = _gradients(ctx.loss, xp, grads, needs, scores, kept, _by_tiles(ctx.loss.tiles, read))
         elif ctx.loss.tiles is not tensors:
             once(ctx.loss.name)
         else:
@@ -347,10 +359,15 @@ _record_loss(Contrastive)
 _record_loss(Sigmoid)
 
 
+def _coefs(x: Tensor, scores: Scores) -> Any:
+    """Give coefficients as the kernels take them."""
+    return x if on_gpu(scores.queries[0]) else x.contiguous().numpy()
+
+
 def _softmax_grad_kernel(query_coefs: Tensor, key_coefs: Any, any_positive: bool, *rest: Any) -> list[Tensor]:
     *of_scores, needed = rest
-    of_queries, of_keys = (x if x is None else x.contiguous().numpy() for x in plain([query_coefs, key_coefs]))
     scores = schema.scores_of(plain(of_scores)).read()
+    of_queries, of_keys = (x if x is None else _coefs(x, scores) for x in plain([query_coefs, key_coefs]))
     return tensors.softmax_grad(of_queries, of_keys, any_positive, scores, needed)
 
 
@@ -370,8 +387,8 @@ record(
 
 def _sigmoid_grad_kernel(coefs: Tensor, *rest: Any) -> list[Tensor]:
     *of_scores, needed = rest
-    array = plain([coefs])[0].numpy()
-    return tensors.sigmoid_grad(array, schema.scores_of(plain(of_scores)).read(), needed)
+    scores = schema.scores_of(plain(of_scores)).read()
+    return tensors.sigmoid_grad(_coefs(plain([coefs])[0], scores), scores, needed)
 
 
 def _sigmoid_grad_fake(coefs: Tensor, *rest: Any) -> list[Tensor]:

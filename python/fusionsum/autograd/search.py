@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import tensors
+from ..call import on_gpu
 from ..combination import combine_ranks
 from ..scores import Search
 from . import dtensor, routing, schema
@@ -164,6 +165,8 @@ def _added(to: Any, flat: Tensor, d: Any, x: Tensor) -> Any:
     """Add the gradients of the rows found to those rows."""
     if d is None:
         return None
+    if on_gpu(x):  # where index_add is by atomics, and this one sorts
+        return (d.new_zeros(x.shape) if to is None else to).index_put_((flat,), d, accumulate=True)
     return d.new_zeros(x.shape).index_add(0, flat, d) if to is None else to.index_add_(0, flat, d)
 
 
