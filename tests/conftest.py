@@ -27,6 +27,8 @@ import device
 
 if backend.native is not None:
     backend.native = api.native = device.placed(backend.native)
+if device.DEVICE == "emulated":
+    device.pretend(backend.native)
 
 TESTS = pathlib.Path(__file__).parent
 PACKAGE = pathlib.Path(fs.__file__).parent

@@ -25,9 +25,9 @@ CUDA_KERNELS = DEVICE in ("emulated", "cuda")
 class _Tensors:
     """The native module with arrays carried to a device as tensors, of the same strides unless those are negative."""
 
-    def __init__(self, native: Any) -> None:
+    def __init__(self, native: Any, to: str = DEVICE) -> None:
         importlib.import_module("fusionsum.tensors")  # by whose import the module can read tensors
-        self._native, self._torch = native, importlib.import_module("torch")
+        self._native, self._torch, self._to = native, importlib.import_module("torch"), to
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._native, name)
@@ -38,10 +38,10 @@ class _Tensors:
         torch, narrow, shape = self._torch, array.dtype == ml_dtypes.bfloat16, array.shape
         array = array[tuple(slice(None if step else 1) for step in array.strides)]  # repeated entries are sent once
         values = torch.from_numpy(np.array(array.view(np.uint16) if narrow else array))
-        values = (values.view(torch.bfloat16) if narrow else values).to(DEVICE)
+        values = (values.view(torch.bfloat16) if narrow else values).to(self._to)
         strides = [step // array.itemsize for step in array.strides]
         if min(strides, default=0) > 0:
-            values = torch.empty_strided(values.shape, strides, dtype=values.dtype, device=DEVICE).copy_(values)
+            values = torch.empty_strided(values.shape, strides, dtype=values.dtype, device=self._to).copy_(values)
         return values.expand(shape)
 
     def _fetched(self, tensor: Any) -> Any:
@@ -63,6 +63,75 @@ class _Tensors:
         return tuple(map(self._fetched, found))
 
 
+class _Chunks(_Tensors):
+    """The functions of scores as a GPU evaluates them (``fusionsum/chunks.py``), with NumPy's arguments and results."""
+
+    score_matrix = score_matrix_grad = None  # torch's products of matrices give them
+
+    def __init__(self, native: Any, to: str) -> None:
+        super().__init__(native, to)
+        self._chunks = importlib.import_module("fusionsum.chunks")
+        self._calls = importlib.import_module("fusionsum.scores")
+
+    def _call(self, kind: Any, given: Any) -> Any:
+        def sent(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(sent, x))
+            if isinstance(x, np.ndarray):
+                return self._sent(x.astype(np.int64) if x.dtype == np.int32 else x)
+            return x
+
+        return kind._make(map(sent, given))
+
+    def _search(self, given: Any) -> Any:
+        search = self._call(self._calls.Search, given)
+        return search if search.excluded_offsets is None else search._replace(**search._places())
+
+    def _all(self, found: Any) -> tuple[Any, ...]:
+        return tuple(self._fetched(x) for x in found)
+
+    def softmax_stats(self, *arguments: Any) -> Any:
+        *scores, any_, symmetric, totals, _ = arguments
+        return self._all(self._chunks.softmax_stats(self._call(self._calls.Scores, scores), any_, symmetric, totals))
+
+    def softmax_grad(self, *arguments: Any) -> Any:
+        *scores, any_, of_queries, of_keys, needs, _ = arguments
+        call = self._call(self._calls.Scores, scores)
+        found = self._chunks.softmax_grad(self._sent(of_queries), self._sent(of_keys), any_, call, needs)
+        return (*self._all(found[:2]), 0.0 if found[2] is None else float(found[2]), self._fetched(found[3]))
+
+    def sigmoid_stats(self, *arguments: Any) -> Any:
+        return self._fetched(self._chunks.sigmoid_stats(self._call(self._calls.Scores, arguments[:-1])))
+
+    def sigmoid_grad(self, *arguments: Any) -> Any:
+        *scores, coefs, needs, _ = arguments
+        found = self._chunks.sigmoid_grad(self._sent(coefs), self._call(self._calls.Scores, scores), needs)
+        return (*self._all(found[:3]), *(0.0 if x is None else float(x) for x in found[3:]))
+
+    def top_k(self, *arguments: Any) -> Any:
+        *search, k, _ = arguments
+        return self._all(self._chunks.top_k(self._search(search), k))
+
+    def target_scores(self, *arguments: Any) -> Any:
+        *search, targets, _ = arguments
+        return self._fetched(self._chunks.target_scores(self._search(search), self._sent(targets)))
+
+    def ranks(self, *arguments: Any) -> Any:
+        *search, targets, _ = arguments[:14]
+        return self._all(self._chunks.ranks(self._search(search), self._sent(targets)))
+
+
+class _WithScores:
+    """An emulated native module; the CPU's scores, which it lacks, are those of the real one."""
+
+    def __init__(self, native: Any, real: Any) -> None:
+        self._native, self._real = native, real
+
+    def __getattr__(self, name: str) -> Any:
+        of_scores = name.startswith(("score_", "softmax_", "sigmoid_", "top_k", "ranks", "target_scores"))
+        return getattr(self._real if of_scores else self._native, name)
+
+
 def emulated(address: int | None) -> Any:
     """Return a native module whose NumPy arrays go to the emulated library with this address of ``fusionsum_cuda``."""
     native = importlib.import_module("tests.cuda.emulation").bindings()
@@ -75,8 +144,32 @@ def placed(native: Any) -> Any:
     """Return what stands for the native module in the tests of this run."""
     if DEVICE == "emulated":
         library = ctypes.CDLL(os.environ["FUSIONSUM_EMULATED"])
-        return emulated(ctypes.cast(library.fusionsum_cuda, ctypes.c_void_p).value)
+        return _WithScores(emulated(ctypes.cast(library.fusionsum_cuda, ctypes.c_void_p).value), native)
     return _Tensors(native) if DEVICE else native
+
+
+def scores(native: Any) -> Any:
+    """Return what stands for the native module in the tests of the kernels of scores."""
+    if DEVICE == "emulated":
+        return _Chunks(native, "cpu")
+    return _Chunks(native, "cuda") if DEVICE == "cuda" else native
+
+
+def _multiply(a: Any, b: Any, to: Any, *, add: bool = False) -> None:
+    """Multiply matrices as a GPU does: not by BLAS, which rounds equal rows differently, by where they are."""
+    left, right = (x.to(to.dtype).numpy() for x in (a, b))
+    found = sys.modules["torch"].from_numpy(np.einsum("ij,kj->ik", left, right.T))
+    to.copy_(to + found if add else found)
+
+
+def pretend(native: Any) -> None:
+    """Let scores of tensors go where those on a GPU do, by the steps of this module."""
+    torch, chunks = importlib.import_module("torch"), importlib.import_module("fusionsum.chunks")
+    native.use_torch(torch, None, None, None)
+    chunks.native, chunks.load_cuda, chunks._multiply = native, lambda: "", _multiply
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "fusionsum"]:
+        if hasattr(module, "on_gpu"):
+            module.on_gpu = lambda x: isinstance(x, torch.Tensor)
 
 
 @contextlib.contextmanager

@@ -128,9 +128,7 @@ void step(const std::string& name, py::handle products, const py::kwargs& given)
     c.exclude_col = a.stride[1];
   }
 
-  const auto results = [&](const char* field, int64_t count) {
-    return const_cast<double*>(f.doubles(field, count));
-  };
+  const auto results = [&](const char* field, int64_t count) { return const_cast<double*>(f.doubles(field, count)); };
   const bool softmax = c.step == Step::softmax_gamma;
   const int64_t of_row = c.step == Step::pair_sums ? 4 : c.step == Step::sigmoid ? 1 : 2;
   c.of_rows = results("of_rows", of_row * c.all_rows);

@@ -1,4 +1,5 @@
-// The function `step` for module.cpp: a step of a chunk of scores (cuda/scores/chunk.h), for python/fusionsum/chunks.py.
+// The function `step` for module.cpp: a step of a chunk of scores (cuda/scores/chunk.h), for
+// python/fusionsum/chunks.py.
 #pragma once
 #include <pybind11/pybind11.h>
 

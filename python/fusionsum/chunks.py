@@ -71,10 +71,8 @@ def _multiply(a: Tensor, b: Tensor, to: Tensor, *, add: bool = False) -> None:
     """Put the product of two matrices into another of a dtype that may be wider, or add it."""
     if a.dtype == to.dtype:
         to.addmm_(a, b, beta=int(add))
-    elif a.device.type == "cuda":
-        torch.addmm(to, a, b, out_dtype=to.dtype, beta=int(add), out=to)
     else:
-        to.addmm_(a.to(to.dtype), b.to(to.dtype), beta=int(add))
+        torch.addmm(to, a, b, out_dtype=to.dtype, beta=int(add), out=to)
 
 
 class Walk:
@@ -121,8 +119,16 @@ class Walk:
         """Yield each chunk and its products."""
         for chunk in self._chunks:
             products = self.part(self._products, chunk)
-            _multiply(self.sides.queries[chunk.rows], self.sides.keys[chunk.cols].T, products)
+            self.multiply(chunk, products)
             yield chunk, products
+
+    def first(self) -> Iterator[tuple[Chunk, Tensor]]:
+        """Yield the chunks of the first columns, and memory for their products."""
+        return ((chunk, self.part(self._products, chunk)) for chunk in self._chunks if chunk.cols.start == 0)
+
+    def multiply(self, chunk: Chunk, to: Tensor) -> None:
+        """Put a chunk's products there."""
+        _multiply(self.sides.queries[chunk.rows], self.sides.keys[chunk.cols].T, to)
 
     def part(self, of: Tensor, chunk: Chunk) -> Tensor:
         """Return as much of a chunk's memory as this one takes."""
@@ -143,7 +149,7 @@ class Walk:
 
 
 def cut(rows: int, cols: int, entries: int, *, alike: bool = False) -> list[Chunk]:
-    """Cut scores into chunks of at most so many entries, for some columns all rows; `alike`: all of as many columns.
+    """Cut scores into chunks of at most so many entries, for some columns all rows; `alike`: all of as many columns, and no more rows.
 
     Examples
     --------
@@ -151,7 +157,7 @@ def cut(rows: int, cols: int, entries: int, *, alike: bool = False) -> list[Chun
     [(slice(0, 2, None), slice(0, 64, None), 0), (slice(0, 2, None), slice(36, 100, None), 28)]
     """
     wide = min(cols, max(_ROUND, entries // min(rows, MOST_ROWS) // _ROUND * _ROUND))
-    high = min(rows, max(1, entries // wide))
+    high = min(rows, max(1, entries // wide), wide if alike and wide < cols else rows)
     found = []
     for start in range(0, cols, wide):
         first = min(start, cols - wide) if alike else start
@@ -189,18 +195,18 @@ def softmax_stats(scores: Scores, any: bool, symmetric: bool, totals: bool) -> t
         if of_pairs:
             walk.step("pair_sums", chunk, products, **both(of_pairs))
 
-    found = []
+    found, pairs = [], min(walk.rows, walk.cols)
     for side, size in enumerate(sizes):
         stats = walk.new(5, size)
         torch.add(of_all[side][0], of_all[side][1].log(), out=stats[0])
         if diagonal:
-            stats[1, : walk.rows] = own["diagonal"]
-            stats[2, : walk.rows] = 1
+            stats[1, :pairs] = own["diagonal"][:pairs]
+            stats[2, :pairs] = 1
         elif of_pairs:
             stats[2] = of_pairs[side][0]
             stats[1] = of_pairs[side][1] / of_pairs[side][0].clip(min=1)
         if any and diagonal:
-            stats[1, walk.rows :] = -torch.inf
+            stats[1, pairs:] = -torch.inf
         if of_positives:
             torch.add(of_positives[side][0], of_positives[side][1].log(), out=stats[1])
         if totals and of_pairs:
@@ -217,7 +223,7 @@ def softmax_grad(query_coefs: Tensor, key_coefs: Tensor | None, any: bool, score
     if key_coefs is not None:
         coefs["col_coefs"] = key_coefs.contiguous()
     d_queries, d_keys, of_all = _differentiated("softmax_gamma", walk, needs, needs[2], of_cols=of_cols, **coefs)
-    return [d_queries, d_keys, of_all[0] if needs[2] else None, of_cols]
+    return [d_queries, d_keys, of_all[0], of_cols]
 
 
 def sigmoid_stats(scores: Scores) -> Tensor:
@@ -235,7 +241,7 @@ def sigmoid_grad(coefs: Tensor, scores: Scores, needs: Any) -> list[Any]:
     losses, coefs = walk.new(walk.rows), coefs.contiguous()
     sums = needs[2] or needs[3]
     d_queries, d_keys, of_all = _differentiated("sigmoid", walk, needs, sums, of_rows=losses, row_coefs=coefs)
-    return [losses, d_queries, d_keys, of_all[0] if needs[2] else None, of_all[1] if needs[3] else None]
+    return [losses, d_queries, d_keys, *of_all]
 
 
 def _differentiated(step: str, walk: Walk, needs: Any, sums: bool, **fields: Any) -> tuple[Any, Any, Any]:
@@ -252,7 +258,7 @@ def _differentiated(step: str, walk: Walk, needs: Any, sums: bool, **fields: Any
             _multiply(gamma, walk.sides.keys[chunk.cols], of_sides[0][chunk.rows], add=True)
         if of_sides[1] is not None:
             _multiply(gamma.T, walk.sides.queries[chunk.rows], of_sides[1][chunk.cols], add=True)
-    return *of_sides, of_all
+    return *of_sides, [None, None] if of_all is None else [x.clone() for x in of_all]  # no views of one tensor
 
 
 # ---- search ----------------------------------------------------------------------------------------------------------
@@ -279,27 +285,32 @@ def top_k(search: Search, k: int) -> list[Tensor]:
 
 
 def ranks(search: Search, targets: Tensor) -> Tensor:
-    """Evaluate `tensors.ranks`, for a search that is read."""
+    """Evaluate `tensors.ranks`, for a search that is read; the score of a target out of range is NaN."""
     walk = Walk(search, alike=True)
-    counts, scores = walk.new(2, walk.rows), walk.new(walk.rows, dtype=walk.sides.wide, fill=torch.nan)
-    inside = targets.clamp(0, max(walk.cols - 1, 0))
-    bias = 0 if search.key_bias is None else search.key_bias.detach()[inside]
+    counts, scores = walk.new(2, walk.rows), _of_targets(walk, search, targets)
     for chunk, products in walk:
-        rows, own = chunk.rows, inside[chunk.rows]
-        if chunk.cols.start == 0:
-            if chunk.cols.stop < walk.cols:  # by a product of this shape, so that equal keys score alike
-                some = own.new_zeros(products.shape[1])
-                some[: len(own)] = own
-                _multiply(walk.sides.queries[rows], walk.sides.keys[some].T, products)
-                scores[rows] = products.diagonal()
-                _multiply(walk.sides.queries[rows], walk.sides.keys[chunk.cols].T, products)
-            else:
-                scores[rows] = products.gather(1, own[:, None])[:, 0]
-            scores[rows] += bias if search.key_bias is None else bias[rows].to(scores.dtype)
-            scores[rows] = torch.where(own == targets[rows], scores[rows], torch.nan)
         _leave_out(walk, search, chunk, products)
         walk.step("rank", chunk, products, of_rows=counts, targets=targets, target_scores=scores)
     return counts.to(torch.int64)
+
+
+def _of_targets(walk: Walk, search: Search, targets: Tensor) -> Tensor:
+    """Evaluate the targets' scores by products of the shape of all others, so that equal keys score alike."""
+    scores = walk.new(walk.rows, dtype=walk.sides.wide)
+    inside = targets.clamp(0, max(walk.cols - 1, 0))
+    for chunk, products in walk.first():
+        own = inside[chunk.rows]
+        if products.shape[1] == walk.cols:
+            walk.multiply(chunk, products)
+            scores[chunk.rows] = products.gather(1, own[:, None])[:, 0]
+        else:
+            keys = own.new_zeros(products.shape[1])
+            keys[: len(own)] = own
+            _multiply(walk.sides.queries[chunk.rows], walk.sides.keys[keys].T, products)
+            scores[chunk.rows] = products.diagonal()
+    if search.key_bias is not None:
+        scores += search.key_bias.detach()[inside]
+    return torch.where(inside == targets, scores, torch.nan)
 
 
 def _leave_out(walk: Walk, search: Search, chunk: Chunk, products: Tensor) -> None:

@@ -424,8 +424,7 @@ EMULATOR_OWN T shuffle(Collective operation, unsigned mask, T value, unsigned so
 }
 
 EMULATOR_OWN inline unsigned ballot(unsigned mask, bool vote, Site site) {
-  return static_cast<unsigned>(
-      collective(Collective::ballot, mask, vote, machine.current->rank % kWarp, site));
+  return static_cast<unsigned>(collective(Collective::ballot, mask, vote, machine.current->rank % kWarp, site));
 }
 
 template <class T>

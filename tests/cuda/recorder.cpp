@@ -119,12 +119,10 @@ using emulator::recorder;
 
 const fusionsum::CudaLibrary* fusionsum_cuda() {
   const fusionsum::CudaLibrary& product = *fusionsum_cuda_product();
-  static const fusionsum::CudaLibrary library{product.unavailable,
-                                              product.plan_bytes + static_cast<int64_t>(sizeof(emulator::Planned)),
-                                              emulator::plan,
-                                              emulator::execute,
-                                              product.step_workspace,
-                                              emulator::step};
+  static const fusionsum::CudaLibrary library{
+      product.unavailable,    product.plan_bytes + static_cast<int64_t>(sizeof(emulator::Planned)),
+      emulator::plan,         emulator::execute,
+      product.step_workspace, emulator::step};
   return &library;
 }
 

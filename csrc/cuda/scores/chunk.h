@@ -6,8 +6,8 @@
 //
 //     S = scale * product + bias + key_bias
 //
-// What is found of a chunk is added to what was found of those before it, in a fixed order: no atomics, the same bits in
-// every run. Nothing synchronises, and no step knows a value but by the device's memory.
+// What is found of a chunk is added to what was found of those before it, in a fixed order: no atomics, the same bits
+// in every run. Nothing synchronises, and no step knows a value but by the device's memory.
 //
 // What lives here: the contract. What lives elsewhere: the walk through tiles of a chunk (tile.cuh), the steps' kernels
 // (*.cu), their launches (steps.cu), the loop over chunks (python/fusionsum/chunks.py).

@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T>) gamma(const __grid_con
           g[j] = madd(k[kSoftmax * kTileCols], exp_or_zero(score - k[kLse * kTileCols]), g[j]);
           if (!(score < -kHighest<T>)) constant = constant + k[kSmoothing * kTileCols];
           if (positive)
-            constant = constant + k[kPositive * kTileCols] *
-                                      (c.any ? exp_or_zero(score - k[kPositiveLse * kTileCols]) : T(1));
+            constant =
+                constant + k[kPositive * kTileCols] * (c.any ? exp_or_zero(score - k[kPositiveLse * kTileCols]) : T(1));
         }
         g[j] = g[j] - constant;
       }
@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T>) gamma(const __grid_con
 
 TilesKernel* gamma_kernel(Step step, bool wide, bool pairs) {
   static TilesKernel* const kernels[2][2][2] = {
-      {{gamma<float, false, false>, gamma<float, false, true>}, {gamma<double, false, false>, gamma<double, false, true>}},
+      {{gamma<float, false, false>, gamma<float, false, true>},
+       {gamma<double, false, false>, gamma<double, false, true>}},
       {{gamma<float, true, false>, gamma<float, true, true>}, {gamma<double, true, false>, gamma<double, true, true>}}};
   return kernels[step == Step::sigmoid][wide][pairs];
 }

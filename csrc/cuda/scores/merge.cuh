@@ -1,5 +1,5 @@
-// The parameters of `merge` (merge.cu): what tiles have found of rows, of columns or of the whole chunk is added to what
-// is known of them.
+// The parameters of `merge` (merge.cu): what tiles have found of rows, of columns or of the whole chunk is added to
+// what is known of them.
 #pragma once
 #include "tile.cuh"
 

@@ -26,7 +26,7 @@ FUSIONSUM_INLINE float score_of(uint32_t ordered) {
 }
 FUSIONSUM_INLINE double score_of(uint64_t ordered) {
   if (ordered == 0) return -kInfinity<double>;
-  const uint64_t bits = ordered == 1      ? uint64_t{0x7ff8} << 48
+  const uint64_t bits = ordered == 1    ? uint64_t{0x7ff8} << 48
                         : ordered >> 63 ? ordered & ~(uint64_t{1} << 63)
                                         : ~ordered;
   double x;

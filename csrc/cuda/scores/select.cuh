@@ -1,6 +1,6 @@
-// The best k scores of rows, exactly: a warp walks through what a row has, keeps in shared memory what is better than the
-// k-th best that it knows, and sorts when that is full. Hits are ordered by score, then by the key's number, so that all
-// of them differ, and what is found does not depend on who looked where.
+// The best k scores of rows, exactly: a warp walks through what a row has, keeps in shared memory what is better than
+// the k-th best that it knows, and sorts when that is full. Hits are ordered by score, then by the key's number, so
+// that all of them differ, and what is found does not depend on who looked where.
 //
 // What lives here: a hit, and the parameters of a launch. The kernels are in select.cu.
 #pragma once
@@ -9,8 +9,8 @@
 namespace fusionsum {
 namespace cuda {
 
-// A score, as an unsigned integer in the same order, and the complement of its key's number: the greater hit comes first.
-// 0, 0 is none; NaN is 1, below all numbers.
+// A score, as an unsigned integer in the same order, and the complement of its key's number: the greater hit comes
+// first. 0, 0 is none; NaN is 1, below all numbers.
 template <class U>
 struct Hit {
   U score, place;

@@ -1,8 +1,8 @@
 // What is found of scores without changing them: log-sum-exps of rows and columns, sums over pairs, counts for ranks.
 //
 // Sums of exponentials are relative to a reference, as on the CPU (cpu/scores/softmax.inl): that of a row's part is its
-// greatest score, that of a column is a score seen before, which is raised when a score exceeds it by more than kMargin.
-// References are finite: a score of +inf makes the sum infinite.
+// greatest score, that of a column is a score seen before, which is raised when a score exceeds it by more than
+// kMargin. References are finite: a score of +inf makes the sum infinite.
 #include "tile.cuh"
 
 namespace fusionsum {
@@ -89,19 +89,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T>) log_sum_exp(const __gr
 
 constexpr int kPairSums = 4;
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<T>) pair_sums(const __grid_constant__ Tiles p) {
-  GPU_SHARED(T, shared, (kWarps * kTileCols));
+__global__ void __launch_bounds__(kThreads) pair_sums(const __grid_constant__ Tiles p) {
+  GPU_SHARED(double, shared, (kWarps * kTileCols));
   const Walk<T, true> w(p);
-  T of_cols[kPairSums][kLane] = {};
+  double of_cols[kPairSums][kLane] = {};
   GPU_LOOP
   for (int64_t row = w.first_row + w.warp; row < w.last_row; row += kWarps) {
     Entries<T> e;
     w.load(row, e);
-    T of_row[kPairSums] = {};
+    double of_row[kPairSums] = {};
     FUSIONSUM_UNROLL(8)
     for (int j = 0; j < kLane; ++j) {
       const bool positive = e.positive >> j & 1, valid = (e.here >> j & 1) && e.score[j] != -kInfinity<T>;
-      const T found[] = {T(positive), positive ? e.score[j] : T(0), valid ? e.score[j] : T(0), T(valid)};
+      const double score = static_cast<double>(e.score[j]);
+      const double found[] = {double(positive), positive ? score : 0.0, valid ? score : 0.0, double(valid)};
       FUSIONSUM_UNROLL(4)
       for (int v = 0; v < kPairSums; ++v) {
         of_row[v] = of_row[v] + found[v];
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T>) pair_sums(const __grid
     }
     FUSIONSUM_UNROLL(4)
     for (int v = 0; v < kPairSums; ++v) {
-      const T sum = warp_sum(of_row[v]);
-      if (w.lane == 0) p.row_parts[(row * p.across + w.across) * kPairSums + v] = static_cast<double>(sum);
+      const double sum = warp_sum(of_row[v]);
+      if (w.lane == 0) p.row_parts[(row * p.across + w.across) * kPairSums + v] = sum;
     }
   }
   if (!p.col_parts) return;

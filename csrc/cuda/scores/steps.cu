@@ -1,5 +1,5 @@
-// How a chunk's steps are launched: the cut into tiles, which depends on the sizes alone, and the parts that tiles leave
-// to `merge`.
+// How a chunk's steps are launched: the cut into tiles, which depends on the sizes alone, and the parts that tiles
+// leave to `merge`.
 #include "steps.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ __global__ void merge(const __grid_constant__ Merge m);  // merge.cu
 
 namespace {
 
-constexpr int64_t kFewBlocks = 264;     // two for each multiprocessor of an H100
+constexpr int64_t kFewBlocks = 264;  // two for each multiprocessor of an H100
 constexpr const char* kNames[] = {"log_sum_exp", "pair_sums", "gamma", "gamma", "leave_out", "select", "rank"};
 constexpr int64_t kManyWarps = 1 << 11;  // that look for the best of rows
 
@@ -59,7 +59,8 @@ Tiles tiles_of(const Chunk& c, char* workspace, int64_t& bytes) {
 // The segments into which a row's columns are cut, where there are few rows.
 Selection selection_of(const Chunk& c) {
   Selection p{c, 1, c.cols, nullptr, 0, nullptr, true};
-  const int64_t wanted = std::min(kManyWarps / std::max<int64_t>(1, c.rows), c.cols / (4 * std::max<int64_t>(c.k, 128)));
+  const int64_t wanted =
+      std::min(kManyWarps / std::max<int64_t>(1, c.rows), c.cols / (4 * std::max<int64_t>(c.k, 128)));
   if (wanted > 1) {
     p.of_segment = divide_up(divide_up(c.cols, wanted), 128) * 128;
     p.segments = divide_up(c.cols, p.of_segment);

@@ -15,8 +15,8 @@ constexpr int kTileRows = 64;  // at most
 template <class T>
 constexpr int kBlocksOf = sizeof(T) == 4 ? 2 : 1;  // per multiprocessor, at least: 128 or 255 registers
 
-// The parameters of a launch. The parts of a sum that tiles share are float64: [row][tile][value], [column][tile][value]
-// and, of the whole, [block][value].
+// The parameters of a launch. The parts of a sum that tiles share are float64: [row][tile][value],
+// [column][tile][value] and, of the whole, [block][value].
 struct Tiles {
   Chunk c;
   int64_t tile_rows, across, down;  // rows of a tile, tiles
@@ -163,16 +163,15 @@ FUSIONSUM_INLINE T warp_max(T x) {
 }
 
 // Puts a lane's values of its columns where those of all warps are found, [warp][column of the tile].
-template <class T, bool kPairs>
-FUSIONSUM_INLINE void put_columns(const Walk<T, kPairs>& w, const T (&x)[kLane], T* shared) {
+template <class W, class T>
+FUSIONSUM_INLINE void put_columns(const W& w, const T (&x)[kLane], T* shared) {
   FUSIONSUM_UNROLL(8)
   for (int j = 0; j < kLane; ++j) shared[w.warp * kTileCols + w.in_tile(j)] = x[j];
 }
 
 // Adds up the warps' sums of each column, of value `value` of `values`. Every thread of the block must call it.
-template <class T, bool kPairs>
-FUSIONSUM_INLINE void sum_columns(const Tiles& p, const Walk<T, kPairs>& w, const T (&x)[kLane], T* shared, int value,
-                                  int values) {
+template <class W, class T>
+FUSIONSUM_INLINE void sum_columns(const Tiles& p, const W& w, const T (&x)[kLane], T* shared, int value, int values) {
   put_columns(w, x, shared);
   __syncthreads();
   const int64_t col = w.across * kTileCols + static_cast<int64_t>(threadIdx.x);

@@ -88,9 +88,10 @@ class Contrastive:
         """Return by how many queries and keys means divide, where not by those of these that have a positive."""
 
     def gradients(
-        self, xp: Any, upstream: Any, needed: list[bool], scores: Scores, kept: Any, differentiate: Any
+        self, is_plain: bool, upstream: Any, needed: list[bool], scores: Scores, kept: Any, differentiate: Any
     ) -> Any:
         """Evaluate those of the gradients that are `needed`; `upstream` has one array, or None, per output."""
+        xp = _xp(scores, is_plain)
         of_queries, of_keys, *_ = [*(x.numpy() if xp is np else x for x in kept), None]
         coefs = coefficients(xp, of_queries, of_keys, self.options, upstream, scores.diagonal, self.counts)
         return differentiate("softmax_grad", *coefs, self.options.any, needed)
@@ -135,7 +136,7 @@ class Sigmoid:
         return [combine_sigmoid(of_queries, self.reduction, self.count)], found
 
     def gradients(
-        self, xp: Any, upstream: Any, needed: list[bool], scores: Scores, kept: Any, differentiate: Any
+        self, is_plain: bool, upstream: Any, needed: list[bool], scores: Scores, kept: Any, differentiate: Any
     ) -> Any:
         """Evaluate those of the gradients that are `needed`; `upstream` has the one of the output."""
         # Where a second derivative may follow, only the operation can raise the error that there is none.
@@ -143,13 +144,15 @@ class Sigmoid:
         if not torch.is_grad_enabled() and kept_all and self.may_scale(upstream[0]):
             wanted = [need for has, need in zip(self.keep, needed, strict=True) if has]
             found = [d for d, need in zip(kept, wanted, strict=True) if need]
-            if xp is not np:  # operations change nothing, and a GPU's numbers are not known here
+            if not is_plain:  # operations change nothing
                 return [d * upstream[0] for d in found]
             # Handed over as they lie, for a copy would double the memory; of `data`, whose changes autograd does not see.
             # A second call for the same graph finds none and computes them anew.
             self.keep = [False] * len(needed)
-            return [d.data.mul_(float(upstream[0])) for d in found]
-        coefs = coefficients_sigmoid(xp, upstream[0], scores.queries[0].shape[0], self.reduction, self.count)
+            return [d.data.mul_(upstream[0]) for d in found]
+        coefs = coefficients_sigmoid(
+            _xp(scores, is_plain), upstream[0], scores.queries[0].shape[0], self.reduction, self.count
+        )
         return differentiate("sigmoid_grad", coefs, needed)
 
     def may_scale(self, upstream: Any) -> bool:
@@ -179,15 +182,15 @@ def _empty(scores: Scores, needed: Sequence[bool], bias: int) -> list[Tensor]:
 
 
 def _gradients(
-    loss: Any, xp: Any, grads: Sequence[Any], needs: Sequence[Any], scores: Scores, kept: Any, differentiate: Any
+    loss: Any, is_plain: bool, grads: Sequence[Any], needs: Sequence[Any], scores: Scores, kept: Any, differentiate: Any
 ) -> Scores:
     """Gradients of the fields of `scores`, None for all but some, from those of the outputs and of what was kept."""
-    if xp is np:  # a number or a vector of float64
+    if _xp(scores, is_plain) is np:  # a number or a vector of float64
         upstream = [d if d is None else d.double().numpy() if d.ndim else d.item() for d in grads]
     else:
         upstream = [d if d is None else d.double() for d in grads]
     needed = _needed(needs, loss.bias)
-    found = iter(loss.gradients(xp, upstream, needed, scores, kept, differentiate))
+    found = iter(loss.gradients(is_plain, upstream, needed, scores, kept, differentiate))
     d_queries, d_keys, d_scale, d_bias = [next(found) if need else None for need in needed]
 
     queries, keys = sides(scores)
@@ -200,9 +203,12 @@ def _gradients(
     return with_arrays(scores, [*of_queries, *of_keys, *masks, *map(others.get, range(WEIGHTS, len(scores)))])
 
 
-def _xp(scores: Scores) -> Any:
-    """Return of which module's functions statistics and coefficients are made: on a GPU they are tensors."""
-    return torch if on_gpu(scores.queries[0]) else np
+def _xp(scores: Scores, is_plain: bool = True) -> Any:
+    """Return of which module's functions statistics and coefficients are made.
+
+    Torch's operate on what a GPU has, and can be watched: a call that is not plain may be.
+    """
+    return np if is_plain and not on_gpu(scores.queries[0]) else torch
 
 
 # ---- the ways --------------------------------------------------------------------------------------------------------
@@ -238,7 +244,7 @@ def _result_dtype(scores: Scores) -> torch.dtype:
 def _rounded(outputs: Sequence[Any], scores: Scores) -> list[Tensor]:
     dtype = _result_dtype(scores)
     if on_gpu(scores.queries[0]):
-        return [x.to(dtype) for x in outputs]
+        return [x.to(dtype, copy=True) for x in outputs]  # operations may not return what is kept, too
     # torch.tensor takes 4 us for a number
     return [torch.tensor(x, dtype=dtype) if np.ndim(x) else torch.scalar_tensor(x, dtype=dtype) for x in outputs]
 
@@ -286,15 +292,14 @@ class _Recorded(torch.autograd.Function):
         scores, needs = with_arrays(ctx.read, values), with_arrays(ctx.read, needed)
         found = [x for x in (*grads, *saved) if x is not None]
         if routing.is_plain(found) and not routing.records(found):
-            xp = _xp(scores)
             scalars = {"logit_scale": ctx.read.logit_scale, "logit_bias": ctx.read.logit_bias}
-            read = scores._replace(**scalars) if xp is np else scores.read()
-            gradients = _gradients(ctx.loss, xp, grads, needs, scores, kept, _by_tiles(ctx.loss.tiles, read))
+            read = scores.read() if on_gpu(scores.queries[0]) else scores._replace(**scalars)
+            gradients = _gradients(ctx.loss, True, grads, needs, scores, kept, _by_tiles(ctx.loss.tiles, read))
         elif ctx.loss.tiles is not tensors:
             once(ctx.loss.name)
         else:
             of_scores = schema.side_arguments(_as_tensors(scores))
-            gradients = _gradients(ctx.loss, torch, grads, needs, scores, kept, _by_operations(of_scores))
+            gradients = _gradients(ctx.loss, False, grads, needs, scores, kept, _by_operations(of_scores))
         flat = arrays(gradients)
         return None, None, None, None, *[flat[place] for place in places]
 
@@ -340,7 +345,7 @@ def _record_loss(kind: Any) -> None:
         of_scores, options = _split(inputs)
         scores, loss = schema.scores_of(of_scores), kind(*options)
         upstream = grads[: len(grads) - len(kept)]
-        found = _gradients(loss, torch, upstream, needs, scores, kept, _by_operations(of_scores))
+        found = _gradients(loss, False, upstream, needs, scores, kept, _by_operations(of_scores))
         nothing = [None] * (WEIGHTS - 2), [None] * len(options)
         return list(found.queries), list(found.keys), *nothing[0], *found[WEIGHTS:], *nothing[1]
 

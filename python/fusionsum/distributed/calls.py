@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 from ..autograd import routing
 from ..autograd.sides import Side, arrays, wide
+from ..call import on_gpu
 from ..scores import Scores, Search
 from .exchange import Exchange, Ranks
 
@@ -46,6 +47,11 @@ def exchange_of(group: Any) -> Exchange:
 
 def from_arrays(call: Any, exchange: Exchange) -> Any:
     """Return a checked call with tensors in the places of NumPy's arrays, whose memory they share."""
+    if on_gpu(call.queries[0]):
+        raise NotImplementedError(
+            f"group: expected tensors on the CPU, got queries on {call.queries[0].device}: scores of several processes have no "
+            "kernels for GPUs yet"
+        )
     on_cpu = not isinstance(call.queries[0], Tensor) or call.queries[0].device.type == "cpu"
     if on_cpu and exchange.device != "cpu":
         raise ValueError(
