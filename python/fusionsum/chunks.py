@@ -8,15 +8,15 @@ What lives here: the loop over chunks, and the functions that `tensors` evaluate
 the CPU (``csrc/cpu/scores``), in NumPy (``reference.py``), what the statistics mean (``combination.py``).
 
 Nothing here waits for the GPU: scalars, labels and targets are read by the kernels, where the device has them. A side is
-formed once, in bfloat16 where all that makes it is (as on the CPU: csrc/scores.h), a single factor of 16 bits is taken as it
-is, and all else is float32 or float64; float32 is multiplied as torch's settings say. Equal keys have equal scores as far as
-a product of matrices gives equal rows equal results: chunks of keys are of one shape, of which the last may begin within the
+formed once. It is bfloat16 where all that makes it is, as on the CPU (``csrc/scores.h``); a single factor of 16 bits is
+taken as it is; all else is float32 or float64, and float32 is multiplied as torch's settings say. Equal keys score alike
+if a product of matrices gives them equal results: so chunks of keys are of one shape, and the last may begin within the
 one before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ def form(call: Scores | Search) -> Sides:
     if len(dtypes) == 1 and (single or (dtypes == {torch.bfloat16} and isinstance(call, Scores))):
         if of_all == torch.float32:
             (dtype,) = dtypes
-    return Sides(*(side.product(dtype).contiguous() for side in (of_queries, of_keys)), of_all)
+    return Sides(of_queries.product(dtype).contiguous(), of_keys.product(dtype).contiguous(), of_all)
 
 
 # ---- products of matrices --------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Walk:
             self._chunks = self._allocated(gamma and self.sides.queries.dtype == torch.bfloat16, alike)
 
     def _allocated(self, narrow: bool, alike: bool) -> list[Chunk]:
-        """Cut the scores and allocate a chunk's products and, if Gamma is narrower, Gamma; with less memory, smaller ones."""
+        """Cut the scores and allocate a chunk's products and, if Gamma is narrower, Gamma; less, if memory is short."""
         most = CHUNK_BYTES
         while True:
             found = cut(self.rows, self.cols, most // self.sides.wide.itemsize, alike=alike)
@@ -149,7 +149,9 @@ class Walk:
 
 
 def cut(rows: int, cols: int, entries: int, *, alike: bool = False) -> list[Chunk]:
-    """Cut scores into chunks of at most so many entries, for some columns all rows; `alike`: all of as many columns, and no more rows.
+    """Cut scores into chunks of at most so many entries, for some columns all rows.
+
+    With `alike`, those of several columns have as many each, and no more rows than that.
 
     Examples
     --------
@@ -244,7 +246,7 @@ def sigmoid_grad(coefs: Tensor, scores: Scores, needs: Any) -> list[Any]:
     return [losses, d_queries, d_keys, *of_all]
 
 
-def _differentiated(step: str, walk: Walk, needs: Any, sums: bool, **fields: Any) -> tuple[Any, Any, Any]:
+def _differentiated(step: str, walk: Walk, needs: Any, sums: bool, **fields: Any) -> tuple[Any, Any, Sequence[Any]]:
     """Return the gradients of both sides, where they are needed, and the sums of Gamma * product and of Gamma."""
     of_sides = [
         torch.zeros_like(x, dtype=walk.sides.wide) if need else None
@@ -258,7 +260,8 @@ def _differentiated(step: str, walk: Walk, needs: Any, sums: bool, **fields: Any
             _multiply(gamma, walk.sides.keys[chunk.cols], of_sides[0][chunk.rows], add=True)
         if of_sides[1] is not None:
             _multiply(gamma.T, walk.sides.queries[chunk.rows], of_sides[1][chunk.cols], add=True)
-    return *of_sides, [None, None] if of_all is None else [x.clone() for x in of_all]  # no views of one tensor
+    # No views of one tensor: an operation may not return these.
+    return of_sides[0], of_sides[1], (None, None) if of_all is None else [x.clone() for x in of_all]
 
 
 # ---- search ----------------------------------------------------------------------------------------------------------

@@ -114,8 +114,8 @@ class Search(NamedTuple):
     def read(self) -> Search:
         """Read the values: ids of keys to leave out become int64, ascending within a query, each of them once.
 
-        On a GPU, where the values are left, `excluded_ids` become places: query times the number of keys plus id, ascending,
-        without offsets. Ids out of range leave out nothing.
+        On a GPU, where the values are left, `excluded_ids` become places, ascending, without offsets: the query times the
+        number of keys, plus the id. Ids out of range leave out nothing.
         """
         if on_gpu(self.queries[0]):
             return self if self.excluded_offsets is None else self._replace(**self._places())

@@ -49,8 +49,8 @@ def from_arrays(call: Any, exchange: Exchange) -> Any:
     """Return a checked call with tensors in the places of NumPy's arrays, whose memory they share."""
     if on_gpu(call.queries[0]):
         raise NotImplementedError(
-            f"group: expected tensors on the CPU, got queries on {call.queries[0].device}: scores of several processes have no "
-            "kernels for GPUs yet"
+            f"group: expected tensors on the CPU, got queries on {call.queries[0].device}: scores of several processes "
+            "have no kernels for GPUs yet"
         )
     on_cpu = not isinstance(call.queries[0], Tensor) or call.queries[0].device.type == "cpu"
     if on_cpu and exchange.device != "cpu":
