@@ -25,6 +25,13 @@ FORMS: dict[str, Callable[[int], Form]] = {
     "vector": lambda m: Form("n1", ("BnO",) * m, dim=1),  # forward: columns
     "candidates": lambda m: Form("n", (*("B1n",) * (m - 1), "BKn")),  # sums of every kind in one pass
 }
+TWO_FACTORS = (  # what to compile where the whole library would take minutes; kernels first
+    pathlib.Path("cuda/sum/combine.cu"),
+    pathlib.Path("cuda/sum/kernel_any.cu"),
+    pathlib.Path(__file__).with_name("two_factors.cu"),
+    pathlib.Path("cuda/launch.cu"),
+    pathlib.Path("cuda/sum/plan.cpp"),
+)
 ACTIVATED = ("tanh", "sigmoid", "relu", "silu", "gelu")
 
 

@@ -177,6 +177,7 @@ class _LaunchRecord(ctypes.Structure):
         ("parameters", ctypes.c_void_p),
         ("bytes", ctypes.c_int64),
         ("stream", ctypes.c_void_p),
+        ("shared", ctypes.c_int64),
         ("device", ctypes.c_int32),
     )
 
@@ -199,6 +200,7 @@ class Launch:
     block: tuple[int, int, int]
     parameters: bytes
     stream: int
+    shared: int  # bytes asked for at the launch
     device: int  # that was current
 
 
@@ -238,6 +240,7 @@ class Library:
         library.emulator_record.argtypes = [ctypes.c_bool]
         library.emulator_fail_after.argtypes = [ctypes.c_int64]
         library.emulator_set_device.argtypes = [ctypes.c_int]
+        library.emulator_run_last.argtypes = [ctypes.c_int64]
         library.emulator_runs.restype = ctypes.c_int64
         library.emulator_launches.argtypes = library.emulator_spans.argtypes = [
             ctypes.c_int64,
@@ -281,6 +284,20 @@ class Library:
         finally:
             self._library.emulator_set_device(0)
 
+    @contextlib.contextmanager
+    def running_last(self, blocks: int) -> Iterator[None]:
+        """Run the last blocks of each grid alone, or none: what is launched is checked and recorded all the same."""
+        self._library.emulator_run_last(blocks)
+        try:
+            yield
+        finally:
+            self._library.emulator_run_last(-1)
+
+    @property
+    def capture_mode(self) -> int:
+        """What this thread may do while a graph is captured: 0, unless a call has not put back what it found."""
+        return self._library.emulator_capture_mode()
+
     def reports(self) -> list[str]:
         """Take what the emulator reported since the last call."""
         return self._library.emulator_reports().decode().splitlines()
@@ -308,6 +325,7 @@ class Library:
                     tuple(l.block),
                     ctypes.string_at(l.parameters, l.bytes),
                     l.stream or 0,
+                    l.shared,
                     l.device,
                 )
                 for l in launches

@@ -21,12 +21,6 @@ import pytest
 from conftest import Case, Form, check_both, run_python
 from tests.cuda import cases, emulation, planted, ptx, sass, test_launches
 
-KERNELS = (
-    pathlib.Path("cuda/sum/combine.cu"),
-    pathlib.Path("cuda/sum/kernel_any.cu"),
-    pathlib.Path(__file__).with_name("two_factors.cu"),
-)
-SOURCES = (*KERNELS, pathlib.Path("cuda/launch.cu"), pathlib.Path("cuda/sum/plan.cpp"))
 # What a sanitizer says in a line. Of ThreadSanitizer only races in kernels: it stumbles over memory too, depending on
 # what lies beside an array, and takes what is freed after a failed launch for a race with threads that did not end.
 SUMMARY = {
@@ -102,7 +96,7 @@ def by_interpreter(library: str, right: str, csrc: str, folder: str) -> None:
         return ptx.parse(to.read_text())
 
     with ThreadPoolExecutor(2) as pool:
-        parsed = list(pool.map(compiled, KERNELS))
+        parsed = list(pool.map(compiled, cases.TWO_FACTORS[:3]))
     for label, case in calls():
         with cases.emulated(pathlib.Path(right)):
             expected = cases.both(case)
@@ -131,7 +125,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> list[pathlib.Path]:
 
 
 def build(variant: str, bug: planted.Bug | None) -> pathlib.Path:
-    return emulation.build(variant, bug, name="two_factors", sources=SOURCES)
+    return emulation.build(variant, bug, name="two_factors", sources=cases.TWO_FACTORS)
 
 
 def isolated(function: str, *arguments: object) -> list[str]:
