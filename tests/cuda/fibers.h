@@ -537,12 +537,13 @@ inline cudaError_t run(const Launch& launch) {
   const dim3 &grid = launch.grid, &size = launch.block;
   machine.launch = &launch;
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;
+  if (!launch.kernel) return failed("no such kernel", cudaErrorInvalidDeviceFunction);
   if (!threads || threads > kMostThreads || size.z > 64)
     return failed("a block of an impossible size", cudaErrorInvalidConfiguration);
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) {
     return failed("a grid of an impossible size", cudaErrorInvalidConfiguration);
   }
-  if (launch.shared_bytes > kSharedLimit) return failed("more shared memory than 48 KiB", cudaErrorInvalidValue);
+  if (launch.shared_bytes > kSharedLimit) return failed("shared memory of an impossible size", cudaErrorInvalidValue);
   if (machine.launches_to_failure >= 0 && machine.launches_to_failure-- == 0) {
     return failed("a failure that was asked for", cudaErrorLaunchOutOfResources);
   }

@@ -12,12 +12,25 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Callable
-from ctypes import CFUNCTYPE, POINTER, c_bool, c_char_p, c_double, c_int, c_int64, c_uint8, c_uint32, c_void_p
+from ctypes import CFUNCTYPE, POINTER, c_bool, c_double, c_int, c_int64, c_uint8, c_uint32, c_void_p
 from typing import Any
 
 import numpy as np
 
-__all__ = ["CudaLibrary", "Operand", "Problem", "beside", "library_at", "make", "publish", "sparse", "spread"]
+__all__ = [
+    "CudaLibrary",
+    "Operand",
+    "Problem",
+    "beside",
+    "error",
+    "library_at",
+    "make",
+    "publish",
+    "run",
+    "sparse",
+    "spread",
+    "text_of",
+]
 
 _MOST_DIMS, _MOST_OPERANDS = 12, 10
 _BYTES = (8, 4, 2, 2)  # of the dtypes, in the order of csrc/lists.h
@@ -49,18 +62,29 @@ class Problem(ctypes.Structure):
 
 
 class CudaLibrary(ctypes.Structure):
-    """``csrc/cuda/cuda.h`` says what is what."""
+    """``csrc/cuda/cuda.h`` says what is what. Errors are addresses, for :func:`text_of`."""
 
     _fields_ = (
-        ("unavailable", CFUNCTYPE(c_char_p)),
+        ("unavailable", CFUNCTYPE(c_void_p)),
         ("plan_bytes", c_int64),
-        ("plan", CFUNCTYPE(c_char_p, c_void_p, c_void_p, POINTER(c_int64))),
-        ("execute", CFUNCTYPE(c_char_p, c_void_p, c_int, c_void_p, c_void_p)),
+        ("plan", CFUNCTYPE(c_void_p, c_void_p, c_void_p, POINTER(c_int64))),
+        ("execute", CFUNCTYPE(c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
     )
 
 
 _FUNCTION = CFUNCTYPE(c_void_p)  # fusionsum_cuda
-_published: list[Any] = []  # for as long as the process, as libraries are
+_kept: list[Any] = []  # for as long as the process, as libraries are
+
+
+def text_of(error: int | None) -> str:
+    """Return what an error says; without one, nothing."""
+    return ctypes.string_at(error).decode() if error else ""
+
+
+def error(text: str) -> int:
+    """Return the address of an error that says this."""
+    _kept.append(ctypes.create_string_buffer(text.encode()))
+    return ctypes.addressof(_kept[-1])
 
 
 def library_at(address: int) -> CudaLibrary:
@@ -68,7 +92,7 @@ def library_at(address: int) -> CudaLibrary:
     return CudaLibrary.from_address(_FUNCTION(address)())
 
 
-def make(plan_bytes: int, plan: Callable[..., bytes | None], execute: Callable[..., bytes | None]) -> CudaLibrary:
+def make(plan_bytes: int, plan: Callable[..., int | None], execute: Callable[..., int | None]) -> CudaLibrary:
     """Make up a library that can always run."""
     kinds = dict(CudaLibrary._fields_)
     return CudaLibrary(kinds["unavailable"](lambda: None), plan_bytes, kinds["plan"](plan), kinds["execute"](execute))
@@ -77,27 +101,35 @@ def make(plan_bytes: int, plan: Callable[..., bytes | None], execute: Callable[.
 def publish(library: CudaLibrary) -> int:
     """Return the address of a function ``fusionsum_cuda`` that returns this library."""
     function = _FUNCTION(lambda: ctypes.addressof(library))
-    _published.extend((library, function))
+    _kept.extend((library, function))
     address = ctypes.cast(function, c_void_p).value
     assert address is not None
     return address
+
+
+def run(library: CudaLibrary, problem: Problem) -> None:
+    """Execute a problem on device 0 and the default stream; RuntimeError quotes the library."""
+    plan, needed = ctypes.create_string_buffer(library.plan_bytes), c_int64()
+    said = library.plan(ctypes.addressof(problem), ctypes.addressof(plan), ctypes.byref(needed))
+    workspace = ctypes.create_string_buffer(max(1, needed.value))
+    said = said or library.execute(ctypes.addressof(plan), 0, None, ctypes.addressof(workspace))
+    if said:
+        raise RuntimeError(text_of(said))
 
 
 def beside(first: CudaLibrary, second: CudaLibrary) -> CudaLibrary:
     """Make a library that asks both, of one problem, device, stream and workspace, and answers as the first."""
     begin = (first.plan_bytes + 63) // 64 * 64
 
-    def plan(problem: int, to: int, workspace_bytes: Any) -> bytes | None:
-        error = first.plan(problem, to, workspace_bytes)
+    def plan(problem: int, to: int, workspace_bytes: Any) -> int | None:
         wanted = c_int64()
+        said = first.plan(problem, to, workspace_bytes)
         other = second.plan(problem, to + begin, ctypes.byref(wanted))
-        if (error, workspace_bytes[0]) != (other, wanted.value):
-            return f"two plans differ: {error!r}, {workspace_bytes[0]} bytes; {other!r}, {wanted.value} bytes".encode()
-        return error
+        answers = (text_of(said), workspace_bytes[0]), (text_of(other), wanted.value)
+        return said if answers[0] == answers[1] else error(f"two plans, with their bytes of workspace: {answers}")
 
-    def execute(plan: int, *where: Any) -> bytes | None:
-        error = first.execute(plan, *where)
-        return error or second.execute(plan + begin, *where)
+    def execute(plan: int, *where: Any) -> int | None:
+        return first.execute(plan, *where) or second.execute(plan + begin, *where)
 
     return make(begin + second.plan_bytes, plan, execute)
 
@@ -110,7 +142,7 @@ def sparse(size: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE), np.uint8)
 
 
-def spread(library: CudaLibrary, step: int = 2**31 + 64) -> CudaLibrary:
+def spread(library: CudaLibrary, step: int = 2**32 + 64) -> CudaLibrary:
     """
     Make a library that hands problems on with each array spread over memory, and brings back what is written.
 
@@ -141,20 +173,20 @@ def spread(library: CudaLibrary, step: int = 2**31 + 64) -> CudaLibrary:
         if name == "grad":
             fetched.append((before, after))
 
-    def plan(problem: int, to: int, workspace_bytes: Any) -> bytes | None:
+    def plan(problem: int, to: int, workspace_bytes: Any) -> int | None:
         del kept[:], fetched[:]
         copy = Problem.from_buffer_copy((ctypes.c_char * ctypes.sizeof(Problem)).from_address(problem))
         for operand in copy.operand[: copy.operands]:
             if any(stride < 0 for stride in operand.stride):
-                return b"arrays of negative strides cannot be spread"
+                return error("arrays of negative strides cannot be spread")
             for name in ("data", "mask", "grad"):
                 move(copy, operand, name)
         return library.plan(ctypes.addressof(copy), to, workspace_bytes)
 
-    def execute(*arguments: Any) -> bytes | None:
-        error = library.execute(*arguments)
+    def execute(*arguments: Any) -> int | None:
+        said = library.execute(*arguments)
         for before, after in fetched:
             before[...] = after
-        return error
+        return said
 
     return make(library.plan_bytes, plan, execute)

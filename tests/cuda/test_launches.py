@@ -88,7 +88,7 @@ def complaints(path: pathlib.Path) -> Iterator[str]:
 def complaints_of_nvcc(path: pathlib.Path, emulated: pathlib.Path) -> Iterator[str]:
     """Yield what is wrong with the launches of a build by nvcc, and where they are not an emulated build's."""
     built, library = runtime.Runtime(path), emulation.Library(emulated)
-    both = interface.beside(interface.library_at(library.address), interface.library_at(built.address))
+    both = interface.beside(interface.library_at(built.address), interface.library_at(library.address))
     with device.replaced(require_native(), device.emulated(interface.publish(both))), library.running_last(0):
         for label, case in (*several(), ("many blocks", many_blocks())):
             built.clear()
@@ -99,8 +99,9 @@ def complaints_of_nvcc(path: pathlib.Path, emulated: pathlib.Path) -> Iterator[s
             expected = [launch for run in runs for launch in run.launches]
             if len(built.launches) != len(expected):
                 yield f"{len(built.launches)} launches by nvcc's code, {len(expected)} by the emulator's: {label}"
+            for launch in built.launches:
+                yield from (f"{wrong}: {kernel_of(launch)}, {label}" for wrong in unlawful(launch, built))
             for launch, wanted in zip(built.launches, expected, strict=False):
-                yield from (f"{said}: {kernel_of(launch)}, {label}" for said in unlawful(launch, built))
                 for field in ("kernel", "grid", "block", "parameters", "stream", "shared", "device"):
                     if getattr(launch, field) != getattr(wanted, field):
                         yield f"another {field} than in the emulator: {kernel_of(launch)}, {label}"
@@ -123,7 +124,7 @@ def unsaid(built: runtime.Runtime) -> Iterator[str]:
     """Yield errors of the runtime that are not told as they should be, and what a call leaves behind. Loads the kernels."""
     library = interface.library_at(built.address)
 
-    def on_device(plan: int, _: int, *rest: object) -> bytes | None:
+    def on_device(plan: int, _: int, *rest: object) -> int | None:
         return library.execute(plan, 1, *rest)
 
     placed = interface.make(library.plan_bytes, library.plan, on_device)
@@ -133,7 +134,7 @@ def unsaid(built: runtime.Runtime) -> Iterator[str]:
     broken = "cudaErrorIllegalAddress, an illegal memory access was encountered (left behind by earlier work, "
     other = "device 1, of compute capability 9.0, does not take the kernels of this build, which are for 80: "
     with built.failing(0, 35):
-        said = (library.unavailable() or b"").decode()
+        said = interface.text_of(library.unavailable())
     if not said.startswith("CUDA finds no usable GPU: cudaErrorInsufficientDriver, "):
         yield f"no usable GPU is told as {said or 'success'}"
     built.on_device(1)
