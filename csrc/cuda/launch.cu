@@ -128,6 +128,7 @@ const char* execute(const void* from, int device, void* stream, void* workspace)
 int64_t workspace_of(const Chunk* chunk) noexcept { return step_workspace(*chunk); }
 
 const char* step(const Chunk* chunk, int device, void* stream, void* workspace) noexcept {
+  const Relaxed relaxed;
   if (const char* error = check_device(device)) return error;
   cudaError_t error;
   const char* const kernel = launch_step(*chunk, static_cast<cudaStream_t>(stream), workspace, error);

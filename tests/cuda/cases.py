@@ -31,6 +31,7 @@ TWO_FACTORS = (  # what to compile where the whole library would take minutes; k
     pathlib.Path(__file__).with_name("two_factors.cu"),
     pathlib.Path("cuda/launch.cu"),
     pathlib.Path("cuda/sum/plan.cpp"),
+    *(pathlib.Path("cuda/scores", name) for name in ("gamma.cu", "merge.cu", "select.cu", "statistics.cu", "steps.cu")),
 )
 ACTIVATED = ("tanh", "sigmoid", "relu", "silu", "gelu")
 

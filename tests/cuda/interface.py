@@ -69,6 +69,8 @@ class CudaLibrary(ctypes.Structure):
         ("plan_bytes", c_int64),
         ("plan", CFUNCTYPE(c_void_p, c_void_p, c_void_p, POINTER(c_int64))),
         ("execute", CFUNCTYPE(c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
+        ("step_workspace", CFUNCTYPE(c_int64, c_void_p)),
+        ("step", CFUNCTYPE(c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
     )
 
 
@@ -92,10 +94,18 @@ def library_at(address: int) -> CudaLibrary:
     return CudaLibrary.from_address(_FUNCTION(address)())
 
 
-def make(plan_bytes: int, plan: Callable[..., int | None], execute: Callable[..., int | None]) -> CudaLibrary:
+def make(
+    plan_bytes: int,
+    plan: Callable[..., int | None],
+    execute: Callable[..., int | None],
+    step_workspace: Callable[[int], int] = lambda chunk: 0,
+    step: Callable[..., int | None] = lambda *arguments: error("a library that takes no steps"),
+) -> CudaLibrary:
     """Make up a library that can always run."""
     kinds = dict(CudaLibrary._fields_)
-    return CudaLibrary(kinds["unavailable"](lambda: None), plan_bytes, kinds["plan"](plan), kinds["execute"](execute))
+    functions = {"plan": plan, "execute": execute, "step_workspace": step_workspace, "step": step}
+    made = {name: kinds[name](function) for name, function in functions.items()}
+    return CudaLibrary(kinds["unavailable"](lambda: None), plan_bytes, **made)
 
 
 def publish(library: CudaLibrary) -> int:
@@ -131,7 +141,10 @@ def beside(first: CudaLibrary, second: CudaLibrary) -> CudaLibrary:
     def execute(plan: int, *where: Any) -> int | None:
         return first.execute(plan, *where) or second.execute(plan + begin, *where)
 
-    return make(begin + second.plan_bytes, plan, execute)
+    def step(*arguments: Any) -> int | None:
+        return first.step(*arguments) or second.step(*arguments)
+
+    return make(begin + second.plan_bytes, plan, execute, first.step_workspace, step)
 
 
 # ---- offsets of more than 32 bits ----------------------------------------------------------------------------------------
@@ -189,4 +202,4 @@ def spread(library: CudaLibrary, step: int = 2**32 + 64) -> CudaLibrary:
             before[...] = after
         return said
 
-    return make(library.plan_bytes, plan, execute)
+    return make(library.plan_bytes, plan, execute, library.step_workspace, library.step)

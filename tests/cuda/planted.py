@@ -280,8 +280,8 @@ BUGS = (
     Bug(
         "the first use is not let into a capture",
         _LAUNCH,
-        "  const Relaxed relaxed;\n",
-        "",
+        "(from);\n  const Relaxed relaxed;\n",
+        "(from);\n",
         (("nvcc", "cudaErrorStreamCaptureUnsupported"), ("launches", "cudaErrorStreamCaptureUnsupported")),
     ),
     Bug(
