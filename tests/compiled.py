@@ -10,11 +10,14 @@ import fcntl
 import hashlib
 import itertools
 import pathlib
+import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 __all__ = ["link", "locked", "run"]
+
+_OBJECTS = pathlib.Path(__file__).parent.parent / "build" / "objects"  # of all programs and libraries
 
 
 def run(command: Sequence[str]) -> None:
@@ -24,32 +27,43 @@ def run(command: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
 
 
-def _headers(flags: Sequence[str]) -> bytes:
-    """Join the headers in the folders after each -I: what may include them is made anew when one changes."""
-    folders = (pathlib.Path(folder) for flag, folder in itertools.pairwise(flags) if flag == "-I")
-    return b"".join(
-        file.read_bytes()
-        for folder in folders
-        for file in sorted(folder.rglob("*"))
-        if file.suffix in (".h", ".cuh", ".inl")
-    )
+_INCLUDE = re.compile(rb'^#include "([^"]+)"', re.M)
+
+
+def _texts(source: pathlib.Path, folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, bytes]:
+    """Read a source and all that it includes, its own folder and these being where that is."""
+    texts: dict[pathlib.Path, bytes] = {}
+    todo = [source.resolve()]
+    while todo:
+        file = todo.pop()
+        if file in texts:
+            continue
+        texts[file] = file.read_bytes()
+        for name in _INCLUDE.findall(texts[file]):
+            places = (folder / name.decode() for folder in (file.parent, *folders))
+            todo += [place.resolve() for place in places if place.exists()][:1]
+    return texts
+
+
+def _digest(command: Sequence[str], source: pathlib.Path) -> str:
+    """Hash what an object depends on, but not where that lies: copies of sources make the same one."""
+    flags, folders = [], []
+    for before, flag in itertools.pairwise(["", *command]):
+        if before == "-I":
+            folders.append(pathlib.Path(flag))
+        else:
+            flags.append(flag)
+    parts = [repr(flags).encode(), *_texts(source, folders).values()]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Make the folder, and let no other process build in it meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Let no other process be here with the same path, beside whose place the lock lies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _up_to_date(to: pathlib.Path, digest: str, make: Callable[[], None]) -> None:
-    record = to.with_name(to.name + ".digest")
-    if not (to.exists() and record.exists() and record.read_text() == digest):
-        record.unlink(missing_ok=True)
-        make()
-        record.write_text(digest)
 
 
 def link(
@@ -59,12 +73,13 @@ def link(
     compiler: str = "g++",
 ) -> pathlib.Path:
     """
-    Compile and link what has changed, in a folder that is :func:`locked`.
+    Compile and link what has changed; what it makes is to be :func:`locked`.
 
     Parameters
     ----------
     result
-        The program or library. Objects lie beside it, for other results there to share.
+        The program or library. Objects are kept for others: the sources with a planted bug (``cuda/planted.py``)
+        are the product's but for one file.
     sources
         Each with the flags it is compiled with.
     flags
@@ -83,21 +98,24 @@ def link(
         If the compiler fails; its message is quoted.
     """
 
-    def compiled(source: pathlib.Path) -> tuple[str, str]:
-        to = result.with_name(f"{source.parent.name}_{source.stem}.o")
+    def compiled(source: pathlib.Path) -> str:
         command = [compiler, *sources[source]]
-        digest = hashlib.sha256(
-            "\0".join(command).encode() + _headers(sources[source]) + source.read_bytes()
-        ).hexdigest()
-        _up_to_date(to, digest, lambda: run([*command, "-c", str(source), "-o", str(to)]))
-        return str(to), digest
+        to = _OBJECTS / f"{source.stem}-{_digest(command, source)[:32]}.o"
+        with locked(to):
+            if not to.exists():
+                new = to.with_suffix(".new")
+                run([*command, "-c", str(source), "-o", str(new)])
+                new.replace(to)
+        return str(to)
 
-    def linked() -> None:
-        new = result.with_name(result.name + ".new")
-        run([compiler, *(name for name, _ in objects), *flags, "-o", str(new)])
-        new.replace(result)  # whoever has the old one loaded keeps it
-
+    result.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, sources))
-    _up_to_date(result, hashlib.sha256(repr((objects, flags)).encode()).hexdigest(), linked)
+    record = result.with_name(result.name + ".linked")  # after the link: what it is a link of
+    given = repr((compiler, objects, flags))
+    if not (result.exists() and record.exists() and record.read_text() == given):
+        new = result.with_name(result.name + ".new")
+        run([compiler, *objects, *flags, "-o", str(new)])
+        new.replace(result)  # whoever has the old one loaded keeps it
+        record.write_text(given)
     return result

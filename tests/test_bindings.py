@@ -1,13 +1,14 @@
 """The bindings' way to the CUDA library, with neither GPU nor torch: tensors and a library that these tests make up.
 
-What lives elsewhere: what arrays and tensors of the CPU may look like (``test_layouts.py``,
-``test_autograd_routing.py``), the CUDA
-kernels (``tests/cuda``).
+What lives elsewhere: what is made up (``made_up_gpu.py``), what arrays and tensors of the CPU may look like
+(``test_layouts.py``, ``test_autograd_routing.py``), the CUDA kernels (``tests/cuda``).
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 
 import pytest
 
@@ -15,156 +16,31 @@ from conftest import require_native, run_python
 
 require_native()
 
-# A torch whose tensors say through DLPack's exchange API that they lie on CUDA device 3, and a CUDA library: both of the
-# layouts that csrc/bindings/dlpack.h and csrc/cuda/cuda.h fix. Their functions take down what they are asked for.
-MADE_UP = """
-import ctypes, json, threading, time
-from ctypes import CFUNCTYPE, POINTER, PYFUNCTYPE, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_uint8, c_uint16
-from ctypes import c_uint32, c_uint64, c_void_p, cast, py_object
-from types import SimpleNamespace
-from fusionsum import _core
-
-CUDA, DEVICE, FLOAT, STREAM = 2, 3, 2, 0x57
-asked = []
-
-class Tensor:
-    def __init__(self, *shape):
-        size = 1
-        for extent in shape:
-            size *= extent
-        self.shape, self.memory = (c_int64 * len(shape))(*shape), (c_uint64 * size)()
-        self.strides = (c_int64 * len(shape))()
-        step = 1
-        for axis in reversed(range(len(shape))):
-            self.strides[axis], step = step, step * shape[axis]
-    def is_neg(self):
-        return False
-
-class DLTensor(Structure):
-    _fields_ = [("data", c_void_p), ("device_type", c_int32), ("device_id", c_int32), ("ndim", c_int32),
-                ("code", c_uint8), ("bits", c_uint8), ("lanes", c_uint16),
-                ("shape", POINTER(c_int64)), ("strides", POINTER(c_int64)), ("byte_offset", c_uint64)]
-class Managed(Structure):
-    _fields_ = [("major", c_uint32), ("minor", c_uint32), ("manager", c_void_p), ("deleter", c_void_p),
-                ("flags", c_uint64), ("tensor", DLTensor)]
-
-made = {}  # what is allocated by DLPack, by address
-allocated = []  # by torch.empty
-
-def write(tensor, to):
-    to.data, to.device_type, to.device_id, to.ndim = cast(tensor.memory, c_void_p), CUDA, DEVICE, len(tensor.shape)
-    to.code, to.bits, to.lanes, to.byte_offset = FLOAT, 64, 1, 0
-    to.shape, to.strides = tensor.shape, tensor.strides
-
-@PYFUNCTYPE(c_int, POINTER(DLTensor), POINTER(POINTER(Managed)), c_void_p, c_void_p)
-def allocate(prototype, out, context, set_error):
-    wanted = prototype[0]
-    tensor, managed = Tensor(*wanted.shape[: wanted.ndim]), Managed()
-    asked.append(["allocate", wanted.device_type, wanted.device_id, wanted.code, wanted.bits, *tensor.shape])
-    write(tensor, managed.tensor)
-    made[ctypes.addressof(managed)] = tensor, managed
-    out[0] = ctypes.pointer(managed)
-    return 0
-
-@PYFUNCTYPE(c_int, c_void_p, POINTER(c_void_p))
-def to_object(managed, out):
-    tensor = made[managed][0]
-    ctypes.pythonapi.Py_IncRef(py_object(tensor))
-    out[0] = id(tensor)
-    return 0
-
-@PYFUNCTYPE(c_int, py_object, POINTER(DLTensor))
-def from_object(tensor, out):
-    write(tensor, out[0])
-    return 0
-
-@PYFUNCTYPE(c_int, c_int32, c_int32, POINTER(c_void_p))
-def work_stream(kind, index, out):
-    out[0] = STREAM
-    return 0
-
-class ExchangeApi(Structure):
-    _fields_ = [("major", c_uint32), ("minor", c_uint32), ("previous", c_void_p), ("allocate", type(allocate)),
-                ("managed_from_object", c_void_p), ("to_object", type(to_object)), ("from_object", type(from_object)),
-                ("work_stream", type(work_stream))]
-
-exchange_api = ExchangeApi(1, 3, None, allocate, None, to_object, from_object, work_stream)
-new_capsule = ctypes.pythonapi.PyCapsule_New
-new_capsule.restype, new_capsule.argtypes = py_object, [c_void_p, c_char_p, c_void_p]
-Tensor.__dlpack_c_exchange_api__ = new_capsule(ctypes.addressof(exchange_api), b"dlpack_exchange_api", None)
-
-@PYFUNCTYPE(c_char_p)
-def unavailable():
-    return None
-
-@PYFUNCTYPE(c_char_p, c_void_p, c_void_p, POINTER(c_int64))
-def plan(problem, to, workspace_bytes):
-    ctypes.memset(to, 7, library.plan_bytes)
-    workspace_bytes[0] = WORKSPACE
-    return None
-
-@PYFUNCTYPE(c_char_p, c_void_p, c_int, c_void_p, c_void_p)
-def execute(of, device, stream, workspace):
-    planned = set(ctypes.string_at(of, library.plan_bytes)) == {7}
-    ours = [tensor for tensor in allocated if ctypes.addressof(tensor.memory) == workspace]
-    asked.append(["execute", planned, device, stream, len(ours), workspace is None])
-    return None
-
-class CudaLibrary(Structure):
-    _fields_ = [("unavailable", type(unavailable)), ("plan_bytes", c_int64), ("plan", type(plan)),
-                ("execute", type(execute))]
-
-library = CudaLibrary(unavailable, 12_345, plan, execute)
-WORKSPACE = 100
-
-@PYFUNCTYPE(c_void_p)
-def fusionsum_cuda():
-    return ctypes.addressof(library)
-
-def use_cuda():
-    return _core.use_cuda(cast(fusionsum_cuda, c_void_p).value)
-
-def use_torch(load_cuda):
-    c = SimpleNamespace(**dict.fromkeys(
-        ("_are_functorch_transforms_active", "_len_torch_dispatch_stack", "_is_tracing"), lambda: False))
-    c._cuda_exchangeDevice = lambda device: asked.append(["device", device]) or 5
-    c._cuda_maybeExchangeDevice = lambda device: asked.append(["device back", device])
-    def empty(shape, dtype, device):
-        asked.append(["empty", *device, dtype, *shape])
-        tensor = Tensor(*shape)
-        allocated.append(tensor)
-        return tensor
-    _core.use_torch(SimpleNamespace(
-        empty=empty, device=lambda kind, index: (kind, index), float64="float64",
-        Tensor=Tensor, nn=SimpleNamespace(Parameter=type("Parameter", (), {})), _C=c,
-        autograd=SimpleNamespace(forward_ad=SimpleNamespace(_current_level=-1))), None, None, load_cuda)
-
-def call():
-    return _core.fusion_sum(None, (Tensor(4, 6), Tensor(4, 6)), None, None, "one", -1, False)
-"""
+OUTPUT = ["empty", "cuda", 3, "float64", 4]
+WORKSPACE = ["empty", "cuda", 3, "float64", 13]  # ceil(100 / 8)
+AROUND = [["device", 3], ["stream", 2, 3]], [["device back", 5]]
 
 
 def asked_for(code):
     """Run code that ends by printing JSON."""
-    return json.loads(run_python(MADE_UP + code))
+    code = f"import json, threading, time\nimport made_up_gpu as gpu\n{code}"
+    return json.loads(run_python(code, PYTHONPATH=os.pathsep.join(sys.path)))
 
 
 def test_the_first_call_on_two_threads():
     """While one thread loads the library, which takes as long as the other needs to arrive, neither call is declined."""
     code = """
-loads = []
 def load_cuda():
-    loads.append(time.monotonic())
     deadline = time.monotonic() + 20
     while len(arrived) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)
-    use_cuda()
-use_torch(load_cuda)
+    gpu.use_cuda()
+gpu.use_torch(load_cuda)
 arrived, results = [], []
 def first():
     arrived.append(None)
-    results.append(call())
+    results.append(gpu.call())
 threads = [threading.Thread(target=first) for _ in range(2)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
@@ -175,41 +51,141 @@ print(json.dumps([type(result).__name__ for result in results]))
 
 def test_without_a_library_calls_are_declined():
     code = """
-use_torch(lambda: "there is none")
-print(json.dumps([call() is NotImplemented for _ in range(2)]))
+gpu.use_torch(lambda: "there is none")
+results = [gpu.call(), gpu.call(), gpu.call_grad("f", "g", needs=(False, True, True))]
+print(json.dumps([[result is NotImplemented for result in results], gpu.asked]))
 """
-    assert asked_for(code) == [True, True]
+    assert asked_for(code) == [[True] * 3, []]
 
 
-@pytest.mark.parametrize("workspace", [0, 100])
-def test_the_caller_allocates_what_the_plan_needs(workspace):
-    """By torch.empty, on the tensors' device, as float64; launches go to torch's stream of the device, which is current."""
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_forward(dtype):
+    """The arrays go to the library as they lie; it is asked on torch's stream of their device, which is made current."""
     code = f"""
-WORKSPACE = {workspace}
-use_torch(use_cuda)
-call()
-print(json.dumps(asked))
+gpu.use_torch(gpu.use_cuda)
+output = gpu.call("w", "f", "g", dtype={dtype!r})
+print(json.dumps([output.name, output.dtype, gpu.asked]))
 """
-    output, *between, executed, back = asked_for(code)
-    assert output == ["empty", "cuda", 3, "float64", 4]
-    *scratch, device = between
-    assert scratch == ([["empty", "cuda", 3, "float64", 13]] if workspace else [])  # ceil(100 / 8)
-    assert device == ["device", 3]
-    assert executed == ["execute", True, 3, 0x57, int(bool(workspace)), not workspace]
-    assert back == ["device back", 5]
+    output = ["empty", "cuda", 3, dtype, 4]
+    planned = ["plan", [None, None, "empty 0"], ["w", None, None], ["f", None, None], ["g", None, None]]
+    before, after = AROUND
+    executed = ["execute", True, 3, 0x57, "empty 1"]
+    assert asked_for(code) == ["empty 0", dtype, [output, planned, WORKSPACE, *before, executed, *after]]
 
 
+def test_masks():
+    code = """
+gpu.use_torch(gpu.use_cuda)
+gpu.call("f", "g", present=(None, gpu.Tensor(4, dtype="bool", name="m")))
+print(json.dumps([entry for entry in gpu.asked if entry[0] == "plan"]))
+"""
+    assert asked_for(code) == [["plan", [None, None, "empty 0"], ["f", None, None], ["g", "m", None]]]
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, True)])
+def test_backward(needs):
+    """A gradient for each operand that needs one, and no memory for the others."""
+    code = f"""
+gpu.use_torch(gpu.use_cuda)
+grads = gpu.call_grad("w", "f", "g", needs={needs})
+print(json.dumps([[grad and grad.name for grad in grads], gpu.asked]))
+"""
+    names = iter(f"empty {k}" for k in range(4))
+    wanted = [next(names) if need else None for need in needs]
+    allocated = [
+        ["empty", "cuda", 3, "float64", *shape]
+        for shape, need in zip([(6,), (4, 6), (4, 6)], needs, strict=True)
+        if need
+    ]
+    planned = ["plan", ["u", None, None], *([name, None, grad] for name, grad in zip("wfg", wanted, strict=True))]
+    before, after = AROUND
+    executed = ["execute", True, 3, 0x57, next(names)]
+    assert asked_for(code) == [wanted, [*allocated, planned, WORKSPACE, *before, executed, *after]]
+
+
+def test_nothing_is_computed_that_nobody_needs():
+    code = """
+gpu.use_torch(gpu.use_cuda)
+print(json.dumps([gpu.call_grad("w", "f", "g", needs=(False, False, False)), gpu.asked]))
+"""
+    assert asked_for(code) == [[None] * 3, []]
+
+
+def test_no_workspace_where_the_plan_needs_none():
+    code = """
+gpu.workspace_bytes = 0
+gpu.use_torch(gpu.use_cuda)
+gpu.call()
+print(json.dumps(gpu.asked))
+"""
+    before, after = AROUND
+    asked = asked_for(code)
+    assert asked[:1] + asked[2:] == [OUTPUT, *before, ["execute", True, 3, 0x57, None], *after]
+
+
+def test_empty_sums_are_zero():
+    """What nothing is added to is 0, on memory that held something else; and the library is not asked."""
+    code = """
+gpu.use_torch(gpu.use_cuda)
+f, g = (gpu.Tensor(4, 0) for _ in range(2))
+output = gpu._core.fusion_sum(None, (f, g), None, None, "one", -1, False)
+grads = gpu.call_grad("w", "f", "g", shape=(0, 6), needs=(True, True, True))
+print(json.dumps([[output.is_zero, output.size], [[x.is_zero, x.size] for x in grads], [entry[0] for entry in gpu.asked]]))
+"""
+    output, grads, asked = asked_for(code)
+    assert output == [True, 4]
+    assert grads == [[True, 6], [True, 0], [True, 0]]
+    assert asked == ["empty", "zero_"] * 4
+
+
+@pytest.mark.parametrize("left_behind", ["w", "f", "g", "u", "m"])
+def test_tensors_on_different_devices_are_declined(left_behind):
+    """Before anything is allocated: Python's side words the error."""
+    call = {
+        "u": 'gpu.call_grad("w", "f", "g", needs=(True, True, True), grad_output_device=4)',
+        "m": 'gpu.call("f", "g", present=(None, gpu.Tensor(4, dtype="bool", device=4)))',
+    }.get(left_behind, f'gpu.call("w", "f", "g", devices=[3 + (name == {left_behind!r}) for name in "wfg"])')
+    code = f"""
+gpu.use_torch(gpu.use_cuda)
+print(json.dumps([{call} is NotImplemented, gpu.asked]))
+"""
+    assert asked_for(code) == [True, []]
+
+
+@pytest.mark.parametrize("call", ["gpu.call()", 'gpu.call_grad("f", "g", needs=(False, True, True))'])
 @pytest.mark.parametrize("step", ["plan", "execute"])
-def test_an_error_of_the_library_is_a_python_error(step):
+def test_an_error_of_the_library_is_a_python_error(step, call):
+    """And torch's device is what it was, also then."""
     code = f"""
-use_torch(use_cuda)
-failing = {step}
-library.{step} = type(failing)(lambda *arguments: b"it is too hot")
+gpu.use_torch(gpu.use_cuda)
+failing = gpu.library.{step}
+gpu.library.{step} = type(failing)(lambda *arguments: gpu.interface.error("it is too hot"))
 try:
-    call()
+    {call}
 except RuntimeError as error:
-    print(json.dumps([str(error), asked[1:]]))
+    print(json.dumps([str(error), [entry for entry in gpu.asked if entry[0] != "empty"]]))
 """
-    # an error of a launch leaves torch's device as it was
-    between = [] if step == "plan" else [["empty", "cuda", 3, "float64", 13], ["device", 3], ["device back", 5]]
-    assert asked_for(code) == ["it is too hot", between]
+    before, after = AROUND
+    between = [] if step == "plan" else [*before, *after]
+    said, asked = asked_for(code)
+    assert (said, [entry for entry in asked if entry[0] != "plan"]) == ("it is too hot", between)
+
+
+@pytest.mark.parametrize("step", ["empty", "_C._cuda_exchangeDevice"])
+def test_an_error_of_torch_is_passed_on(step):
+    """No memory, no device: as torch says it, and the library launches nothing."""
+    code = f"""
+def fail(*arguments, **options):
+    raise MemoryError("there is no more")
+gpu.use_torch(gpu.use_cuda)
+*path, name = {step!r}.split(".")
+setattr(getattr(gpu.torch, *path) if path else gpu.torch, name, fail)
+try:
+    gpu.call()
+except MemoryError as error:
+    print(json.dumps([str(error), [entry[0] for entry in gpu.asked]]))
+"""
+    said, asked = asked_for(code)
+    assert said == "there is no more"
+    assert "execute" not in asked
+    assert asked.count("device") == asked.count("device back")

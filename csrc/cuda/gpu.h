@@ -17,13 +17,6 @@
 #define GPU_SHARED(type, name, count) __shared__ type name[count]
 #define GPU_UNROLL(count) FUSIONSUM_PRAGMA(unroll(count))
 
-template <class Kernel, class Parameters>
-cudaError_t gpu_launch(Kernel* kernel, dim3 grid, dim3 block, cudaStream_t stream, const Parameters& parameters) {
-  void* arguments[] = {const_cast<Parameters*>(&parameters)};
-  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, 0, stream);
-  cudaGetLastError();  // or the next to ask, torch, would be told of it again
-  return error;
-}
 #else
 #include "emulator.h"
 
@@ -33,6 +26,15 @@ cudaError_t gpu_launch(Kernel* kernel, dim3 grid, dim3 block, cudaStream_t strea
 
 #define FUSIONSUM_FUSES
 #define GPU_LOOP GPU_UNROLL(1)
+
+template <class Parameters>
+cudaError_t gpu_launch(void (*kernel)(Parameters), dim3 grid, dim3 block, cudaStream_t stream,
+                       const Parameters& parameters) {
+  void* arguments[] = {const_cast<Parameters*>(&parameters)};
+  const cudaError_t error = cudaLaunchKernel(kernel, grid, block, arguments, 0, stream);
+  cudaGetLastError();  // or the next to ask, torch, would be told of it again
+  return error;
+}
 
 namespace fusionsum {
 namespace cuda {

@@ -18,10 +18,42 @@ namespace {
 
 thread_local char message[512];
 
+// Errors that CUDA reports from one call after another once work on the device has failed: that is seldom ours.
+bool is_left_behind(cudaError_t error) {
+  switch (error) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorLaunchFailure:
+      return true;
+    default:
+      return false;
+  }
+}
+
 const char* failed(const char* what, cudaError_t error) {
-  std::snprintf(message, sizeof message, "%s: %s, %s", what, cudaGetErrorName(error), cudaGetErrorString(error));
+  std::snprintf(message, sizeof message, "%s: %s, %s%s", what, cudaGetErrorName(error), cudaGetErrorString(error),
+                is_left_behind(error) ? " (left behind by earlier work, unless CUDA_LAUNCH_BLOCKING is set)" : "");
   return message;
 }
+
+// Lets the first use of a kernel, whose code is loaded then, be in the midst of a capture: that is among the calls that
+// a capture forbids to its thread, or to all (torch's default), unless they say that they know what they do.
+class Relaxed {
+ public:
+  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Relaxed(const Relaxed&) = delete;
+  Relaxed& operator=(const Relaxed&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
 
 const char* unavailable() noexcept {
   int devices = 0;
@@ -33,12 +65,15 @@ const char* unavailable() noexcept {
   return devices ? nullptr : "CUDA finds no GPU";
 }
 
-// A device whose compute capability has no kernels says so here, once, not at the launch; and so does a context that an
-// earlier error has made useless.
+// A device whose compute capability has no kernels says so here, once, not at the launch.
 const char* check_device(int device) {
   int current = -1;
   cudaError_t error = cudaGetDevice(&current);
-  if (error == cudaSuccess && current != device) {
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return failed("the current device", error);
+  }
+  if (current != device) {
     std::snprintf(message, sizeof message, "device %d is current, and the arrays are on device %d", current, device);
     return message;
   }
@@ -46,12 +81,13 @@ const char* check_device(int device) {
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if (checked.load(std::memory_order_relaxed) & bit) return nullptr;
   cudaFuncAttributes attributes;
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&combine));
+  error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&combine));
   if (error == cudaSuccess) {
     checked.fetch_or(bit, std::memory_order_relaxed);
     return nullptr;
   }
   cudaGetLastError();
+  if (is_left_behind(error)) return failed("the device", error);
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
@@ -71,6 +107,7 @@ const char* plan(const Problem* problem, void* to, int64_t* workspace_bytes) noe
 
 const char* execute(const void* from, int device, void* stream, void* workspace) noexcept {
   const Plan& plan = *static_cast<const Plan*>(from);
+  const Relaxed relaxed;
   if (const char* error = check_device(device)) return error;
   const auto on = static_cast<cudaStream_t>(stream);
   for (int i = 0; i < plan.launches; ++i) {
@@ -91,6 +128,7 @@ const char* execute(const void* from, int device, void* stream, void* workspace)
 int64_t workspace_of(const Chunk* chunk) noexcept { return step_workspace(*chunk); }
 
 const char* step(const Chunk* chunk, int device, void* stream, void* workspace) noexcept {
+  const Relaxed relaxed;
   if (const char* error = check_device(device)) return error;
   cudaError_t error;
   const char* const kernel = launch_step(*chunk, static_cast<cudaStream_t>(stream), workspace, error);

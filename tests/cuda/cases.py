@@ -17,7 +17,7 @@ import numpy as np
 
 import device
 from conftest import DTYPES, MIXED, Case, Form, check_both, random, require_native
-from tests.cuda import emulation, ptx, sass
+from tests.cuda import emulation, interface, ptx, sass
 
 FORMS: dict[str, Callable[[int], Form]] = {
     "paired": lambda m: Form("n", ("Bn",) * m),  # forward: rows; backward: columns
@@ -25,6 +25,14 @@ FORMS: dict[str, Callable[[int], Form]] = {
     "vector": lambda m: Form("n1", ("BnO",) * m, dim=1),  # forward: columns
     "candidates": lambda m: Form("n", (*("B1n",) * (m - 1), "BKn")),  # sums of every kind in one pass
 }
+TWO_FACTORS = (  # what to compile where the whole library would take minutes; kernels first
+    pathlib.Path("cuda/sum/combine.cu"),
+    pathlib.Path("cuda/sum/kernel_any.cu"),
+    pathlib.Path(__file__).with_name("two_factors.cu"),
+    pathlib.Path("cuda/launch.cu"),
+    pathlib.Path("cuda/sum/plan.cpp"),
+    *(pathlib.Path("cuda/scores", name) for name in ("gamma.cu", "merge.cu", "select.cu", "statistics.cu", "steps.cu")),
+)
 ACTIVATED = ("tanh", "sigmoid", "relu", "silu", "gelu")
 
 
@@ -72,12 +80,79 @@ def sizes() -> Iterator[tuple[str, Case]]:
     yield "a sum over all units", Form("n", ("B1n", "BKn")).case(rng, "float32", B=3000, K=2, n=1023)
 
 
+def rounded_once() -> Iterator[tuple[str, Case, float]]:
+    """Yield sums that float32 would round to the middle between two numbers of the dtype, and what is right."""
+    for dtype, bits in (("bfloat16", 8), ("float16", 11)):
+        for n in (13, 5003):  # of one block, and of several
+            terms = np.zeros((3, n), dtype)  # rows that do not all start at a packet
+            terms[:, [0, 5, 9]] = 1, 2.0**-bits, 2.0**-24  # of three threads: exact in float64
+            yield f"{dtype} rounded once, n={n}", Case(None, [terms, np.ones_like(terms)]), 1 + 2.0 ** (1 - bits)
+
+
+def offsets() -> Iterator[tuple[str, Case]]:
+    """Yield small calls that are to be spread over memory: those of `cases` that ``two_factors.cu`` has kernels for."""
+    for label, case in cases([("float32", "float32")]):
+        packed = "n=16" in label
+        if not packed or (len(case.factors) == 2 and label.startswith(("paired", "per row"))):
+            yield label, case
+    for label, case in sizes():
+        if label in ("rows whose quotient is off by one", "five dims of rows"):
+            yield label, case
+    paired = FORMS["paired"](2)
+    yield "sums in several parts", paired.case(np.random.default_rng(0), "float32", B=300, n=20)
+
+
 def both(case: Case) -> list[np.ndarray]:
     """Run forward and backward; return the arrays that are not the case's: recorded runs point to them."""
     rng = np.random.default_rng(1)
     output = case.forward()
     grad_output = random(rng, case.output_shape, np.asarray(output).dtype.name)
     return [output, grad_output, *case.backward(grad_output)]
+
+
+def long_rows(library: emulation.Library) -> Iterator[tuple[str, bool]]:
+    """Run the last block alone of calls with more than 2^32 columns; yield by name whether they are right."""
+    n, terms = 2**32 + 2**23, np.arange(1.0, 1001, dtype=np.float32)
+    f, g = (interface.sparse(4 * 2 * n).view(np.float32).reshape(2, n) for _ in range(2))
+    f[:, -1000:], g[:, -1000:] = terms, 2
+    with library.running_last(1):
+        output = device.emulated(library.address).fusion_sum(None, (f[:1], g[:1]), None, None, "one", -1, False)
+        yield "columns beyond 2^32, summed", output == 2 * terms.sum()
+        u, gradient = np.array([3, 4], np.float32), interface.sparse(4 * n).view(np.float32)
+        problem = interface.Problem(2, 1, 4, wide=False, absent=1)
+        problem.size[:2] = 2, n
+        for operand, array, dims in zip(problem.operand, (u, gradient, f, g), (0b01, 0b10, 0b11, 0b11), strict=False):
+            operand.data, operand.dtype, operand.dims = array.ctypes.data, 1, dims
+            operand.stride[:2] = operand.grad_stride[:2] = (n if array.ndim == 2 else dims & 1, dims >> 1)
+        problem.operand[1].grad = gradient.ctypes.data
+        interface.run(interface.library_at(library.address), problem)
+        yield "columns beyond 2^32, each by itself", bool((gradient[-1000:] == 14 * terms).all())
+
+
+def particular(library: emulation.Library, chosen: Callable[[str], bool] = bool) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the calls of `sizes` and the like, by name: "wrong results", or an error."""
+
+    def checked(label: str, check: Callable[[], object]) -> Iterator[tuple[str, str]]:
+        try:
+            check()
+        except (AssertionError, RuntimeError) as error:
+            yield label, "wrong results" if isinstance(error, AssertionError) else str(error)
+
+    rng = np.random.default_rng(2)
+    for label, case in filter(lambda call: chosen(call[0]), sizes()):
+        yield from checked(label, lambda case=case: check_both(case, rng))  # type: ignore[misc]
+    for label, case, wanted in rounded_once():
+        if chosen(label) and (case.forward() != wanted).any():
+            yield label, "wrong results"
+    if chosen("columns beyond 2^32"):
+        yield from ((label, "wrong results") for label, right in long_rows(library) if not right)
+    spread = interface.publish(interface.spread(interface.library_at(library.address)))
+    native = device.emulated(spread)
+    try:
+        for label, case in filter(lambda call: chosen("spread"), offsets()):
+            yield from checked(f"spread over memory, {label}", lambda case=case: check_both(case, rng))  # type: ignore[misc]
+    finally:
+        native.use_cuda(library.address)
 
 
 @contextmanager

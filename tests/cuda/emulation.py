@@ -31,7 +31,19 @@ import pybind11
 from tests import compiled
 from tests.cuda.planted import Bug, plant
 
-__all__ = ["SCHEDULES", "STREAM", "VARIANTS", "Launch", "Library", "Run", "Span", "bindings", "build", "replay"]
+__all__ = [
+    "SCHEDULES",
+    "STREAM",
+    "VARIANTS",
+    "Launch",
+    "Library",
+    "Run",
+    "Span",
+    "bindings",
+    "build",
+    "build_bindings",
+    "replay",
+]
 
 _HERE = pathlib.Path(__file__).parent
 _SOURCES = _HERE.parent.parent / "csrc"
@@ -102,35 +114,49 @@ def build(
         )
 
 
-@functools.cache
-def bindings() -> Any:
+def build_bindings(bug: Bug | None = None, *, emulated: bool = False) -> pathlib.Path:
     """
-    Compile and import a native module whose arrays go to the library that its ``use_cuda`` was given.
+    Compile a native module without kernels of the CPU.
 
-    Its sources are those of csrc/bindings, but for the one that chooses who executes a problem.
+    Parameters
+    ----------
+    bug
+        Planted into the sources.
+    emulated
+        Arrays, which are the CPU's, go to the library that ``use_cuda`` was given. Without it, only those of a GPU do.
 
     Returns
     -------
-    module
-        One for the process; it has the functions of ``fusionsum._core``.
+    pathlib.Path
+        The module; its sources are those of csrc/bindings, but for the one that chooses who executes a problem.
 
     Raises
     ------
     RuntimeError
         If the compiler fails; its message is quoted.
     """
-    of_product = [path for path in sorted((_SOURCES / "bindings").glob("*.cpp")) if path.name != "execute.cpp"]
-    choices = [_SOURCES / "cpu" / name for name in ("dispatch.cpp", "parallel.cpp", "work.cpp", "scores/plan.cpp")]
-    headers = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
-    folder = _BUILD / "bindings"
-    flags = (*_FLAGS, "-O1", "-fvisibility=hidden", "-I", str(_HERE), "-I", str(_SOURCES), *headers)
+    folder = _BUILD / (bug.name if bug else "product") / ("bindings-emulated" if emulated else "bindings")
     with compiled.locked(folder):
-        path = compiled.link(
+        root = _SOURCES
+        if bug:
+            root = folder / "csrc"
+            plant(bug, _SOURCES, root)
+        sources = {path for path in (root / "bindings").glob("*.cpp") if not (emulated and path.name == "execute.cpp")}
+        names = ("dispatch.cpp", "parallel.cpp", "work.cpp", "scores/plan.cpp", "sum/plan.cpp")
+        ours = [_HERE / "no_kernels.cpp", *([_HERE / "execute_emulated.cpp"] if emulated else [])]
+        headers = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
+        flags = (*_FLAGS, "-O1", "-fvisibility=hidden", "-I", str(_HERE), "-I", str(root), *headers)
+        return compiled.link(
             folder / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}",
-            dict.fromkeys((*of_product, *choices, _HERE / "execute_emulated.cpp"), flags),
+            dict.fromkeys((*sorted(sources), *(root / "cpu" / name for name in names), *ours), flags),
             ("-shared", "-pthread"),
         )
-    spec = importlib.util.spec_from_file_location("tests.cuda._core", path)
+
+
+@functools.cache
+def bindings() -> Any:
+    """Compile and import a native module, one for the process, whose arrays go to an emulated library."""
+    spec = importlib.util.spec_from_file_location("tests.cuda._core", build_bindings(emulated=True))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -177,6 +203,7 @@ class _LaunchRecord(ctypes.Structure):
         ("parameters", ctypes.c_void_p),
         ("bytes", ctypes.c_int64),
         ("stream", ctypes.c_void_p),
+        ("shared", ctypes.c_int64),
         ("device", ctypes.c_int32),
     )
 
@@ -199,6 +226,7 @@ class Launch:
     block: tuple[int, int, int]
     parameters: bytes
     stream: int
+    shared: int  # bytes asked for at the launch
     device: int  # that was current
 
 
@@ -238,6 +266,7 @@ class Library:
         library.emulator_record.argtypes = [ctypes.c_bool]
         library.emulator_fail_after.argtypes = [ctypes.c_int64]
         library.emulator_set_device.argtypes = [ctypes.c_int]
+        library.emulator_run_last.argtypes = [ctypes.c_int64]
         library.emulator_runs.restype = ctypes.c_int64
         library.emulator_launches.argtypes = library.emulator_spans.argtypes = [
             ctypes.c_int64,
@@ -281,6 +310,20 @@ class Library:
         finally:
             self._library.emulator_set_device(0)
 
+    @contextlib.contextmanager
+    def running_last(self, blocks: int) -> Iterator[None]:
+        """Run the last blocks of each grid alone, or none: what is launched is checked and recorded all the same."""
+        self._library.emulator_run_last(blocks)
+        try:
+            yield
+        finally:
+            self._library.emulator_run_last(-1)
+
+    @property
+    def capture_mode(self) -> int:
+        """What this thread may do while a graph is captured: 0, unless a call has not put back what it found."""
+        return self._library.emulator_capture_mode()
+
     def reports(self) -> list[str]:
         """Take what the emulator reported since the last call."""
         return self._library.emulator_reports().decode().splitlines()
@@ -308,6 +351,7 @@ class Library:
                     tuple(l.block),
                     ctypes.string_at(l.parameters, l.bytes),
                     l.stream or 0,
+                    l.shared,
                     l.device,
                 )
                 for l in launches

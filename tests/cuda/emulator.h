@@ -84,42 +84,41 @@ void __stwb(T* pointer, T value, emulator::Site site = emulator::Site::here()) {
   __stcs(pointer, value, site);
 }
 
+// CUDA's own overload for a kernel by its type.
 template <class Parameters>
-cudaError_t gpu_launch(void (*kernel)(Parameters), dim3 grid, dim3 block, cudaStream_t stream,
-                       const Parameters& parameters) {
+cudaError_t cudaLaunchKernel(void (*kernel)(Parameters), dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t stream) {
   static_assert(std::is_trivially_copyable<Parameters>::value, "parameters are copied byte by byte");
   static_assert(sizeof(Parameters) <= emulator::kParameterLimit, "a launch takes 4 KB of parameters");
-  return emulator::run({reinterpret_cast<const void*>(kernel), grid, block, &parameters, sizeof parameters,
+  return emulator::run({reinterpret_cast<const void*>(kernel), grid, block, *arguments, sizeof(Parameters),
                         [](const emulator::Launch& launch) {
                           reinterpret_cast<void (*)(Parameters)>(launch.kernel)(
                               *static_cast<const Parameters*>(launch.parameters));
                         },
-                        stream});
+                        stream, shared});
 }
 
 inline const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
-    case cudaSuccess:
-      return "cudaSuccess";
-    case cudaErrorInvalidValue:
-      return "cudaErrorInvalidValue";
-    case cudaErrorInvalidConfiguration:
-      return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidDevice:
-      return "cudaErrorInvalidDevice";
-    case cudaErrorLaunchOutOfResources:
-      return "cudaErrorLaunchOutOfResources";
-    case cudaErrorLaunchFailure:
-      return "cudaErrorLaunchFailure";
+#define NAME(name, number, text) \
+  case name:                     \
+    return #name;
+    CUDA_ERRORS(NAME)
+#undef NAME
   }
   return "unrecognized error code";
 }
 // Of a failed launch, the emulator's report; valid until the next one fails.
 inline const char* cudaGetErrorString(cudaError_t error) {
-  if (error == cudaErrorLaunchFailure || error == cudaErrorInvalidConfiguration ||
-      error == cudaErrorLaunchOutOfResources)
-    return emulator::machine.failure.c_str();
-  return cudaGetErrorName(error);
+  if (error == emulator::machine.failed_with) return emulator::machine.failure.c_str();
+  switch (error) {
+#define TEXT(name, number, text) \
+  case name:                     \
+    return text;
+    CUDA_ERRORS(TEXT)
+#undef TEXT
+  }
+  return "unrecognized error code";
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
 
@@ -145,11 +144,27 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
   return emulator::of_device(device);
 }
+
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
+namespace emulator {
+inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, emulator::capture_mode);
+  return cudaSuccess;
+}
 struct cudaFuncAttributes {
   int maxThreadsPerBlock;
 };
+// It may load the kernel, which every stream's being captured would forbid: here one always is.
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   if (!kernel) return emulator::last_error = cudaErrorInvalidValue;
+  if (emulator::capture_mode != cudaStreamCaptureModeRelaxed)
+    return emulator::last_error = cudaErrorStreamCaptureUnsupported;
   attributes->maxThreadsPerBlock = emulator::kMostThreads;
   return cudaSuccess;
 }

@@ -173,7 +173,9 @@ namespace {
 struct Program {
   const char* name;
   void (*kernel)(const Probe);
-  unsigned blocks, threads;
+  dim3 blocks;
+  unsigned threads;
+  size_t dynamic = 0;  // bytes of shared memory that the launch asks for
 };
 #define PROGRAM(name, blocks) {#name, name, blocks, kThreads}
 constexpr Program kPrograms[] = {
@@ -194,6 +196,9 @@ constexpr Program kPrograms[] = {
     PROGRAM(much_shared, 1),
     PROGRAM(small, 0),
     {"large_block", small, 1, 2048},
+    {"long_second_dim", small, {1, 1 << 16}, kThreads},
+    {"much_dynamic", small, 1, kThreads, 100 << 10},
+    {"much_in_all", tree, 1, kThreads, 48 << 10},
     PROGRAM(missing_barrier, 1),
     PROGRAM(missing_syncwarp, 1),
     PROGRAM(missing_second_barrier, 1),
@@ -227,10 +232,12 @@ const char* execute(const void* plan, int, void* stream, void* workspace) noexce
           static_cast<int>(problem.size[0])};
   const bool two_stages = std::string(program.name) == "two_stages";
   if (two_stages) std::swap(p.out, p.partial);
-  cudaError_t error = gpu_launch(program.kernel, dim3(program.blocks), dim3(program.threads), stream, p);
+  void* arguments[] = {&p};
+  cudaError_t error =
+      cudaLaunchKernel(program.kernel, program.blocks, dim3(program.threads), arguments, program.dynamic, stream);
   if (error == cudaSuccess && two_stages) {
     error = gpu_launch(tree, dim3(1), dim3(kThreads), stream,
-                       Probe{p.out, p.partial, nullptr, static_cast<int>(program.blocks)});
+                       Probe{p.out, p.partial, nullptr, static_cast<int>(program.blocks.x)});
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -5,14 +5,9 @@
 #include <vector>
 
 #include "bindings/execute.h"
-#include "cpu/dispatch.h"
 #include "cuda/cuda.h"
 
 namespace fusionsum {
-
-namespace scalar {
-extern const Isa isa{"emulator", nullptr, nullptr, nullptr};  // the one that cpu/dispatch.cpp finds
-}
 
 namespace {
 const CudaLibrary* library = nullptr;

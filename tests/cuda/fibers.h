@@ -30,6 +30,8 @@
 #include <utility>
 #include <vector>
 
+#include "errors.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -56,13 +58,10 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-enum cudaError_t {  // CUDA's numbers
-  cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
-  cudaErrorInvalidConfiguration = 9,
-  cudaErrorInvalidDevice = 101,
-  cudaErrorLaunchOutOfResources = 701,
-  cudaErrorLaunchFailure = 719,
+enum cudaError_t {
+#define ENUMERATOR(name, number, text) name = number,
+  CUDA_ERRORS(ENUMERATOR)
+#undef ENUMERATOR
 };
 
 // ---- one launch -----------------------------------------------------------------------------------------------------
@@ -137,6 +136,7 @@ struct Launch {
   size_t bytes;
   void (*call)(const Launch&);
   void* stream;
+  size_t shared_bytes;  // of the array whose size the launch says
 };
 
 struct Schedule {
@@ -173,9 +173,11 @@ struct Machine {
   const char* complaint = nullptr;  // of `current`; the scheduler makes it a report
   Site complaint_site{};
   std::string failure;  // of the last launch that failed
+  cudaError_t failed_with = cudaSuccess;
   std::vector<std::string> reports;
   void (*observe)(const Launch&) = nullptr;  // the recorder's
   int64_t launches_to_failure = -1;          // how many still succeed before one fails; negative: all
+  uint64_t last_blocks = ~uint64_t{0};       // how many of each grid run, its last; the others are left out
   // The sanitizers' view of the scheduler.
   const void* scheduler_bottom = nullptr;
   size_t scheduler_size = 0;
@@ -491,7 +493,7 @@ inline cudaError_t failed(const std::string& what, cudaError_t error) {
                                                          std::free);
   machine.failure = what + ", kernel " + (name ? name.get() : mangled);
   machine.reports.push_back(machine.failure);
-  return last_error = error;
+  return machine.failed_with = last_error = error;
 }
 
 // Runs the block's threads to their ends; returns what went wrong, or nothing.
@@ -534,11 +536,13 @@ inline cudaError_t run(const Launch& launch) {
   const dim3 &grid = launch.grid, &size = launch.block;
   machine.launch = &launch;
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;
+  if (!launch.kernel) return failed("no such kernel", cudaErrorInvalidDeviceFunction);
   if (!threads || threads > kMostThreads || size.z > 64)
     return failed("a block of an impossible size", cudaErrorInvalidConfiguration);
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) {
     return failed("a grid of an impossible size", cudaErrorInvalidConfiguration);
   }
+  if (launch.shared_bytes > kSharedLimit) return failed("shared memory of an impossible size", cudaErrorInvalidValue);
   if (machine.launches_to_failure >= 0 && machine.launches_to_failure-- == 0) {
     return failed("a failure that was asked for", cudaErrorLaunchOutOfResources);
   }
@@ -547,7 +551,8 @@ inline cudaError_t run(const Launch& launch) {
   machine.random_state = (machine.schedule.seed + 1) * 0x9e3779b97f4a7c15;
   machine.complaint = nullptr;
   std::vector<unsigned> order = numbers(machine.threads);
-  std::vector<uint64_t> blocks = numbers(uint64_t{grid.x} * grid.y * grid.z);
+  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z, left_out = count - std::min(count, machine.last_blocks);
+  std::vector<uint64_t> blocks = numbers(count - left_out);
   arrange(blocks);
   std::string failure;
 #if defined(__SANITIZE_THREAD__)
@@ -557,10 +562,11 @@ inline cudaError_t run(const Launch& launch) {
   release(&machine.launch_begins);
   for (const uint64_t number : blocks) {
     const std::unique_ptr<Block> block(new Block{});
-    const uint64_t row = number / grid.x;
-    block->index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(row % grid.y),
+    const uint64_t place = left_out + number, row = place / grid.x;
+    block->index = {static_cast<unsigned>(place % grid.x), static_cast<unsigned>(row % grid.y),
                     static_cast<unsigned>(row / grid.y)};
     block->live = machine.threads;
+    block->shared_bytes = launch.shared_bytes;
     machine.block = block.get();
     for (unsigned rank = 0; rank < machine.threads; ++rank) prepare(machine.thread[rank], rank);
     failure = run_block(order);

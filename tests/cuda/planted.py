@@ -14,21 +14,22 @@ from dataclasses import dataclass
 __all__ = ["BUGS", "STAGES", "Bug", "plant", "table"]
 
 
-STAGES = ("plain", "address", "thread", "ptx", "sizes", "launches")
+STAGES = ("plain", "address", "thread", "ptx", "sizes", "launches", "nvcc", "bindings")
 
 
 @dataclass(frozen=True)
 class Bug:
-    """One replacement in one file; `stages` are those that catch it, each with a part of what it says then."""
+    """One replacement, or `also` others; `stages` are those that catch it, each with a part of what it says then."""
 
     name: str
     file: str  # relative to csrc
     old: str  # found exactly once
     new: str
     stages: tuple[tuple[str, str], ...]  # the first is the one to run where time is short
+    also: tuple[tuple[str, str, str], ...] = ()  # more of file, old and new
 
 
-_KERNEL, _PLAN, _LAUNCH = "cuda/sum/kernel.cuh", "cuda/sum/plan.cpp", "cuda/launch.cu"
+_KERNEL, _PLAN, _LAUNCH, _GPU = "cuda/sum/kernel.cuh", "cuda/sum/plan.cpp", "cuda/launch.cu", "cuda/gpu.h"
 BUGS = (
     Bug(
         "no barrier between the steps of strided_sum",
@@ -213,9 +214,139 @@ BUGS = (
     Bug(
         "whatever device is current",
         _LAUNCH,
-        "if (error == cudaSuccess && current != device) {",
-        "if (error == cudaSuccess && current < 0) {",
+        "if (current != device) {",
+        "if (current < 0) {",
         (("launches", "another device is told as success"),),
+    ),
+    Bug(
+        "32-bit offsets of gradients",
+        _KERNEL,
+        "at[k].grad += digit * o.grad_row[d];",
+        "at[k].grad = static_cast<int32_t>(at[k].grad + digit * o.grad_row[d]);",
+        (("sizes", "wrong results: spread over memory"),),
+    ),
+    Bug(
+        "32-bit offsets of sums in combine",
+        "cuda/sum/combine.cu",
+        "int64_t rest = entry, at = 0;",
+        "int64_t rest = entry;\n  int32_t at = 0;",
+        (("sizes", "wrong results: spread over memory"),),
+    ),
+    Bug(
+        "a 32-bit first column of a tile",
+        _KERNEL,
+        "const int64_t first_col = static_cast<int64_t>(t.tile) * p.packets_per_tile * W, cols_left",
+        "const int64_t first_col = t.tile * p.packets_per_tile * W, cols_left",
+        (("sizes", "wrong results: columns beyond 2^32, summed"),),
+    ),
+    Bug(
+        "32-bit columns of a thread",
+        _KERNEL,
+        "const int64_t col = (static_cast<int64_t>(t.tile) * t.lanes + t.lane) * W;",
+        "const int64_t col = (t.tile * t.lanes + t.lane) * W;",
+        (("sizes", "wrong results: columns beyond 2^32, each by itself"),),
+    ),
+    Bug(
+        "float64 rounded to bfloat16 by way of float32",
+        "dtype.h",
+        "narrow(double x, Bf16* to) { narrow(round_to_odd(x), to); }",
+        "narrow(double x, Bf16* to) { narrow(static_cast<float>(x), to); }",
+        (("sizes", "wrong results: bfloat16 rounded once, n=13"),),
+    ),
+    Bug(
+        "100 KiB of dynamic shared memory",
+        _GPU,
+        "arguments, 0, stream);",
+        "arguments, 100 << 10, stream);",
+        (("nvcc", "more shared memory than 48 KiB"), ("launches", "shared memory of an impossible size")),
+    ),
+    Bug(
+        "a grid along its second dim",
+        _LAUNCH,
+        "grid(static_cast<unsigned>(launch.blocks)), block",
+        "grid(1, static_cast<unsigned>(launch.blocks)), block",
+        (("launches", "a grid of an impossible size"), ("nvcc", "a grid of an impossible size")),
+        also=(
+            (
+                _KERNEL,
+                """    tile = static_cast<int>(blockIdx.x) / p.parts;
+    part = static_cast<int>(blockIdx.x) - tile""",
+                """    tile = static_cast<int>(blockIdx.y) / p.parts;
+    part = static_cast<int>(blockIdx.y) - tile""",
+            ),
+        ),
+    ),
+    # Ours, in what the launches ask of the runtime.
+    Bug(
+        "the first use is not let into a capture",
+        _LAUNCH,
+        "(from);\n  const Relaxed relaxed;\n",
+        "(from);\n",
+        (("nvcc", "cudaErrorStreamCaptureUnsupported"), ("launches", "cudaErrorStreamCaptureUnsupported")),
+    ),
+    Bug(
+        "the mode of capture is not put back",
+        _LAUNCH,
+        "  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }\n",
+        "",
+        (("nvcc", "the mode of capture"), ("launches", "the mode of capture is left at 2")),
+    ),
+    Bug(
+        "an error that was told stays the last",
+        _GPU,
+        "  cudaGetLastError();  // or the next to ask, torch, would be told of it again\n",
+        "",
+        (("nvcc", "the mode of capture and the last error are"),),
+    ),
+    Bug(
+        "errors of earlier work are taken for those of the device",
+        _LAUNCH,
+        '  if (is_left_behind(error)) return failed("the device", error);\n',
+        "",
+        (("nvcc", "error 700 of call 1, "),),
+    ),
+    Bug(
+        "the first launch goes on after an error",
+        _LAUNCH,
+        '    if (error != cudaSuccess) return failed(launch.by_columns ? "kernel columns" : "kernel rows", error);\n',
+        "    static_cast<void>(error);\n",
+        (("launches", "is told as success"), ("nvcc", "is told as success")),
+    ),
+    # In the bindings: kernels and launches are as they should be.
+    Bug(
+        "the stream of torch is not asked for",
+        "bindings/execute.cpp",
+        "current_stream(device), workspace",
+        "nullptr, workspace",
+        (("bindings", "test_forward"),),
+    ),
+    Bug(
+        "empty sums are left as they are",
+        "bindings/parse.cpp",
+        "    clear(array, home.device, dtype, ndim, shape, to.grad);\n",
+        "",
+        (("bindings", "test_empty_sums_are_zero"),),
+    ),
+    Bug(
+        "the device of the arrays is not made current",
+        "bindings/execute.cpp",
+        "  const OnDevice guard(device);\n",
+        "",
+        (("bindings", "test_forward"),),
+    ),
+    Bug(
+        "outputs on the first device",
+        "bindings/torch.cpp",
+        'module.attr("device")("cuda", device.id)',
+        'module.attr("device")("cuda", 0)',
+        (("bindings", "test_forward"),),
+    ),
+    Bug(
+        "the device of a mask is not looked at",
+        "bindings/parse.cpp",
+        " || !(mask.device == home.device)",
+        "",
+        (("bindings", "test_tensors_on_different_devices"),),
     ),
 )
 
@@ -236,14 +367,15 @@ def plant(bug: Bug, sources: pathlib.Path, copy: pathlib.Path) -> None:
     Raises
     ------
     ValueError
-        If the file does not contain the old text exactly once.
+        If a file does not contain its old text exactly once.
     """
-    text = (sources / bug.file).read_text()
-    if (found := text.count(bug.old)) != 1:
-        raise ValueError(f"planted bug {bug.name!r}: {bug.file} contains its old text {found} times, expected once")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(sources, copy)
-    (copy / bug.file).write_text(text.replace(bug.old, bug.new))
+    for file, old, new in ((bug.file, bug.old, bug.new), *bug.also):
+        text = (copy / file).read_text()
+        if (found := text.count(old)) != 1:
+            raise ValueError(f"planted bug {bug.name!r}: {file} contains its old text {found} times, expected once")
+        (copy / file).write_text(text.replace(old, new))
 
 
 def table() -> str:

@@ -27,6 +27,7 @@ struct LaunchRecord {
   const void* parameters;
   int64_t bytes;
   const void* stream;
+  int64_t shared_bytes;
   int32_t device;
 };
 
@@ -56,6 +57,7 @@ void observe(const Launch& launch) {
                           run.parameters.back().data(),
                           static_cast<int64_t>(launch.bytes),
                           launch.stream,
+                          static_cast<int64_t>(launch.shared_bytes),
                           current_device});
 }
 
@@ -140,6 +142,15 @@ void emulator_fail_after(int64_t launches) {
   const std::lock_guard<std::mutex> lock(machine.mutex);
   machine.launches_to_failure = launches;
 }
+
+// How many blocks of each grid run from now on, the last of it; negative: all.
+void emulator_run_last(int64_t blocks) {
+  const std::lock_guard<std::mutex> lock(machine.mutex);
+  machine.last_blocks = static_cast<uint64_t>(blocks);
+}
+
+// What a capture of a graph would let this thread do: 0 as long as nobody has asked for more.
+int emulator_capture_mode() { return emulator::capture_mode; }
 
 // The reports since the last call, one a line.
 const char* emulator_reports() {

@@ -44,6 +44,9 @@ MISUSE = {
     "much_shared": "more shared memory than 48 KiB",
     "small": "a grid of an impossible size",
     "large_block": "a block of an impossible size",
+    "long_second_dim": "a grid of an impossible size",
+    "much_dynamic": "shared memory of an impossible size",
+    "much_in_all": "more shared memory than 48 KiB",
 }
 # Silent under one schedule, visible under another: what is right, and under which schedules it must not come out.
 VISIBLE = {

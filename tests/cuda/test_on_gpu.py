@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import device
 import fusionsum as fs
 from bench.gpu import captured
-from conftest import DTYPES, FORMS, MIXED, TABLE, check_backward, check_both, check_forward, missing, random
+from conftest import DTYPES, FORMS, MIXED, TABLE, check_backward, check_both, check_forward, missing, random, run_python
 from eager import MASKS, fused, to_torch
 from fusionsum import api, backend, reference
 from tests.cuda import cases
@@ -66,6 +67,11 @@ def masked(form, rng, **sizes):
     return FORMS[form].case(rng, "float32", activations="tanh", **sizes).masked(rng, "rows", "one")
 
 
+def leave_dirt():
+    """Free memory of every size that holds NaN: the next to allocate gets it."""
+    _ = [torch.full((2**size,), torch.nan, device="cuda") for size in range(6, 23)]
+
+
 def same_bits(some, others):
     return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(some, others, strict=True))
 
@@ -106,6 +112,7 @@ def test_products_of_matrices(form, rng):
 @pytest.mark.parametrize("sizes", [{"n": 0}, {"B": 0}, {"n": 0, "B": 0}], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_empty_sums(form, sizes, rng):
+    leave_dirt()
     check(FORMS[form].case(rng, "float32", **sizes), rng)
 
 
@@ -117,9 +124,7 @@ def test_the_same_bits_in_100_runs(form, rng):
     first = both(function, operands, u)
     assert all(x.isfinite().all() for x in first)
     for _ in range(99):
-        # Freed at once, in every size: workspace that is read before it is written finds NaN.
-        _ = [torch.full((2**size,), torch.nan, device="cuda") for size in range(6, 23)]
-        del _
+        leave_dirt()  # which workspace that is read before it is written would find
         assert same_bits(both(function, operands, u), first)
 
 
@@ -165,6 +170,59 @@ def test_the_callers_stream_is_used_and_not_waited_for(rng):
     assert waiting
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_an_output_that_another_stream_reads(recorded):
+    """By record_stream torch keeps its memory until that stream has passed; without it, the next to allocate gets it."""
+    f, g = (torch.randn(2**18, 4, device="cuda") for _ in range(2))
+    wanted = fs.fusion_sum(None, f, g)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # so that there is little else to give out
+    output, stream = fs.fusion_sum(None, f, g), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(ONE_SECOND)
+        read = output.clone()
+    if recorded:
+        output.record_stream(stream)
+    place = output.data_ptr()
+    del output
+    others = [torch.full_like(wanted, torch.nan) for _ in range(32)]
+    assert not stream.query()
+    assert (place in {x.data_ptr() for x in others}) == (not recorded)
+    torch.cuda.synchronize()
+    assert same_bits([read], [wanted]) == recorded
+
+
+def test_backward_runs_on_the_stream_of_forward(rng):
+    """Autograd goes back to it: the gradient that arrives there is NaN until that stream has slept a second."""
+    case, stream = masked("paired", rng, **LARGE), torch.cuda.Stream()
+    operands, function = sent(case)
+    u = torch.randn(case.output_shape, device="cuda")
+    wanted = both(function, operands, u)
+    for cycles in (1, ONE_SECOND):  # the first time kernels are loaded and memory is allocated, which may wait
+
+        def late(gradient, cycles=cycles):
+            arriving = torch.full_like(gradient, torch.nan)
+            torch.cuda._sleep(cycles)
+            return arriving.copy_(gradient)
+
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            output = function(*operands)
+        output.register_hook(late)
+        torch.cuda.current_stream().wait_stream(stream)
+        grads = torch.autograd.grad(output, operands, u)
+        waiting = not stream.query()
+        assert same_bits([output.detach(), *grads], wanted)
+    assert waiting
+
+
+def test_an_output_can_be_resized():
+    output = fs.fusion_sum(None, *(torch.ones(5, 3, device="cuda") for _ in range(2)))
+    assert output.untyped_storage().resizable()
+    assert output.resize_(5000)[:5].tolist() == [3] * 5
+
+
 @pytest.mark.parametrize("current", [0, 1])
 def test_the_device_of_the_operands_is_used(current, rng):
     if torch.cuda.device_count() < 2:
@@ -195,6 +253,50 @@ def test_a_cuda_graph_of_forward_and_backward(form, rng):
         assert same_bits(found, wanted)
 
 
+@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
+def test_the_first_use_is_in_a_capture(mode):
+    """In a process of its own: the library and its kernels are loaded meanwhile, the kernels of sums in parts too."""
+    code = f"""
+import torch
+import fusionsum as fs
+f, g, u = (torch.randn(shape, device="cuda") for shape in ((3000, 40), (3000, 40), 3000))
+w = torch.ones(40, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph, capture_error_mode={mode!r}):
+    output = fs.fusion_sum(w, f, g)
+    grads = fs.fusion_sum_grad(u, w, f, g)
+graph.replay()
+torch.cuda.synchronize()
+for found, wanted in zip((output, *grads), ((f * g).sum(1), u @ (f * g), u[:, None] * g, u[:, None] * f)):
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+print("right")
+"""
+    assert run_python(code) == "right\n"
+
+
+def test_compile_with_cuda_graphs(rng):
+    """Of mode="reduce-overhead", whose trees keep the outputs' memory: none may be skipped."""
+    case = masked("paired", rng)
+    operands, function = sent(case)
+    u = torch.randn(case.output_shape, device="cuda")
+
+    def surrounded(*x):
+        return function(*(z.sin() for z in x)).exp()
+
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(surrounded, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):  # one to warm up, one to record, and replays
+        with torch.no_grad():
+            for x in (*operands, u):
+                x.normal_()
+        torch.compiler.cudagraph_mark_step_begin()
+        found = [x.clone() for x in both(compiled, operands, u)]
+        for got, want in zip(found, both(surrounded, operands, u), strict=True):
+            torch.testing.assert_close(got, want)
+    assert not counters["inductor"]["cudagraph_skips"]
+
+
 @pytest.mark.parametrize("form", TABLE)
 def test_compile(form, rng):
     case = masked(form, rng)
@@ -213,6 +315,26 @@ def test_compile(form, rng):
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 NAMES = ("fusion_weights", "factors[0]", "factors[1]")
+
+
+def test_an_error_from_before_is_told_as_such():
+    """A kernel of torch has failed: no later call can do anything on the GPU, and ours says so. In a process of its own."""
+    code = """
+import torch
+import fusionsum as fs
+f, g = (torch.randn(300, 40, device="cuda") for _ in range(2))
+fs.fusion_sum(None, f, g)  # whose memory is free for the next: torch, too, would tell of the error, if it asked for more
+torch._assert_async(torch.zeros(1, device="cuda"))
+try:
+    torch.cuda.synchronize()
+except RuntimeError:
+    pass
+try:
+    fs.fusion_sum(None, f, g)
+except RuntimeError as error:
+    print(error)
+"""
+    assert "cudaErrorAssert, device-side assert triggered (left behind by earlier work" in run_python(code)
 
 
 @pytest.mark.parametrize("records", [False, True])

@@ -1,6 +1,6 @@
 """Planted bugs must be caught, and the sources without them must pass: the same stages, the same calls.
 
-Each bug goes through the first stage that its row names; with FUSIONSUM_ALL_PLANTED=1 through all four, which must
+Each bug goes through the first stage that its row names; with FUSIONSUM_ALL_PLANTED=1 through all, which must
 catch it where the row says so and nowhere else. What lives elsewhere: the bugs and the table in the docs
 (``planted.py``), the kernels they are planted into (``two_factors.cu``), the stages (``emulation.py``, ``cases.py``).
 """
@@ -18,15 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from conftest import Case, Form, check_both, run_python
-from tests.cuda import cases, emulation, planted, ptx, sass, test_launches
+from conftest import TESTS, Case, Form, check_both, run_python
+from tests.cuda import cases, emulation, planted, ptx, runtime, sass, test_launches
 
-KERNELS = (
-    pathlib.Path("cuda/sum/combine.cu"),
-    pathlib.Path("cuda/sum/kernel_any.cu"),
-    pathlib.Path(__file__).with_name("two_factors.cu"),
-)
-SOURCES = (*KERNELS, pathlib.Path("cuda/launch.cu"), pathlib.Path("cuda/sum/plan.cpp"))
 # What a sanitizer says in a line. Of ThreadSanitizer only races in kernels: it stumbles over memory too, depending on
 # what lies beside an array, and takes what is freed after a failed launch for a race with threads that did not end.
 SUMMARY = {
@@ -54,6 +48,7 @@ def calls() -> Iterator[tuple[str, Case]]:
     yield "tiles of rows", paired.case(rng, "float32", B=2, n=8200)
     yield "tiles of rows, not packed", rows.case(rng, "float32", B=1, n=2051)
     yield "tiles of columns, split runs", vector.case(rng, "float32", B=2, n=19, O=261)
+    yield from ((label, case) for label, case, _ in cases.rounded_once() if case.shape[-1] == 13)
     yield "rows that do not start at a packet", paired.case(rng, "float32", B=5, n=20).mapped(lambda z: z[..., 1:17])
 
 
@@ -72,22 +67,21 @@ def by_emulation(library: str) -> None:
 
 
 def by_sizes(library: str, evidence: str) -> None:
-    """Print which calls of particular sizes have wrong results: of the one that the evidence names, or of all."""
-    with cases.emulated(pathlib.Path(library)):
-        for label, case in cases.sizes():
-            if label not in (evidence or label):
-                continue
-            try:
-                check_both(case, np.random.default_rng(2))
-            except (AssertionError, RuntimeError) as error:
-                print(
-                    f"wrong results: {label}" if isinstance(error, AssertionError) else f"{error}: {label}", flush=True
-                )
+    """Print which particular calls have wrong results: of the one that the evidence names, or of all."""
+    with cases.emulated(pathlib.Path(library)) as emulated:
+        for label, said in cases.particular(emulated, lambda label: label in (evidence or label)):
+            print(f"{said}: {label}", flush=True)
 
 
 def by_launches(library: str) -> None:
     """Print what is wrong with the launches."""
     for complaint in test_launches.complaints(pathlib.Path(library)):
+        print(complaint, flush=True)
+
+
+def by_nvcc(built: str, library: str) -> None:
+    """Print what is wrong with the launches of nvcc's code."""
+    for complaint in test_launches.complaints_of_nvcc(pathlib.Path(built), pathlib.Path(library)):
         print(complaint, flush=True)
 
 
@@ -102,7 +96,7 @@ def by_interpreter(library: str, right: str, csrc: str, folder: str) -> None:
         return ptx.parse(to.read_text())
 
     with ThreadPoolExecutor(2) as pool:
-        parsed = list(pool.map(compiled, KERNELS))
+        parsed = list(pool.map(compiled, cases.TWO_FACTORS[:3]))
     for label, case in calls():
         with cases.emulated(pathlib.Path(right)):
             expected = cases.both(case)
@@ -131,7 +125,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> list[pathlib.Path]:
 
 
 def build(variant: str, bug: planted.Bug | None) -> pathlib.Path:
-    return emulation.build(variant, bug, name="two_factors", sources=SOURCES)
+    return emulation.build(variant, bug, name="two_factors", sources=cases.TWO_FACTORS)
 
 
 def isolated(function: str, *arguments: object) -> list[str]:
@@ -150,6 +144,13 @@ def complaints(stage: str, bug: planted.Bug | None, request: pytest.FixtureReque
         found = dict(bug.stages).get(stage, "") if bug else ""
         evidence = [found if ": " in found else ""] if stage == "sizes" else []
         return isolated(emulated[stage], str(build("plain", bug)), *evidence)
+    if stage == "nvcc":
+        return isolated("by_nvcc", str(runtime.build(cases.TWO_FACTORS, bug)), str(build("plain", bug)))
+    if stage == "bindings":
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_bindings.py")]
+        environment = os.environ | {"FUSIONSUM_TEST_CORE": str(emulation.build_bindings(bug))}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if stage == "ptx":
         sass.require_tool("nvcc")
         right = build("plain", None)
