@@ -28,7 +28,7 @@ import device
 if backend.native is not None:
     backend.native = api.native = device.placed(backend.native)
 if device.DEVICE == "emulated":
-    device.pretend(backend.native)
+    device.pretending(backend.native).__enter__()  # for all of the process
 
 TESTS = pathlib.Path(__file__).parent
 PACKAGE = pathlib.Path(fs.__file__).parent

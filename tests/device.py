@@ -162,14 +162,24 @@ def _multiply(a: Any, b: Any, to: Any, *, add: bool = False) -> None:
     to.copy_(to + found if add else found)
 
 
-def pretend(native: Any) -> None:
+@contextlib.contextmanager
+def pretending(native: Any) -> Iterator[None]:
     """Let scores of tensors go where those on a GPU do, by the steps of this module."""
     torch, chunks = importlib.import_module("torch"), importlib.import_module("fusionsum.chunks")
     native.use_torch(torch, None, None, None)
-    chunks.native, chunks.load_cuda, chunks._multiply = native, lambda: "", _multiply
-    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "fusionsum"]:
-        if hasattr(module, "on_gpu"):
-            module.on_gpu = lambda x: isinstance(x, torch.Tensor)
+    package = [module for name, module in sys.modules.items() if name.partition(".")[0] == "fusionsum"]
+    places = [
+        (module, "on_gpu", lambda x: isinstance(x, torch.Tensor)) for module in package if hasattr(module, "on_gpu")
+    ]
+    places += [(chunks, "native", native), (chunks, "load_cuda", lambda: ""), (chunks, "_multiply", _multiply)]
+    before = [getattr(module, name) for module, name, _ in places]
+    for module, name, value in places:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(places, before, strict=True):
+            setattr(module, name, value)
 
 
 @contextlib.contextmanager

@@ -4,21 +4,26 @@
 // reads them; both are of one build, so the problem is stored as it lies in memory, its pointers too: they tell the
 // alignment.
 #pragma once
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <fstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "cuda/scores/chunk.h"
 #include "space.h"
 
 namespace emulator {
 
+using fusionsum::Chunk;
 using fusionsum::Operand;
 using fusionsum::Problem;
+using fusionsum::Step;
 
-enum class Role : int32_t { data, mask, grad, workspace };
+enum class Role : int32_t { data, mask, grad, workspace, state };  // state: what a step adds to
 
 // Bytes that a run may read or, for gradients and workspace, write. emulation.py mirrors this struct.
 struct Span {
@@ -26,6 +31,7 @@ struct Span {
   Role role;
   char* begin;
   int64_t bytes;
+  const void *before, *after;  // of a step's array: copies of what was there, and of what is
 };
 
 // One array of a problem: a mask may vary along dims that its operand does not have.
@@ -58,7 +64,7 @@ struct Array {
       const int64_t reach = (p.size[d] - 1) * stride[d] * item;
       (reach < 0 ? low : high) += reach;
     }
-    return {operand, role, static_cast<char*>(pointer(p)) + low, high - low};
+    return {operand, role, static_cast<char*>(pointer(p)) + low, high - low, nullptr, nullptr};
   }
 
   // Calls use(offset in bytes from the pointer) for each entry.
@@ -83,7 +89,77 @@ inline std::vector<Array> arrays_of(const Problem& p) {
   return arrays;
 }
 
+// The arrays of a step of scores. Where Gamma takes the products' place, they are one array of two pointers.
+struct StepArray {
+  Role role;                     // data or state
+  std::vector<size_t> pointers;  // where in the chunk they lie
+  int64_t bytes;
+
+  char* begin(const Chunk& c) const {
+    char* to;
+    std::memcpy(&to, reinterpret_cast<const char*>(&c) + pointers[0], sizeof to);
+    return to;
+  }
+  void point_to(Chunk& c, char* to) const {
+    for (size_t at : pointers) std::memcpy(reinterpret_cast<char*>(&c) + at, &to, sizeof to);
+  }
+};
+
+inline std::vector<StepArray> arrays_of(const Chunk& c) {
+  std::vector<StepArray> arrays;
+  const auto put = [&](Role role, const void* pointer, size_t at, int64_t entries, int64_t item) {
+    if (pointer && entries) arrays.push_back({role, {at}, entries * item});
+  };
+#define PUT(role, field, entries, item) put(Role::role, c.field, offsetof(Chunk, field), entries, item)
+  const auto reach = [](int64_t rows, int64_t row, int64_t cols, int64_t col) {
+    return rows && cols ? (rows - 1) * row + (cols - 1) * col + 1 : 0;
+  };
+  const int64_t item = fusionsum::item_size(c.dtype), long_item = 8;
+  const int64_t of_row = c.step == Step::pair_sums ? 4 : c.step == Step::sigmoid ? 1 : 2;
+  const bool in_place = c.gamma == c.products;
+  const int64_t matrix = reach(c.rows, c.stride, c.cols, 1);
+  put(in_place || c.step == Step::leave_out ? Role::state : Role::data, c.products, offsetof(Chunk, products), matrix,
+      item);
+  if (in_place && !arrays.empty()) arrays.back().pointers.push_back(offsetof(Chunk, gamma));
+  if (!in_place) PUT(state, gamma, matrix, fusionsum::item_size(c.gamma_dtype));
+  PUT(data, scale_at, 1, long_item);
+  PUT(data, bias_at, 1, long_item);
+  PUT(data, key_bias, reach(1, 0, c.all_cols, c.key_bias_stride), fusionsum::item_size(c.key_bias_dtype));
+  PUT(data, query_labels, c.all_rows, long_item);
+  PUT(data, key_labels, c.all_cols, long_item);
+  PUT(data, query_ids, c.all_rows, long_item);
+  PUT(data, key_ids, c.all_cols, long_item);
+  PUT(data, exclude, reach(c.all_rows, c.exclude_row, c.all_cols, c.exclude_col), 1);
+  PUT(data, places, c.places_count, long_item);
+  PUT(state, of_rows, of_row * c.all_rows, long_item);
+  PUT(state, of_cols, (c.step == Step::softmax_gamma ? 1 : of_row) * c.all_cols, long_item);
+  PUT(state, of_all, 2, long_item);
+  PUT(state, diagonal, c.all_rows, long_item);
+  PUT(data, row_coefs, (c.step == Step::sigmoid ? 1 : fusionsum::kSoftmaxCoefs) * c.all_rows, long_item);
+  PUT(data, col_coefs, fusionsum::kSoftmaxCoefs * c.all_cols, long_item);
+  PUT(state, best, c.all_rows * c.k, 2 * item);
+  PUT(state, values, c.all_rows * c.k, item);
+  PUT(state, indices, c.all_rows * c.k, long_item);
+  PUT(data, target_scores, c.all_rows, item);
+  PUT(data, targets, c.all_rows, long_item);
+#undef PUT
+  return arrays;
+}
+
 using Bytes = std::vector<char>;
+
+// A step as a file: the chunk as it lies in memory, and the bytes of its arrays before and after.
+struct StepCase {
+  Chunk chunk;
+  std::vector<Bytes> before, after;
+
+  static std::vector<Bytes> images(const Chunk& chunk) {
+    std::vector<Bytes> all;
+    for (const StepArray& array : arrays_of(chunk))
+      all.emplace_back(array.begin(chunk), array.begin(chunk) + array.bytes);
+    return all;
+  }
+};
 
 struct Case {
   Problem problem;
@@ -100,7 +176,7 @@ struct Case {
   }
 };
 
-constexpr char kCaseMagic[] = "fusionsum case 1";
+constexpr char kCaseMagic[] = "fusionsum case 1", kStepMagic[] = "fusionsum step 1";
 
 inline void write_case(const std::string& path, const Case& c) {
   std::ofstream file(path, std::ios::binary);
@@ -108,6 +184,36 @@ inline void write_case(const std::string& path, const Case& c) {
   for (const auto* images : {&c.before, &c.after})
     for (const Bytes& image : *images) file.write(image.data(), static_cast<std::streamsize>(image.size()));
   if (!file.flush()) throw std::runtime_error("cannot write " + path);
+}
+
+inline void write_case(const std::string& path, const StepCase& c) {
+  std::ofstream file(path, std::ios::binary);
+  file.write(kStepMagic, sizeof kStepMagic).write(reinterpret_cast<const char*>(&c.chunk), sizeof c.chunk);
+  for (const auto* images : {&c.before, &c.after})
+    for (const Bytes& image : *images) file.write(image.data(), static_cast<std::streamsize>(image.size()));
+  if (!file.flush()) throw std::runtime_error("cannot write " + path);
+}
+
+inline bool is_step(const std::string& path) {
+  char magic[sizeof kStepMagic] = {};
+  std::ifstream(path, std::ios::binary).read(magic, sizeof magic);
+  return std::string(magic) == kStepMagic;
+}
+
+inline StepCase read_step(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  file.ignore(sizeof kStepMagic);
+  StepCase c;
+  file.read(reinterpret_cast<char*>(&c.chunk), sizeof c.chunk);
+  for (auto* images : {&c.before, &c.after}) {
+    for (const StepArray& array : arrays_of(c.chunk)) {
+      images->emplace_back(array.bytes);
+      file.read(images->back().data(), array.bytes);
+    }
+  }
+  if (!file || file.peek() != std::ifstream::traits_type::eof())
+    throw std::runtime_error(path + " has not the length it should");
+  return c;
 }
 
 inline Case read_case(const std::string& path) {

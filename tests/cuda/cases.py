@@ -188,12 +188,15 @@ def replayed(
     Memory is what it was: outputs and workspace uninitialised, all else read-only.
     """
     segments: list[ptx.Segment] = []
+    copies = {span.begin: (span.before, span.after) for span in run.spans if span.before and span.after}
     for begin, end, role in merged(run.spans):
-        data = np.frombuffer(ctypes.string_at(begin, end - begin), np.uint8).copy()
         written = role in ("grad", "workspace")
         if written:
-            data[...] = 0xA5
-        segments.append(ptx.Segment(begin, data, written, not written, role))
+            data = np.full(end - begin, 0xA5, np.uint8)
+        else:
+            before, _ = copies.get(begin) or (ctypes.string_at(begin, end - begin), None)
+            data = np.frombuffer(before, np.uint8).copy()
+        segments.append(ptx.Segment(begin, data, written or role == "state", not written, role))
     reports = []
     for launch in run.launches:
         module = next(m for m in parsed if launch.kernel in m.entries)
@@ -201,8 +204,11 @@ def replayed(
         reports.append(ptx.launch(module, *given, schedule=schedule))
     different = []
     for segment in segments:
-        now = np.frombuffer(ctypes.string_at(segment.address, segment.data.size), np.uint8)
-        if segment.name == "grad" and (now != segment.data).any():
+        if segment.name not in ("grad", "state"):
+            continue
+        _, after = copies.get(segment.address) or (None, ctypes.string_at(segment.address, segment.data.size))
+        now = np.frombuffer(after, np.uint8)
+        if (now != segment.data).any():
             different.append(f"{(now != segment.data).sum()} bytes of {segment.data.size} at {segment.address:#x}")
     return reports, different
 

@@ -32,6 +32,28 @@ struct Block {
   ~Block() { std::free(base); }
 };
 
+// The same of a step of scores, all of whose arrays may be read.
+std::string replay(const StepCase& c) {
+  Chunk chunk = c.chunk;
+  const std::vector<StepArray> arrays = arrays_of(c.chunk);
+  std::vector<std::unique_ptr<Block>> blocks;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    blocks.emplace_back(
+        new Block(c.before[i].size(), reinterpret_cast<uintptr_t>(arrays[i].begin(c.chunk)) % kAlignment));
+    std::copy(c.before[i].begin(), c.before[i].end(), blocks[i]->begin);
+    arrays[i].point_to(chunk, blocks[i]->begin);
+  }
+  const fusionsum::CudaLibrary& library = *fusionsum_cuda();
+  const auto bytes = static_cast<size_t>(library.step_workspace(&chunk));
+  Block workspace(bytes, 0);
+  std::memset(workspace.begin, 0xff, bytes);
+  if (const char* error = library.step(&chunk, 0, nullptr, workspace.begin)) return error;
+  for (size_t i = 0; i < arrays.size(); ++i)
+    if (std::memcmp(blocks[i]->begin, c.after[i].data(), c.after[i].size()))
+      return "array " + std::to_string(i) + " of the step differs";
+  return "";
+}
+
 // What went wrong, or nothing.
 std::string replay(const Case& c) {
   Problem problem = c.problem;
@@ -88,12 +110,14 @@ int main(int count, char** arguments) {
   }
   bool all_well = !paths.empty();
   for (const std::string& path : paths) {
-    const emulator::Case c = emulator::read_case(path);
+    const bool is_step = emulator::is_step(path);
+    const emulator::StepCase step = is_step ? emulator::read_step(path) : emulator::StepCase{};
+    const emulator::Case c = is_step ? emulator::Case{} : emulator::read_case(path);
     for (const std::string& schedule : schedules) {
       if (!emulator::machine.schedule.parse(schedule)) throw std::invalid_argument(schedule + " is not a schedule");
       std::printf("%s %s ", path.c_str(), schedule.c_str());
       std::fflush(stdout);  // a sanitizer may end the program
-      const std::string error = emulator::replay(c);
+      const std::string error = is_step ? emulator::replay(step) : emulator::replay(c);
       std::printf("%s\n", error.empty() ? "ok" : error.c_str());
       all_well = all_well && error.empty();
     }

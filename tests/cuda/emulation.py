@@ -49,7 +49,7 @@ _HERE = pathlib.Path(__file__).parent
 _SOURCES = _HERE.parent.parent / "csrc"
 _BUILD = _HERE.parent.parent / "build" / "cuda-emulation"
 STREAM = 0x57  # where calls of `bindings` go
-_ROLES = ("data", "mask", "grad", "workspace")
+_ROLES = ("data", "mask", "grad", "workspace", "state")
 SCHEDULES = ("forward", "reverse", "random:1")
 
 # Contracted products would differ between variants; unique symbols would be shared between libraries in one process.
@@ -214,6 +214,8 @@ class _SpanRecord(ctypes.Structure):
         ("role", ctypes.c_int32),
         ("begin", ctypes.c_void_p),
         ("bytes", ctypes.c_int64),
+        ("before", ctypes.c_void_p),
+        ("after", ctypes.c_void_p),
     )
 
 
@@ -232,12 +234,17 @@ class Launch:
 
 @dataclass(frozen=True)
 class Span:
-    """Memory that a run may touch: an operand's "data", "mask" or "grad", or the "workspace" (operand -1)."""
+    """Memory that a run may touch: an operand's "data", "mask" or "grad", the "workspace" (operand -1), or a "state".
+
+    A step of scores adds to its states. Its arrays do not live on: what was in them is in `before`, what is, in `after`.
+    """
 
     operand: int
     role: str
     begin: int
     bytes: int
+    before: bytes | None = None
+    after: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -356,7 +363,17 @@ class Library:
                 )
                 for l in launches
             ),
-            tuple(Span(s.operand, _ROLES[s.role], s.begin or 0, s.bytes) for s in spans),
+            tuple(
+                Span(
+                    s.operand,
+                    _ROLES[s.role],
+                    s.begin or 0,
+                    s.bytes,
+                    ctypes.string_at(s.before, s.bytes) if s.before else None,
+                    ctypes.string_at(s.after, s.bytes) if s.after else None,
+                )
+                for s in spans
+            ),
         )
 
     @contextlib.contextmanager

@@ -273,6 +273,7 @@ OPERATIONS: dict[tuple[str, str], Callable[..., Array]] = {
     ("xor", "b"): np.bitwise_xor,
     ("not", "b"): np.bitwise_not,
     ("bfi", "b"): _insert,
+    ("popc", "b"): lambda x: np.bitwise_count(x).astype(np.uint32),
     ("shl", "b"): lambda x, count: _shift(x, count, left=True),
     ("shr", "b"): lambda x, count: _shift(x, count, left=False),
     ("shr", "i"): lambda x, count: _shift(x, count, left=False),

@@ -170,6 +170,8 @@ def _control(kernel: Kernel, pc: int, instruction: Instruction, guard: Read | No
         return warp_barrier
     if opcode[:2] == ("shfl", "sync") and opcode[2] in ("bfly", "idx", "up", "down") and opcode[3:] == ("b32",):
         return _shuffle(kernel, pc, instruction, split)
+    if opcode == ("vote", "sync", "ballot", "b32"):
+        return _ballot(kernel, pc, instruction, split)
     return None
 
 
@@ -200,6 +202,24 @@ def _shuffle(kernel: Kernel, pc: int, instruction: Instruction, split: Callable[
         g.pc[at] = pc + 1
 
     return shuffle
+
+
+def _ballot(kernel: Kernel, pc: int, instruction: Instruction, split: Callable[[Group, Array], Array]) -> Control:
+    target, vote, mask = instruction.operands
+    write, read, masks = _write(kernel, target, "b32"), _read(kernel, vote, "pred"), _read(kernel, mask, "b32")
+
+    def ballot(g: Group, at: Array) -> None:
+        at = split(g, at)
+        at = g.together(at, masks(g, at)) if at.size else at
+        if not at.size:
+            return
+        votes = np.zeros(g.pc.size, np.uint64)
+        votes[at] = np.where(np.broadcast_to(read(g, at), at.shape), np.uint64(1) << (at % WARP).astype(np.uint64), 0)
+        words = votes.reshape(-1, WARP).sum(axis=1, dtype=np.uint64)
+        write(g, at, words[at // WARP].astype(np.uint32))
+        g.pc[at] = pc + 1
+
+    return ballot
 
 
 def _plain(kernel: Kernel, pc: int, instruction: Instruction) -> Run:

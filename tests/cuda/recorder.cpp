@@ -18,8 +18,6 @@ extern "C" const fusionsum::CudaLibrary* fusionsum_cuda_product();
 namespace emulator {
 namespace {
 
-using fusionsum::Chunk;
-
 // emulation.py mirrors this struct.
 struct LaunchRecord {
   const char* kernel;  // mangled
@@ -34,7 +32,7 @@ struct LaunchRecord {
 struct Run {
   std::vector<Span> spans;
   std::vector<LaunchRecord> launches;
-  std::deque<Bytes> parameters;
+  std::deque<Bytes> copies;  // of parameters, and of a step's arrays
 };
 
 struct Recorder {
@@ -49,12 +47,12 @@ struct Recorder {
 void observe(const Launch& launch) {
   Run& run = recorder.runs.back();
   const char* const parameters = static_cast<const char*>(launch.parameters);
-  run.parameters.emplace_back(parameters, parameters + launch.bytes);
+  run.copies.emplace_back(parameters, parameters + launch.bytes);
   const dim3 &grid = launch.grid, &block = launch.block;
   run.launches.push_back({symbol(launch.kernel),
                           {grid.x, grid.y, grid.z},
                           {block.x, block.y, block.z},
-                          run.parameters.back().data(),
+                          run.copies.back().data(),
                           static_cast<int64_t>(launch.bytes),
                           launch.stream,
                           static_cast<int64_t>(launch.shared_bytes),
@@ -77,6 +75,17 @@ const char* plan(const Problem* problem, void* to, int64_t* workspace_bytes) noe
   return error;
 }
 
+template <class C>
+const char* write_next(const C& c) noexcept {
+  try {
+    write_case(recorder.directory + "/" + std::to_string(recorder.cases++) + ".case", c);
+  } catch (const std::exception& exception) {
+    recorder.text = exception.what();
+    return recorder.text.c_str();
+  }
+  return nullptr;
+}
+
 const char* execute(const void* from, int device, void* stream, void* workspace) noexcept {
   const auto* const product = fusionsum_cuda_product();
   const Planned& planned = *static_cast<const Planned*>(from);
@@ -90,7 +99,7 @@ const char* execute(const void* from, int device, void* stream, void* workspace)
     std::vector<Span>& spans = recorder.runs.emplace_back().spans;
     for (const Array& array : arrays_of(planned.problem)) spans.push_back(array.span(planned.problem));
     if (planned.workspace_bytes)
-      spans.push_back({-1, Role::workspace, static_cast<char*>(workspace), planned.workspace_bytes});
+      spans.push_back({-1, Role::workspace, static_cast<char*>(workspace), planned.workspace_bytes, nullptr, nullptr});
     machine.observe = observe;
   }
   if (!recorder.directory.empty()) c.before = c.images(false);
@@ -98,18 +107,38 @@ const char* execute(const void* from, int device, void* stream, void* workspace)
   machine.observe = nullptr;
   if (!error && !recorder.directory.empty()) {
     c.after = c.images(true);
-    try {
-      write_case(recorder.directory + "/" + std::to_string(recorder.cases++) + ".case", c);
-    } catch (const std::exception& exception) {
-      recorder.text = exception.what();
-      return recorder.text.c_str();
-    }
+    return write_next(c);
   }
   return error;
 }
 
 const char* step(const Chunk* chunk, int device, void* stream, void* workspace) noexcept {
-  return fusionsum_cuda_product()->step(chunk, device, stream, workspace);
+  const auto* const product = fusionsum_cuda_product();
+  std::unique_lock<std::mutex> lock(recorder.mutex);
+  if (!recorder.recording && recorder.directory.empty()) {
+    lock.unlock();
+    return product->step(chunk, device, stream, workspace);
+  }
+  StepCase c{*chunk, StepCase::images(*chunk), {}};
+  if (recorder.recording) {
+    Run& run = recorder.runs.emplace_back();
+    for (const StepArray& array : arrays_of(*chunk)) {
+      const auto number = static_cast<int32_t>(run.spans.size());
+      const void* const before = run.copies.emplace_back(c.before[static_cast<size_t>(number)]).data();
+      run.spans.push_back({number, array.role, array.begin(*chunk), array.bytes, before, nullptr});
+    }
+    if (const int64_t bytes = product->step_workspace(chunk))
+      run.spans.push_back({-1, Role::workspace, static_cast<char*>(workspace), bytes, nullptr, nullptr});
+    machine.observe = observe;
+  }
+  const char* const error = product->step(chunk, device, stream, workspace);
+  machine.observe = nullptr;
+  c.after = StepCase::images(*chunk);
+  if (recorder.recording) {
+    Run& run = recorder.runs.back();
+    for (size_t i = 0; i < c.after.size(); ++i) run.spans[i].after = run.copies.emplace_back(c.after[i]).data();
+  }
+  return error || recorder.directory.empty() ? error : write_next(c);
 }
 
 }  // namespace

@@ -31,11 +31,24 @@ def passes(file, chosen, **environment):
     conftest.run_python(f"import pytest; raise SystemExit(pytest.main({arguments!r}))", timeout=600, **environment)
 
 
-@pytest.mark.parametrize("file", ["kernel", "formula", "layouts"])
+AGAIN = {  # test files, and what is left out of each: what takes minutes, or is about the CPU
+    "kernel": "not counts_beyond and not 1000000 and not instruction",
+    "formula": "",
+    "layouts": "",
+    "score_kernels": "",
+    "losses": "contrastive or sigmoid or reduction or extreme",
+    "search": "",
+    # How often the CPU's kernels are called; and integers, which it reads once, may change before backward.
+    "autograd_losses": "not only_what and not one_pass and not of_the_graph",
+    "autograd_losses_watched": "opcheck or compile",
+    "autograd_search": "",
+}
+
+
+@pytest.mark.parametrize("file", AGAIN)
 def test_what_the_kernels_of_the_cpu_are_tested_for(file, plain):
-    """Those test files again, in a process whose arrays go to the emulated library."""
-    left_out = "not counts_beyond and not 1000000 and not instruction"  # minutes each, or about the CPU
-    passes(file, left_out, FUSIONSUM_TEST_DEVICE="emulated", FUSIONSUM_EMULATED=str(plain))
+    """Those test files again, in a process whose arrays go to the emulated library, and its tensors where a GPU's do."""
+    passes(file, AGAIN[file], FUSIONSUM_TEST_DEVICE="emulated", FUSIONSUM_EMULATED=str(plain))
 
 
 def test_tensors_take_the_same_road(plain):

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ Merge 
   const double* const parts = m.parts + entry * m.parts_of_entry * m.values;
   double* const to = m.to + entry;
   if (m.log_sum_exp) {
-    double top = *to, sum = 0;
+    double top = lane == 0 ? *to : -kHighest<double>, sum = 0;
     GPU_LOOP
     for (int64_t i = lane; i < m.parts_of_entry; i += 32) top = at_least(top, parts[2 * i]);
     top = warp_max(top);

@@ -1,0 +1,63 @@
+"""Calls of scores that between them launch every kernel of csrc/cuda/scores.
+
+What lives elsewhere: random calls and what they should find (``score_cases.py``), the same of sums (``cases.py``), the loop
+over chunks (``fusionsum/chunks.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import device
+from fusionsum import chunks, scores
+from tests.cuda import emulation
+
+DTYPES = torch.float32, torch.bfloat16, torch.float64  # which there are kernels for
+OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "diagonal": lambda rows, cols: {},
+    "labels": lambda rows, cols: {"labels": _codes(rows), "key_labels": _codes(cols)},
+    "ids": lambda rows, cols: {"exclude": (_codes(rows), _codes(cols))},
+    "excluded": lambda rows, cols: {"exclude": torch.rand(rows, cols) < 0.2, "key_bias": torch.randn(cols)},
+}
+# Rows and columns: less than a tile; tiles with ends; enough of them for a row to be cut into segments.
+SIZES = (5, 7), (9, 300), (3, 2100)
+CALLS = [(dtype, option, size) for size in SIZES for dtype in DTYPES for option in OPTIONS]
+
+
+def _codes(count: int) -> torch.Tensor:
+    return torch.randint(-4, 5, (count,))
+
+
+@contextlib.contextmanager
+def emulated(path: pathlib.Path) -> Iterator[emulation.Library]:
+    """Send scores of tensors to an emulated build of the CUDA library."""
+    library = emulation.Library(path)
+    with device.pretending(device.emulated(library.address)):
+        yield library
+
+
+def results(dtype: torch.dtype, option: str, size: tuple[int, int]) -> list[torch.Tensor]:
+    """Call all functions; return what they find."""
+    torch.manual_seed(0)
+    rows, cols = size
+    queries, keys = torch.randn(rows, 5, dtype=dtype), torch.randn(cols, 5, dtype=dtype)
+    call = scores.check(queries, keys, logit_scale=torch.tensor(0.7), **OPTIONS[option](rows, cols)).read()
+    of_queries, of_keys = torch.rand(5, rows, dtype=torch.float64), torch.rand(5, cols, dtype=torch.float64)
+    found = [
+        *chunks.softmax_stats(call, True, True, True),
+        *chunks.softmax_stats(call, False, False, False)[:1],
+        *chunks.softmax_grad(of_queries, of_keys, True, call, (True,) * 4),
+        *chunks.softmax_grad(of_queries, None, False, call, (True, False, False, False))[:1],
+        chunks.sigmoid_stats(call),
+        *chunks.sigmoid_grad(of_queries[0], call, (True,) * 4),
+    ]
+    exclude = call.exclude if option == "excluded" else [list(range(b % 4)) * 2 for b in range(rows)]
+    search = scores.check_search(queries, keys, key_bias=call.key_bias, exclude=exclude).read()
+    for k in (0, 3, min(cols, 260)):
+        found += chunks.top_k(search, k)
+    return [*found, chunks.ranks(search, torch.randint(0, cols, (rows,)))]
