@@ -24,9 +24,16 @@ OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "ids": lambda rows, cols: {"exclude": (_codes(rows), _codes(cols))},
     "excluded": lambda rows, cols: {"exclude": torch.rand(rows, cols) < 0.2, "key_bias": torch.randn(cols)},
 }
-# Rows and columns: less than a tile; tiles with ends; enough of them for a row to be cut into segments.
-SIZES = (5, 7), (9, 300), (3, 2100)
-CALLS = [(dtype, option, size) for size in SIZES for dtype in DTYPES for option in OPTIONS]
+# Rows and columns: less than a tile; tiles with ends; so many columns that a row is cut into segments.
+_SMALL, _ENDS, _LONG = (5, 7), (9, 300), (3, 2100)
+CALLS = [
+    *((dtype, option, _SMALL) for dtype in DTYPES for option in OPTIONS),
+    *((dtype, option, _ENDS) for dtype in DTYPES[::2] for option in ("labels", "excluded")),
+    (torch.bfloat16, "diagonal", _ENDS),
+    (torch.float32, "excluded", _LONG),
+    (torch.float64, "diagonal", _LONG),
+]
+FEW = [(torch.float32, "diagonal", _SMALL), (torch.float64, "labels", _SMALL), (torch.bfloat16, "excluded", _ENDS)]
 
 
 def _codes(count: int) -> torch.Tensor:

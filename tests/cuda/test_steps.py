@@ -17,7 +17,6 @@ import score_cases
 from fusionsum import chunks
 from tests.cuda import cases, emulation, step_cases
 
-FEW = step_cases.CALLS[::5]
 KERNELS = re.compile(
     r"_ZN9fusionsum4cuda(?:11log_sum_exp|9pair_sums|4rank|5gamma|6select|9leave_out)I\w+|\w+5mergeE\w+"
 )
@@ -54,7 +53,7 @@ def test_every_kernel_gives_the_same_bits_under_every_schedule(plain):
 def test_sanitizers_have_nothing_to_say(variant, plain, tmp_path):
     """Every array a heap block of its own, of its exact size."""
     with step_cases.emulated(plain) as library, library.writing_cases(tmp_path):
-        for call in step_cases.CALLS if variant == "address" else FEW:
+        for call in step_cases.CALLS if variant == "address" else step_cases.FEW:
             step_cases.results(*call)
     files = sorted(tmp_path.glob("*.case"))
     schedules = emulation.SCHEDULES if variant == "address" else ("forward", "random:1")
@@ -67,7 +66,7 @@ def test_the_ptx_that_nvcc_emitted(schedule, plain):
     """Once through every kernel, for each kind of pairs: no finding, and the emulation's bits."""
     parsed, executed, seen = cases.modules(), set(), set()
     with step_cases.emulated(plain) as library:
-        for call in step_cases.CALLS if schedule == "lockstep" else FEW:
+        for call in step_cases.CALLS if schedule == "lockstep" else step_cases.FEW:
             with library.recording() as runs:
                 step_cases.results(*call)
             for run in runs:
