@@ -17,6 +17,12 @@
 #define GPU_SHARED(type, name, count) __shared__ type name[count]
 #define GPU_UNROLL(count) FUSIONSUM_PRAGMA(unroll(count))
 
+// CUDA 12 cannot tell a kernel's type where it is launched.
+template <class Parameters>
+const void* gpu_kernel(void (*kernel)(Parameters)) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
 #else
 #include "emulator.h"
 
@@ -31,7 +37,7 @@ template <class Parameters>
 cudaError_t gpu_launch(void (*kernel)(Parameters), dim3 grid, dim3 block, cudaStream_t stream,
                        const Parameters& parameters) {
   void* arguments[] = {const_cast<Parameters*>(&parameters)};
-  const cudaError_t error = cudaLaunchKernel(kernel, grid, block, arguments, 0, stream);
+  const cudaError_t error = cudaLaunchKernel(gpu_kernel(kernel), grid, block, arguments, 0, stream);
   cudaGetLastError();  // or the next to ask, torch, would be told of it again
   return error;
 }

@@ -28,7 +28,12 @@ SUMMARY = {
     "thread": re.compile(r"SUMMARY: ThreadSanitizer: data race .* in (?:void )?fusionsum::cuda::.*"),
 }
 EVERY = os.environ.get("FUSIONSUM_ALL_PLANTED") == "1"
-CHOSEN = [(bug, stage) for bug in planted.BUGS for stage in (planted.STAGES if EVERY else [bug.stages[0][0]])]
+CHOSEN = [
+    (bug, stage)
+    for bug in planted.BUGS
+    for stage in (planted.STAGES if EVERY else [bug.stages[0][0]])
+    if bug.reaches(stage)
+]
 
 
 def calls() -> Iterator[tuple[str, Case]]:
