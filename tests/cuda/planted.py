@@ -30,9 +30,19 @@ class Bug:
 
     def reaches(self, stage: str) -> bool:
         """Say whether the stage compiles the file: the bindings' alone compiles theirs, and that alone."""
+        if self.of_scores and stage in ("sizes", "nvcc"):  # which make calls of sums
+            return False
         return self.file.startswith("bindings/") == (stage == "bindings")
 
+    @property
+    def of_scores(self) -> bool:
+        """Say whether it is in the steps of scores, which calls of their own look for."""
+        return self.file.startswith("cuda/scores/")
 
+
+_TILE, _STATISTICS, _GAMMA, _SELECT, _MERGE, _STEPS = (
+    f"cuda/scores/{name}" for name in ("tile.cuh", "statistics.cu", "gamma.cu", "select.cu", "merge.cu", "steps.cu")
+)
 _KERNEL, _PLAN, _LAUNCH, _GPU = "cuda/sum/kernel.cuh", "cuda/sum/plan.cpp", "cuda/launch.cu", "cuda/gpu.h"
 BUGS = (
     Bug(
@@ -351,6 +361,140 @@ BUGS = (
         " || !(mask.device == home.device)",
         "",
         (("bindings", "test_tensors_on_different_devices"),),
+    ),
+    # In the steps of scores.
+    Bug(
+        "a packet of scores past the last column",
+        _TILE,
+        "if (at + W <= c.cols) {",
+        "if (at < c.cols) {",
+        (("address", "heap-buffer-overflow"),),
+    ),
+    Bug(
+        "no barrier after columns are summed",
+        _TILE,
+        "* values + value] = sum;\n  }\n  __syncthreads();",
+        "* values + value] = sum;\n  }",
+        (("thread", "data race"),),
+    ),
+    Bug(
+        "an excluded pair stays positive",
+        _TILE,
+        "        to.positive &= ~bit;\n",
+        "",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "a column's sum keeps its old reference",
+        _STATISTICS,
+        "        sum[j] = sum[j] * exp_or_zero(reference[j] - raised);\n",
+        "",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "no barrier before columns are merged",
+        _STATISTICS,
+        "  put_columns(w, sum, sums);\n  __syncthreads();",
+        "  put_columns(w, sum, sums);",
+        (("thread", "data race"),),
+    ),
+    Bug(
+        "a target counts among the others",
+        _STATISTICS,
+        "(e.here >> j & 1) && w.col(j) != own;",
+        "(e.here >> j & 1);",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "positives of the sigmoid loss pull the wrong way",
+        _GAMMA,
+        "g[j] = z * coef *",
+        "g[j] = coef *",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "Gamma stored past the last column",
+        _GAMMA,
+        "        if (at + j < w.c.cols) to[at + j] = narrowed[j];",
+        "        to[at + j] = narrowed[j];",
+        (("address", "heap-buffer-overflow"),),
+    ),
+    Bug(
+        "the coefficients of a chunk's first columns for all",
+        _GAMMA,
+        "c.col_coefs[i * c.all_cols + c.first_col + col]",
+        "c.col_coefs[i * c.all_cols + col]",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "a room with one hit too many",
+        _SELECT,
+        "if (held + 32 * kAtOnce > kSize) {",
+        "if (held > kSize) {",
+        (("ptx", "race"),),
+    ),
+    Bug(
+        "columns that the chunk before has had",
+        _SELECT,
+        "} else if (i >= c.skip) {",
+        "} else {",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "hits of equal scores in any order",
+        "cuda/scores/select.cuh",
+        "(score == other.score && place < other.place)",
+        "(score == other.score && place > other.place)",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "no barrier of the warp between steps of the sort",
+        _SELECT,
+        "      __syncwarp();\n      GPU_LOOP",
+        "      GPU_LOOP",
+        (("thread", "data race"),),
+    ),
+    Bug(
+        "the place after a row's last is left out",
+        _SELECT,
+        "c.places[i] < first + c.cols; i += 32",
+        "c.places[i] <= first + c.cols; i += 32",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "all lanes read what one writes",
+        _MERGE,
+        "lane == 0 ? *to : -kHighest<double>",
+        "*to",
+        (("thread", "data race"),),
+    ),
+    Bug(
+        "what is known keeps its old reference",
+        _MERGE,
+        "to[m.step] * exp_or_zero(*to - top) + sum",
+        "to[m.step] + sum",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "parts of rows and of columns in one place",
+        _STEPS,
+        "reinterpret_cast<double*>(workspace + bytes)",
+        "reinterpret_cast<double*>(workspace)",
+        (("thread", "data race"),),
+    ),
+    Bug(
+        "steps on the default stream",
+        _STEPS,
+        "dim3(static_cast<unsigned>(threads)), stream,",
+        "dim3(static_cast<unsigned>(threads)), nullptr,",
+        (("launches", "another stream: log_sum_exp"),),
+    ),
+    Bug(
+        "merge is not checked",
+        _STEPS,
+        'return to.merge_all(p) ? nullptr : "merge";',
+        "to.merge_all(p);\n  return nullptr;",
+        (("launches", "merge, is told as success"),),
     ),
 )
 

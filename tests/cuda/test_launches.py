@@ -18,7 +18,7 @@ import pytest
 
 import device
 from conftest import Case, Form, require_native, run_python
-from tests.cuda import cases, emulation, interface, runtime
+from tests.cuda import cases, emulation, interface, runtime, step_cases
 
 NAMES = ("combine", "columns", "rows")
 # Where the sizes of dims lie in the parameters, and where their reciprocals, of how many dims: pass.h.
@@ -83,6 +83,31 @@ def complaints(path: pathlib.Path) -> Iterator[str]:
         with library.running_last(0):
             if said := error_of(many_blocks()):
                 yield f"{said}: many blocks"
+
+
+def complaints_of_steps(path: pathlib.Path) -> Iterator[str]:
+    """Yield what is wrong with an emulated build's launches of steps of scores."""
+    with step_cases.emulated(path) as library:
+        for call in step_cases.FEW:
+            with library.recording() as runs:
+                step_cases.results(*call)
+            launches = [launch for run in runs for launch in run.launches]
+            names = [re.search(r"cuda\d+([a-z_]+?)(?:I|E)", launch.kernel)[1] for launch in launches]
+            yield from (
+                f"another stream: {name}, {call}"
+                for name, launch in zip(names, launches, strict=True)
+                if launch.stream != emulation.STREAM
+            )
+            for k, name in enumerate(names):
+                said = ""
+                with library.failing_after(k):
+                    try:
+                        step_cases.results(*call)
+                    except RuntimeError as error:
+                        said = str(error)
+                if not said.startswith(f"kernel {name}: cudaErrorLaunchOutOfResources, a failure that was asked for"):
+                    yield f"a failure of launch {k}, {name}, is told as {said or 'success'}: {call}"
+            library.reports()
 
 
 def complaints_of_nvcc(path: pathlib.Path, emulated: pathlib.Path) -> Iterator[str]:
@@ -185,6 +210,10 @@ def error_of(case: Case) -> str:
 
 def test_launches():
     assert list(complaints(emulation.build("plain"))) == []
+
+
+def test_launches_of_steps():
+    assert list(complaints_of_steps(emulation.build("plain"))) == []
 
 
 def test_launches_by_nvcc():

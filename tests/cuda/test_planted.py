@@ -12,20 +12,21 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from conftest import TESTS, Case, Form, check_both, run_python
-from tests.cuda import cases, emulation, planted, ptx, runtime, sass, test_launches
+from fusionsum import chunks
+from tests.cuda import cases, emulation, planted, ptx, runtime, sass, step_cases, test_launches
 
 # What a sanitizer says in a line. Of ThreadSanitizer only races in kernels: it stumbles over memory too, depending on
 # what lies beside an array, and takes what is freed after a failed launch for a race with threads that did not end.
 SUMMARY = {
     "address": re.compile(r"SUMMARY: AddressSanitizer: .*|.*runtime error: .*"),
-    "thread": re.compile(r"SUMMARY: ThreadSanitizer: data race .* in (?:void )?fusionsum::cuda::.*"),
+    "thread": re.compile(r"SUMMARY: ThreadSanitizer: data race .*/csrc/cuda/.* in .*"),
 }
 EVERY = os.environ.get("FUSIONSUM_ALL_PLANTED") == "1"
 CHOSEN = [
@@ -84,6 +85,45 @@ def by_launches(library: str) -> None:
         print(complaint, flush=True)
 
 
+def by_steps(library: str, right: str) -> None:
+    """Print which results of steps of scores are not those of the `right` library, in chunks large and small."""
+    for call in step_cases.PLANTED:
+        for most in (chunks.CHUNK_BYTES, 2**10):
+            found = []
+            for path in (right, library):
+                with step_cases.emulated(pathlib.Path(path), most):
+                    try:
+                        found.append([None if x is None else x.numpy().tobytes() for x in step_cases.results(*call)])
+                    except RuntimeError as error:
+                        print(f"{error}: {call}", flush=True)
+            if found[0] != found[-1]:
+                print(f"wrong results: {call}, {most}", flush=True)
+
+
+def by_launches_of_steps(library: str) -> None:
+    """Print what is wrong with the launches of steps of scores."""
+    for complaint in test_launches.complaints_of_steps(pathlib.Path(library)):
+        print(complaint, flush=True)
+
+
+def by_interpreted_steps(right: str, csrc: str, folder: str) -> None:
+    """Print the findings in the steps' PTX, and where its bits are not those that the `right` library finds."""
+    parsed = interpreted(
+        csrc, folder, [x for x in cases.TWO_FACTORS if x.parent.name == "scores" and x.stem != "steps"]
+    )
+    seen = set()
+    with step_cases.emulated(pathlib.Path(right)) as library:
+        for call in step_cases.PLANTED:
+            with library.recording() as runs:
+                step_cases.results(*call)
+            for run in runs:
+                kernels = tuple(launch.kernel for launch in run.launches)
+                if (kernels, call[1]) in seen or sum(launch.grid[0] for launch in run.launches) > 64:
+                    continue
+                seen.add((kernels, call[1]))
+                said(*cases.replayed(run, parsed), str(call))
+
+
 def by_nvcc(built: str, library: str) -> None:
     """Print what is wrong with the launches of nvcc's code."""
     for complaint in test_launches.complaints_of_nvcc(pathlib.Path(built), pathlib.Path(library)):
@@ -92,16 +132,7 @@ def by_nvcc(built: str, library: str) -> None:
 
 def by_interpreter(library: str, right: str, csrc: str, folder: str) -> None:
     """Print the findings in the calls' PTX, and where its bits differ from those that the `right` library finds."""
-    flags = ["--options-file", str(pathlib.Path(csrc) / "cuda" / "nvcc.options"), "--ptx", "-arch=compute_80"]
-    command = [sass.require_tool("nvcc"), *flags, "-I", csrc]
-
-    def compiled(source: pathlib.Path) -> ptx.Module:
-        to = pathlib.Path(folder, f"{source.stem}.ptx")
-        subprocess.run([*command, str(pathlib.Path(csrc) / source), "-o", str(to)], check=True)
-        return ptx.parse(to.read_text())
-
-    with ThreadPoolExecutor(2) as pool:
-        parsed = list(pool.map(compiled, cases.TWO_FACTORS[:3]))
+    parsed = interpreted(csrc, folder, cases.TWO_FACTORS[:3])
     for label, case in calls():
         with cases.emulated(pathlib.Path(right)):
             expected = cases.both(case)
@@ -115,11 +146,29 @@ def by_interpreter(library: str, right: str, csrc: str, folder: str) -> None:
         for array, bits in zip(found, expected, strict=True):
             array[...] = bits
         for run in runs:  # in lockstep: races are found by clocks, whatever the order
-            reports, different = cases.replayed(run, parsed)
-            for finding in (finding for report in reports for finding in report.findings):
-                print(f"{finding.kind}: {label}", flush=True)
-            if different:
-                print(f"different bits: {label}", flush=True)
+            said(*cases.replayed(run, parsed), label)
+
+
+def interpreted(csrc: str, folder: str, sources: Sequence[pathlib.Path]) -> list[ptx.Module]:
+    """Compile sources to PTX by nvcc, and parse it."""
+    flags = ["--options-file", str(pathlib.Path(csrc) / "cuda" / "nvcc.options"), "--ptx", "-arch=compute_80"]
+    command = [sass.require_tool("nvcc"), *flags, "-I", csrc]
+
+    def compiled(source: pathlib.Path) -> ptx.Module:
+        to = pathlib.Path(folder, f"{source.stem}.ptx")
+        subprocess.run([*command, str(pathlib.Path(csrc) / source), "-o", str(to)], check=True)
+        return ptx.parse(to.read_text())
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compiled, sources))
+
+
+def said(reports: Sequence[ptx.Report], different: Sequence[str], label: str) -> None:
+    """Print what the interpreter found in a run."""
+    for finding in (finding for report in reports for finding in report.findings):
+        print(f"{finding.kind}: {label}", flush=True)
+    if different:
+        print(f"different bits: {label}", flush=True)
 
 
 @pytest.fixture(scope="session")
@@ -127,6 +176,20 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> list[pathlib.Path]:
     """Files of the calls, with the results of the sources without bugs."""
     with cases.emulated(build("plain", None)) as library:
         return cases.write(library, tmp_path_factory.mktemp("cases"), calls())
+
+
+@pytest.fixture(scope="session")
+def written_steps(tmp_path_factory: pytest.TempPathFactory) -> list[pathlib.Path]:
+    """Files of the steps, alike."""
+    folder = tmp_path_factory.mktemp("steps")
+    files = []
+    for most in (chunks.CHUNK_BYTES, 2**12):
+        (folder / str(most)).mkdir()
+        with step_cases.emulated(build("plain", None), most) as library, library.writing_cases(folder / str(most)):
+            for call in step_cases.PLANTED:
+                step_cases.results(*call)
+        files += sorted((folder / str(most)).glob("*.case"))
+    return files
 
 
 def build(variant: str, bug: planted.Bug | None) -> pathlib.Path:
@@ -145,6 +208,10 @@ def isolated(function: str, *arguments: object) -> list[str]:
 def complaints(stage: str, bug: planted.Bug | None, request: pytest.FixtureRequest) -> list[str]:
     """Run the calls through a stage; return what it says about them. Sanitizers say nothing of wrong results."""
     emulated = {"plain": "by_emulation", "sizes": "by_sizes", "launches": "by_launches"}
+    of_scores = bug and bug.of_scores
+    if of_scores and stage in emulated:
+        names = {"plain": ("by_steps", build("plain", bug), build("plain", None))}
+        return isolated(*map(str, names.get(stage, ("by_launches_of_steps", build("plain", bug)))))
     if stage in emulated:
         found = dict(bug.stages).get(stage, "") if bug else ""
         evidence = [found if ": " in found else ""] if stage == "sizes" else []
@@ -165,10 +232,13 @@ def complaints(stage: str, bug: planted.Bug | None, request: pytest.FixtureReque
         csrc = folder / "csrc" if bug else sass.ROOT / "csrc"
         if bug:
             planted.plant(bug, sass.ROOT / "csrc", csrc)
+        if of_scores:
+            return isolated("by_interpreted_steps", *map(str, (right, csrc, folder)))
         return isolated("by_interpreter", *map(str, (library, right, csrc, folder)))
     # A race is one in any order, and ThreadSanitizer is slow.
     schedules = emulation.SCHEDULES[:1] if stage == "thread" else emulation.SCHEDULES
-    done = emulation.replay(build(stage, bug), request.getfixturevalue("written"), schedules)
+    files = request.getfixturevalue("written_steps" if of_scores else "written")
+    done = emulation.replay(build(stage, bug), files, schedules)
     assert bug or done.returncode == 0, done.stdout + done.stderr
     return SUMMARY[stage].findall(done.stderr)
 
