@@ -114,4 +114,4 @@ def test_occupancy(architecture, registers, shared, blocks):
 
 
 def test_demangled_names_are_short(kernels):
-    assert all(re.fullmatch(r"[a-z]+(<[\w<>, ]+>)?", kernel.name) for kernel in kernels)
+    assert all(re.fullmatch(r"[a-z_]+(<[\w<>, ]+>)?", kernel.name) for kernel in kernels)
