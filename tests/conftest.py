@@ -28,7 +28,8 @@ import device
 if backend.native is not None:
     backend.native = api.native = device.placed(backend.native)
 if device.DEVICE == "emulated":
-    device.pretending(backend.native).__enter__()  # for all of the process
+    _pretence = device.pretending(backend.native)  # for all of the process
+    _pretence.__enter__()
 
 TESTS = pathlib.Path(__file__).parent
 PACKAGE = pathlib.Path(fs.__file__).parent

@@ -416,9 +416,11 @@ def results(s: Scores) -> list[np.ndarray]:
     calls = s.arguments()
     query_coefs, key_coefs = (np.linspace(0.1, 1, 5 * count).reshape(5, count) for count in (rows, cols))
     search = [*calls[:9], s.exclude, None, None]
-    found = [
-        native.score_matrix(*calls, False),
-        *native.score_matrix_grad(np.ones((rows, cols), np.float32), *calls, (True, True), False),
+    found = []
+    if "matrix" in CALLS:
+        found.append(native.score_matrix(*calls, False))
+        found += native.score_matrix_grad(np.ones((rows, cols), np.float32), *calls, (True, True), False)
+    found += [
         *native.softmax_stats(*calls, True, True, True, False),
         *native.softmax_stats(*calls, False, False, False, False),
         *native.softmax_grad(*calls, True, query_coefs, key_coefs, (True,) * 4, False),

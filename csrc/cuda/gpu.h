@@ -16,6 +16,7 @@
 #define FUSIONSUM_INLINE __device__ __forceinline__
 #define GPU_SHARED(type, name, count) __shared__ type name[count]
 #define GPU_UNROLL(count) FUSIONSUM_PRAGMA(unroll(count))
+FUSIONSUM_INLINE float gpu_exp(float x) { return __expf(x); }
 
 // CUDA 12 cannot tell a kernel's type where it is launched.
 template <class Parameters>

@@ -243,7 +243,7 @@ def sigmoid_grad(coefs: Tensor, scores: Scores, needs: Any) -> list[Any]:
     losses, coefs = walk.new(walk.rows), coefs.contiguous()
     sums = needs[2] or needs[3]
     d_queries, d_keys, of_all = _differentiated("sigmoid", walk, needs, sums, of_rows=losses, row_coefs=coefs)
-    return [losses, d_queries, d_keys, *of_all]
+    return [losses, d_queries, d_keys, *[d if need else None for d, need in zip(of_all, needs[2:], strict=True)]]
 
 
 def _differentiated(step: str, walk: Walk, needs: Any, sums: bool, **fields: Any) -> tuple[Any, Any, Sequence[Any]]:

@@ -4,6 +4,8 @@
 // What lives here: the names. What lives elsewhere: what they do (fibers.h); recording of launches, and the wrapper
 // round the library (recorder.cpp); replay under sanitizers (driver.cpp).
 #pragma once
+#include <cmath>
+
 #include "fibers.h"
 
 #define __global__
@@ -63,6 +65,8 @@ T __shfl_down_sync(unsigned mask, T value, unsigned by, emulator::Site site = em
 inline unsigned __ballot_sync(unsigned mask, bool vote, emulator::Site site = emulator::Site::here()) {
   return emulator::ballot(mask, vote, site);
 }
+// Rounded once, in the interpreter too (ptx_arithmetic.py); a GPU's is within 2^-22 of it.
+inline float gpu_exp(float x) { return static_cast<float>(std::exp2(static_cast<double>(x * 1.44269504f))); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 template <class T>

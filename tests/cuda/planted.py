@@ -387,7 +387,7 @@ BUGS = (
     Bug(
         "a column's sum keeps its old reference",
         _STATISTICS,
-        "        sum[j] = sum[j] * exp_or_zero(reference[j] - raised);\n",
+        "        sum[j] = sum[j] * fast_exp(reference[j] - raised);\n",
         "",
         (("plain", "wrong results"),),
     ),
@@ -429,8 +429,8 @@ BUGS = (
     Bug(
         "a room with one hit too many",
         _SELECT,
-        "if (held + 32 * kAtOnce > kSize) {",
-        "if (held > kSize) {",
+        "min(kSize - 32 * kAtOnce, max(32 * kAtOnce, 2 * k));",
+        "max(kSize, 2 * k);",
         (("ptx", "race"),),
     ),
     Bug(

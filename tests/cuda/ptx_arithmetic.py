@@ -273,6 +273,8 @@ OPERATIONS: dict[tuple[str, str], Callable[..., Array]] = {
     ("xor", "b"): np.bitwise_xor,
     ("not", "b"): np.bitwise_not,
     ("bfi", "b"): _insert,
+    # Rounded once, in the emulator too; of a GPU's the ISA promises an error of 2^-22.
+    ("ex2.approx", "f"): lambda x: canonical(np.exp2(x.astype(np.float64)).astype(np.float32)),
     ("popc", "b"): lambda x: np.bitwise_count(x).astype(np.uint32),
     ("shl", "b"): lambda x, count: _shift(x, count, left=True),
     ("shr", "b"): lambda x, count: _shift(x, count, left=False),

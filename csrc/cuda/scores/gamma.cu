@@ -77,15 +77,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T>) gamma(const __grid_con
       for (int j = 0; j < kLane; ++j) {
         const T score = e.score[j], *const k = of_cols + w.in_tile(j);
         const bool positive = e.positive >> j & 1;
-        g[j] = q[kSoftmax] * exp_or_zero(score - q[kLse]);
+        g[j] = q[kSoftmax] * fast_exp(score - q[kLse]);
         T constant = score < -kHighest<T> ? T(0) : q[kSmoothing];
-        if (positive) constant = constant + q[kPositive] * (c.any ? exp_or_zero(score - q[kPositiveLse]) : T(1));
+        if (positive) constant = constant + q[kPositive] * (c.any ? fast_exp(score - q[kPositiveLse]) : T(1));
         if (c.col_coefs) {
-          g[j] = madd(k[kSoftmax * kTileCols], exp_or_zero(score - k[kLse * kTileCols]), g[j]);
+          g[j] = madd(k[kSoftmax * kTileCols], fast_exp(score - k[kLse * kTileCols]), g[j]);
           if (!(score < -kHighest<T>)) constant = constant + k[kSmoothing * kTileCols];
           if (positive)
             constant =
-                constant + k[kPositive * kTileCols] * (c.any ? exp_or_zero(score - k[kPositiveLse * kTileCols]) : T(1));
+                constant + k[kPositive * kTileCols] * (c.any ? fast_exp(score - k[kPositiveLse * kTileCols]) : T(1));
         }
         g[j] = g[j] - constant;
       }

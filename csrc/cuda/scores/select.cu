@@ -78,6 +78,8 @@ __global__ void __launch_bounds__(kThreads) select(const __grid_constant__ Selec
   const H* const known = static_cast<const H*>(c.best) + b * c.k;
   const T scale = scale_of<T>(c);
 
+  // From how many on the room is sorted: long before it is full where k is small, so that the k-th best is known early.
+  const int full = min(kSize - 32 * kAtOnce, max(32 * kAtOnce, 2 * k));
   int held = 0;
   H least = k ? known[k - 1] : H{0, 0};  // a hit must exceed it
   if (p.with_known) {
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) select(const __grid_constant__ Selec
       exceeds = exceeds || least < hit[u];
     }
     if (!__ballot_sync(0xffffffffu, exceeds)) continue;
-    if (held + 32 * kAtOnce > kSize) {
+    if (held >= full) {
       sort(room, held, lane);
       held = k;
       if (k) least = room[k - 1];

@@ -7,16 +7,6 @@
 
 namespace fusionsum {
 namespace cuda {
-namespace {
-
-// exp(score - reference), of scores at most kMargin above it.
-template <class T>
-FUSIONSUM_INLINE T relative(T score, T reference) {
-  return score == kInfinity<T> ? score : exp_or_zero(at_most(score - reference, T(kMargin)));
-}
-
-}  // namespace
-
 template <class T, bool kPairs>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<T>) log_sum_exp(const __grid_constant__ Tiles p) {
   GPU_SHARED(T, references, (kWarps * kTileCols));
@@ -48,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T>) log_sum_exp(const __gr
     top = at_most(warp_max(top), kHighest<T>);
     T of_row = 0;
     FUSIONSUM_UNROLL(8)
-    for (int j = 0; j < kLane; ++j) of_row = of_row + relative(e.score[j], top);
+    for (int j = 0; j < kLane; ++j) of_row = of_row + fast_exp(e.score[j] - top);
     of_row = warp_sum(of_row);
     if (w.lane == 0) {
       double* const part = p.row_parts + (row * p.across + w.across) * 2;
@@ -61,12 +51,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T>) log_sum_exp(const __gr
       for (int j = 0; j < kLane; ++j) {
         if (!(e.score[j] - reference[j] > T(kMargin))) continue;
         const T raised = at_most(e.score[j], kHighest<T>);
-        sum[j] = sum[j] * exp_or_zero(reference[j] - raised);
+        sum[j] = sum[j] * fast_exp(reference[j] - raised);
         reference[j] = raised;
       }
     }
     FUSIONSUM_UNROLL(8)
-    for (int j = 0; j < kLane; ++j) sum[j] = sum[j] + relative(e.score[j], reference[j]);
+    for (int j = 0; j < kLane; ++j) sum[j] = sum[j] + fast_exp(e.score[j] - reference[j]);
   }
   if (!p.col_parts) return;
   put_columns(w, reference, references);
@@ -80,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T>) log_sum_exp(const __gr
   GPU_LOOP
   for (int warp = 0; warp < kWarps; ++warp) {
     const int at = warp * kTileCols + static_cast<int>(threadIdx.x);
-    whole = whole + sums[at] * exp_or_zero(references[at] - top);
+    whole = whole + sums[at] * fast_exp(references[at] - top);
   }
   double* const part = p.col_parts + (col * p.down + w.down) * 2;
   part[0] = static_cast<double>(top);

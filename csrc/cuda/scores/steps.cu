@@ -14,7 +14,7 @@ __global__ void merge(const __grid_constant__ Merge m);  // merge.cu
 
 namespace {
 
-constexpr int64_t kFewBlocks = 264;  // two for each multiprocessor of an H100
+constexpr int64_t kFewBlocks = 256;  // about two for each multiprocessor of an H100
 constexpr const char* kNames[] = {"log_sum_exp", "pair_sums", "gamma", "gamma", "leave_out", "select", "rank"};
 constexpr int64_t kManyWarps = 1 << 11;  // that look for the best of rows
 

@@ -48,6 +48,13 @@ constexpr T kInfinity = static_cast<T>(__builtin_inf());
 template <class T>
 constexpr T kHighest = static_cast<T>(sizeof(T) == 8 ? __DBL_MAX__ : static_cast<double>(__FLT_MAX__));
 
+// exp(x), of any x that is at most kMargin or +inf. In float32 by the GPU's own exponential, 6 instructions for 35: its
+// error is |x| 2^-24 + 2^-22 of the result, of the greatest term of a sum 2^-22.
+FUSIONSUM_INLINE float fast_exp(float x) { return gpu_exp(x); }
+FUSIONSUM_INLINE double fast_exp(double x) {
+  return x == kInfinity<double> ? x : exp_or_zero(at_most(x, static_cast<double>(kMargin)));
+}
+
 template <class T>
 FUSIONSUM_INLINE T scale_of(const Chunk& c) {
   return static_cast<T>(c.scale_at ? *c.scale_at : c.scale);
