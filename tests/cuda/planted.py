@@ -30,7 +30,7 @@ class Bug:
 
     def reaches(self, stage: str) -> bool:
         """Say whether the stage compiles the file: the bindings' alone compiles theirs, and that alone."""
-        if self.of_scores and stage in ("sizes", "nvcc"):  # which make calls of sums
+        if self.of_scores and stage in ("sizes", "nvcc"):  # calls of sums; and launches, by gpu_launch there too
             return False
         return self.file.startswith("bindings/") == (stage == "bindings")
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import device
 from conftest import Case, Form, require_native, run_python
@@ -41,12 +40,19 @@ def sums() -> Iterator[tuple[str, Case]]:
     yield "five dims of rows", dict(cases.sizes())["five dims of rows"]
 
 
-def several() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield what makes those calls, and the scores' of each kernel."""
+Calls = Iterator[tuple[str, Callable[[], object]]]
+
+
+def of_sums() -> Calls:
+    """Yield what makes those calls."""
     for label, case in sums():
         yield label, functools.partial(cases.both, case)
-    for option in ("labels", "excluded"):
-        yield f"scores, {option}", functools.partial(step_cases.results, torch.float32, option, (9, 300))
+
+
+def of_scores() -> Calls:
+    """Yield calls of each step of scores."""
+    for call in step_cases.FEW:
+        yield f"scores, {call}", functools.partial(step_cases.results, *call)
 
 
 def many_blocks() -> Any:
@@ -58,10 +64,10 @@ def kernel_of(launch: emulation.Launch) -> str:
     return next(name for name in NAMES if re.search(rf"\d{name}[IE]", launch.kernel))
 
 
-def complaints(path: pathlib.Path) -> Iterator[str]:
+def complaints(path: pathlib.Path, calls: Callable[[], Calls]) -> Iterator[str]:
     """Yield what is wrong with an emulated build's launches."""
     with cases.emulated(path) as library, step_cases.emulated(path):
-        for label, call in several():
+        for label, call in calls():
             with library.recording() as runs:
                 said = error_of(call)
             if said:
@@ -99,38 +105,13 @@ def complaints(path: pathlib.Path) -> Iterator[str]:
                 yield f"{said}: many blocks"
 
 
-def complaints_of_steps(path: pathlib.Path) -> Iterator[str]:
-    """Yield what is wrong with an emulated build's launches of steps of scores."""
-    with step_cases.emulated(path) as library:
-        for call in step_cases.FEW:
-            with library.recording() as runs:
-                step_cases.results(*call)
-            launches = [launch for run in runs for launch in run.launches]
-            names = [re.search(r"cuda\d+([a-z_]+?)(?:I|E)", launch.kernel)[1] for launch in launches]
-            yield from (
-                f"another stream: {name}, {call}"
-                for name, launch in zip(names, launches, strict=True)
-                if launch.stream != emulation.STREAM
-            )
-            for k, name in enumerate(names):
-                said = ""
-                with library.failing_after(k):
-                    try:
-                        step_cases.results(*call)
-                    except RuntimeError as error:
-                        said = str(error)
-                if not said.startswith(f"kernel {name}: cudaErrorLaunchOutOfResources, a failure that was asked for"):
-                    yield f"a failure of launch {k}, {name}, is told as {said or 'success'}: {call}"
-            library.reports()
-
-
 def complaints_of_nvcc(path: pathlib.Path, emulated: pathlib.Path) -> Iterator[str]:
     """Yield what is wrong with the launches of a build by nvcc, and where they are not an emulated build's."""
     built, library = runtime.Runtime(path), emulation.Library(emulated)
     native = emulation.bindings()
     both = interface.beside(interface.library_at(built.address), interface.library_at(library.address))
     with device.replaced(require_native(), device.emulated(interface.publish(both))), device.pretending(native):
-        for label, call in (*several(), ("many blocks", many_blocks)):
+        for label, call in (*of_sums(), *of_scores(), ("many blocks", many_blocks)):
             built.clear()
             with library.recording() as runs, library.running_last(0 if call is many_blocks else -1):
                 said = error_of(call)
@@ -175,7 +156,7 @@ def unsaid(built: runtime.Runtime) -> Iterator[str]:
         return library.execute(plan, 1, *rest)
 
     placed = interface.make(library.plan_bytes, library.plan, on_device)
-    call = dict(several())["weights"]
+    call = dict(of_sums())["weights"]
     resources = "cudaErrorLaunchOutOfResources, too many resources requested for launch"
     image = "cudaErrorNoKernelImageForDevice, no kernel image is available for execution on the device"
     broken = "cudaErrorIllegalAddress, an illegal memory access was encountered (left behind by earlier work, "
@@ -230,12 +211,9 @@ def error_of(call: Callable[[], object]) -> str:
     return ""
 
 
-def test_launches():
-    assert list(complaints(emulation.build("plain"))) == []
-
-
-def test_launches_of_steps():
-    assert list(complaints_of_steps(emulation.build("plain"))) == []
+@pytest.mark.parametrize("calls", [of_sums, of_scores])
+def test_launches(calls):
+    assert list(complaints(emulation.build("plain"), calls)) == []
 
 
 def test_launches_by_nvcc():
@@ -252,7 +230,7 @@ def test_launches_by_nvcc():
 def launched():
     path = emulation.build("plain")
     with cases.emulated(path) as library, step_cases.emulated(path), library.recording() as runs:
-        for _, call in several():
+        for _, call in (*of_sums(), *of_scores()):
             call()
         with library.running_last(0):
             many_blocks()
