@@ -121,6 +121,8 @@ def complaints_of_nvcc(path: pathlib.Path, emulated: pathlib.Path) -> Iterator[s
             if len(built.launches) != len(expected):
                 yield f"{len(built.launches)} launches by nvcc's code, {len(expected)} by the emulator's: {label}"
             for launch in built.launches:
+                if launch.stream != emulation.STREAM:
+                    yield f"another stream: {kernel_of(launch)}, {label}"
                 yield from (f"{wrong}: {kernel_of(launch)}, {label}" for wrong in unlawful(launch, built))
             for launch, wanted in zip(built.launches, expected, strict=False):
                 found, right = (dataclasses.asdict(unpadded(each)) for each in (launch, wanted))
