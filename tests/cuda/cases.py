@@ -80,12 +80,16 @@ def sizes() -> Iterator[tuple[str, Case]]:
     yield "a sum over all units", Form("n", ("B1n", "BKn")).case(rng, "float32", B=3000, K=2, n=1023)
 
 
-def rounded_once() -> Iterator[tuple[str, Case, float]]:
-    """Yield sums that float32 would round to the middle between two numbers of the dtype, and what is right."""
+def rounded_once(multiple: int = 1) -> Iterator[tuple[str, Case, float]]:
+    """Yield sums that float32 would round to the middle between two numbers of the dtype, and what is right.
+
+    Rows of a multiple of 8 start at packets, others do not all.
+    """
     for dtype, bits in (("bfloat16", 8), ("float16", 11)):
         for n in (13, 5003):  # of one block, and of several
-            terms = np.zeros((3, n), dtype)  # rows that do not all start at a packet
-            terms[:, [0, 5, 9]] = 1, 2.0**-bits, 2.0**-24  # of three threads: exact in float64
+            n = -(-n // multiple) * multiple
+            terms = np.zeros((3, n), dtype)
+            terms[:, [0, 5, 9]] = 1, 2.0**-bits, 2.0**-24  # of two threads at least: exact in float64
             yield f"{dtype} rounded once, n={n}", Case(None, [terms, np.ones_like(terms)]), 1 + 2.0 ** (1 - bits)
 
 
@@ -146,13 +150,9 @@ def particular(library: emulation.Library, chosen: Callable[[str], bool] = bool)
             yield label, "wrong results"
     if chosen("columns beyond 2^32"):
         yield from ((label, "wrong results") for label, right in long_rows(library) if not right)
-    spread = interface.publish(interface.spread(interface.library_at(library.address)))
-    native = device.emulated(spread)
-    try:
+    with spread(library):
         for label, case in filter(lambda call: chosen("spread"), offsets()):
             yield from checked(f"spread over memory, {label}", lambda case=case: check_both(case, rng))  # type: ignore[misc]
-    finally:
-        native.use_cuda(library.address)
 
 
 @contextmanager
@@ -161,6 +161,16 @@ def emulated(path: pathlib.Path) -> Iterator[emulation.Library]:
     library = emulation.Library(path)
     with device.replaced(require_native(), device.emulated(library.address)):
         yield library
+
+
+@contextmanager
+def spread(library: emulation.Library) -> Iterator[None]:
+    """Within `emulated`, put 2^32 elements between the entries of each array's outermost dim."""
+    native = device.emulated(interface.publish(interface.spread(interface.library_at(library.address))))
+    try:
+        yield
+    finally:
+        native.use_cuda(library.address)
 
 
 def write(library: emulation.Library, folder: pathlib.Path, chosen: Iterable[tuple[str, Case]]) -> list[pathlib.Path]:

@@ -57,8 +57,8 @@ _FLAGS = ("-x", "c++", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-gnu-uni
 _DEFINES = ("-Dfusionsum_cuda=fusionsum_cuda_product", '-DFUSIONSUM_CUDA_ARCHITECTURES="the emulator"')
 VARIANTS = {  # "plain" is a shared library, the others programs that replay cases
     "plain": ("-O2",),
-    "address": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
-    "thread": ("-O1", "-g", "-fsanitize=thread"),
+    "address": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "thread": ("-O1", "-g1", "-fsanitize=thread"),
 }
 
 

@@ -64,8 +64,10 @@ def test_every_kernel_is_right_to_the_bit_under_every_schedule(plain):
             library.schedule(schedule)
             for name, case in CALLS.items():
                 with library.recording() as runs:
-                    conftest.check_both(case, np.random.default_rng(2))
                     results = cases.both(case)
+                if name not in first:
+                    conftest.check_forward(case, results[0])
+                    conftest.check_backward(case, results[1], results[2:])
                 launched |= {launch.kernel for run in runs for launch in run.launches}
                 expected = first.setdefault(name, results)
                 assert all(map(conftest.same_bits, results, expected)), f"{name}, {schedule}"
@@ -75,6 +77,19 @@ def test_every_kernel_is_right_to_the_bit_under_every_schedule(plain):
     kernels = set(re.findall(r"_ZN9fusionsum4cuda(?:4rows|7columns)I\w+", symbols))
     assert len(kernels) == 4 * 32 + 4  # four dtypes; 1, 2, 3, 4 operands, with and without; and those for any
     assert kernels <= launched
+
+
+def test_offsets_of_more_than_32_bits(plain):
+    with cases.emulated(plain) as library, cases.spread(library):
+        for _, case in cases.cases():
+            conftest.check_both(case, np.random.default_rng(2))
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_sums_are_rounded_once(multiple, plain):
+    with cases.emulated(plain):
+        for label, case, wanted in cases.rounded_once(multiple):
+            assert (case.forward() == wanted).all(), label
 
 
 @pytest.mark.parametrize("variant", ["address", "thread"])

@@ -7,11 +7,14 @@ What lives here: `complaints`, of the emulated build and of nvcc's, which plante
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import pathlib
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +23,14 @@ import device
 from conftest import Case, Form, require_native, run_python
 from tests.cuda import cases, emulation, interface, runtime, step_cases
 
-NAMES = ("combine", "columns", "rows")
+SUMS = ("combine", "columns", "rows")
+NAMES = (*SUMS, "log_sum_exp", "pair_sums", "gamma", "select", "leave_out", "rank", "merge")
 # Where the sizes of dims lie in the parameters, and where their reciprocals, of how many dims: pass.h.
 RECIPROCALS = {"combine": (32, 208, 11), "columns": (8, 88, 10), "rows": (8, 88, 10)}
+PADDING = {"merge": slice(29, 32)}  # between fields, where anything may lie: scores/merge.cuh
 
 
-def several() -> Iterator[tuple[str, Case]]:
+def sums() -> Iterator[tuple[str, Case]]:
     """Yield calls that take several launches: sums in parts, which are combined, and derivatives of several reaches."""
     rng = np.random.default_rng(0)
     yield "weights", Form("n", ("Bn", "Bn")).case(rng, "float32", B=600, n=20)
@@ -35,21 +40,36 @@ def several() -> Iterator[tuple[str, Case]]:
     yield "five dims of rows", dict(cases.sizes())["five dims of rows"]
 
 
-def many_blocks() -> Case:
-    """Return a call of more blocks than a grid's second and third dims take: not to be run, for memory it has none."""
-    return Case(None, [np.zeros((2**22, 128), np.float32) for _ in range(2)])
+Calls = Iterator[tuple[str, Callable[[], object]]]
+
+
+def of_sums() -> Calls:
+    """Yield what makes those calls."""
+    for label, case in sums():
+        yield label, functools.partial(cases.both, case)
+
+
+def of_scores() -> Calls:
+    """Yield calls of each step of scores."""
+    for call in step_cases.FEW:
+        yield f"scores, {call}", functools.partial(step_cases.results, *call)
+
+
+def many_blocks() -> Any:
+    """Call with more blocks than a grid's second and third dims take: not to be run, for memory it has none."""
+    return cases.both(Case(None, [np.zeros((2**22, 128), np.float32) for _ in range(2)]))
 
 
 def kernel_of(launch: emulation.Launch) -> str:
     return next(name for name in NAMES if re.search(rf"\d{name}[IE]", launch.kernel))
 
 
-def complaints(path: pathlib.Path) -> Iterator[str]:
+def complaints(path: pathlib.Path, calls: Callable[[], Calls]) -> Iterator[str]:
     """Yield what is wrong with an emulated build's launches."""
-    with cases.emulated(path) as library:
-        for label, case in several():
+    with cases.emulated(path) as library, step_cases.emulated(path):
+        for label, call in calls():
             with library.recording() as runs:
-                said = error_of(case)
+                said = error_of(call)
             if said:
                 yield f"{said}: {label}"
                 continue
@@ -57,7 +77,7 @@ def complaints(path: pathlib.Path) -> Iterator[str]:
             for launch in launches:
                 if launch.stream != emulation.STREAM:
                     yield f"another stream: {kernel_of(launch)}, {label}"
-                sizes, inverses, dims = RECIPROCALS[kernel_of(launch)]
+                sizes, inverses, dims = RECIPROCALS.get(kernel_of(launch), (0, 0, 0))
                 for size, inverse in zip(
                     struct.unpack_from(f"{dims}q", launch.parameters, sizes),
                     struct.unpack_from(f"{dims}d", launch.parameters, inverses),
@@ -67,70 +87,55 @@ def complaints(path: pathlib.Path) -> Iterator[str]:
                         yield f"the reciprocal of {size} is {inverse!r}: {label}"
             for k, launch in enumerate(launches):
                 with library.failing_after(k):
-                    said = error_of(case)
+                    said = error_of(call)
                 wanted = f"kernel {kernel_of(launch)}: cudaErrorLaunchOutOfResources, a failure that was asked for"
                 if not said.startswith(wanted):
                     yield f"a failure of launch {k}, {kernel_of(launch)}, is told as {said or 'success'}: {label}"
             library.reports()
             with library.on_device(1):
-                said = error_of(case)
+                said = error_of(call)
             if said != "device 1 is current, and the arrays are on device 0":
                 yield f"another device is told as {said or 'success'}: {label}"
-            if said := error_of(case):
+            if said := error_of(call):
                 yield f"an earlier error is told again, {said}: {label}"
         if library.capture_mode:
             yield f"the mode of capture is left at {library.capture_mode}"
         with library.running_last(0):
-            if said := error_of(many_blocks()):
+            if said := error_of(many_blocks):
                 yield f"{said}: many blocks"
-
-
-def complaints_of_steps(path: pathlib.Path) -> Iterator[str]:
-    """Yield what is wrong with an emulated build's launches of steps of scores."""
-    with step_cases.emulated(path) as library:
-        for call in step_cases.FEW:
-            with library.recording() as runs:
-                step_cases.results(*call)
-            launches = [launch for run in runs for launch in run.launches]
-            names = [re.search(r"cuda\d+([a-z_]+?)(?:I|E)", launch.kernel)[1] for launch in launches]
-            yield from (
-                f"another stream: {name}, {call}"
-                for name, launch in zip(names, launches, strict=True)
-                if launch.stream != emulation.STREAM
-            )
-            for k, name in enumerate(names):
-                said = ""
-                with library.failing_after(k):
-                    try:
-                        step_cases.results(*call)
-                    except RuntimeError as error:
-                        said = str(error)
-                if not said.startswith(f"kernel {name}: cudaErrorLaunchOutOfResources, a failure that was asked for"):
-                    yield f"a failure of launch {k}, {name}, is told as {said or 'success'}: {call}"
-            library.reports()
 
 
 def complaints_of_nvcc(path: pathlib.Path, emulated: pathlib.Path) -> Iterator[str]:
     """Yield what is wrong with the launches of a build by nvcc, and where they are not an emulated build's."""
     built, library = runtime.Runtime(path), emulation.Library(emulated)
+    native = emulation.bindings()
     both = interface.beside(interface.library_at(built.address), interface.library_at(library.address))
-    with device.replaced(require_native(), device.emulated(interface.publish(both))), library.running_last(0):
-        for label, case in (*several(), ("many blocks", many_blocks())):
+    with device.replaced(require_native(), device.emulated(interface.publish(both))), device.pretending(native):
+        for label, call in (*of_sums(), *of_scores(), ("many blocks", many_blocks)):
             built.clear()
-            with library.recording() as runs:
-                said = error_of(case)
+            with library.recording() as runs, library.running_last(0 if call is many_blocks else -1):
+                said = error_of(call)
             if said:
                 yield f"{said}: {label}"
             expected = [launch for run in runs for launch in run.launches]
             if len(built.launches) != len(expected):
                 yield f"{len(built.launches)} launches by nvcc's code, {len(expected)} by the emulator's: {label}"
             for launch in built.launches:
+                if launch.stream != emulation.STREAM:
+                    yield f"another stream: {kernel_of(launch)}, {label}"
                 yield from (f"{wrong}: {kernel_of(launch)}, {label}" for wrong in unlawful(launch, built))
             for launch, wanted in zip(built.launches, expected, strict=False):
-                for field in ("kernel", "grid", "block", "parameters", "stream", "shared", "device"):
-                    if getattr(launch, field) != getattr(wanted, field):
-                        yield f"another {field} than in the emulator: {kernel_of(launch)}, {label}"
+                found, right = (dataclasses.asdict(unpadded(each)) for each in (launch, wanted))
+                for field in (name for name in found if found[name] != right[name]):
+                    yield f"another {field} than in the emulator: {kernel_of(launch)}, {label}"
     yield from unsaid(built)
+
+
+def unpadded(launch: emulation.Launch) -> emulation.Launch:
+    parameters = bytearray(launch.parameters)
+    place = PADDING.get(kernel_of(launch), slice(0))
+    parameters[place] = bytes(len(parameters[place]))
+    return dataclasses.replace(launch, parameters=bytes(parameters))
 
 
 def unlawful(launch: emulation.Launch, built: runtime.Runtime) -> Iterator[str]:
@@ -153,7 +158,7 @@ def unsaid(built: runtime.Runtime) -> Iterator[str]:
         return library.execute(plan, 1, *rest)
 
     placed = interface.make(library.plan_bytes, library.plan, on_device)
-    case = dict(several())["weights"]
+    call = dict(of_sums())["weights"]
     resources = "cudaErrorLaunchOutOfResources, too many resources requested for launch"
     image = "cudaErrorNoKernelImageForDevice, no kernel image is available for execution on the device"
     broken = "cudaErrorIllegalAddress, an illegal memory access was encountered (left behind by earlier work, "
@@ -165,21 +170,21 @@ def unsaid(built: runtime.Runtime) -> Iterator[str]:
     built.on_device(1)
     with device.replaced(require_native(), device.emulated(interface.publish(placed))):
 
-        def failing(call: int, error: int, wanted: str, launched: list[str]) -> Iterator[str]:
-            with built.failing(call, error):
-                said = error_of(case)
+        def failing(k: int, error: int, wanted: str, launched: list[str]) -> Iterator[str]:
+            with built.failing(k, error):
+                said = error_of(call)
             if not said.startswith(wanted):
-                yield f"error {error} of call {call}, {built.calls[-1]}, is told as {said or 'success'}"
+                yield f"error {error} of call {k}, {built.calls[-1]}, is told as {said or 'success'}"
             if list(map(kernel_of, built.launches)) != launched:
-                yield f"after error {error} of call {call} the launches are {list(map(kernel_of, built.launches))}"
+                yield f"after error {error} of call {k} the launches are {list(map(kernel_of, built.launches))}"
             if built.left != (0, 0):
-                yield f"after error {error} of call {call}, the mode of capture and the last error are {built.left}"
+                yield f"after error {error} of call {k}, the mode of capture and the last error are {built.left}"
 
         yield from failing(1, 209, other + image, [])  # as long as the device is not known to take the kernels
         yield from failing(1, 700, f"the device: {broken}", [])
         for _ in range(2):  # the second time knowing that
             built.clear()
-            if said := error_of(case):
+            if said := error_of(call):
                 yield f"an earlier error is told again, {said}"
         calls, kernels = list(built.calls), list(map(kernel_of, built.launches))
         for k, function in enumerate(calls):
@@ -188,32 +193,29 @@ def unsaid(built: runtime.Runtime) -> Iterator[str]:
             yield from failing(k, 701, f"{of}: {resources}", kernels[:before])
             yield from failing(k, 700, f"{of}: {broken}", kernels[:before])
         built.clear()
-        if said := error_of(case):
+        if said := error_of(call):
             yield f"an earlier error is told again, {said}"
         if {launch.device for launch in built.launches} != {1}:
             yield "launches on another device than the arrays'"
         built.on_device(0)
-        if (said := error_of(case)) != "device 0 is current, and the arrays are on device 1":
+        if (said := error_of(call)) != "device 0 is current, and the arrays are on device 1":
             yield f"another device is told as {said or 'success'}"
     if built.left != (0, 0):
         yield f"the mode of capture and the last error are left at {built.left}"
 
 
-def error_of(case: Case) -> str:
+def error_of(call: Callable[[], object]) -> str:
     """Return the message of the error that a call raises, or nothing."""
     try:
-        cases.both(case)
+        call()
     except RuntimeError as error:
         return str(error)
     return ""
 
 
-def test_launches():
-    assert list(complaints(emulation.build("plain"))) == []
-
-
-def test_launches_of_steps():
-    assert list(complaints_of_steps(emulation.build("plain"))) == []
+@pytest.mark.parametrize("calls", [of_sums, of_scores])
+def test_launches(calls):
+    assert list(complaints(emulation.build("plain"), calls)) == []
 
 
 def test_launches_by_nvcc():
@@ -228,9 +230,12 @@ def test_launches_by_nvcc():
 
 @pytest.fixture(scope="module")
 def launched():
-    with cases.emulated(emulation.build("plain")) as library, library.recording() as runs, library.running_last(0):
-        for _, case in (*several(), ("many blocks", many_blocks())):
-            cases.both(case)
+    path = emulation.build("plain")
+    with cases.emulated(path) as library, step_cases.emulated(path), library.recording() as runs:
+        for _, call in (*of_sums(), *of_scores()):
+            call()
+        with library.running_last(0):
+            many_blocks()
     return [launch for run in runs for launch in run.launches]
 
 

@@ -81,7 +81,7 @@ def by_sizes(library: str, evidence: str) -> None:
 
 def by_launches(library: str) -> None:
     """Print what is wrong with the launches."""
-    for complaint in test_launches.complaints(pathlib.Path(library)):
+    for complaint in test_launches.complaints(pathlib.Path(library), test_launches.of_sums):
         print(complaint, flush=True)
 
 
@@ -102,7 +102,7 @@ def by_steps(library: str, right: str) -> None:
 
 def by_launches_of_steps(library: str) -> None:
     """Print what is wrong with the launches of steps of scores."""
-    for complaint in test_launches.complaints_of_steps(pathlib.Path(library)):
+    for complaint in test_launches.complaints(pathlib.Path(library), test_launches.of_scores):
         print(complaint, flush=True)
 
 
