@@ -112,10 +112,6 @@ class _Chunks(_Tensors):
         *search, k, _ = arguments
         return self._all(self._chunks.top_k(self._search(search), k))
 
-    def target_scores(self, *arguments: Any) -> Any:
-        *search, targets, _ = arguments
-        return self._fetched(self._chunks.target_scores(self._search(search), self._sent(targets)))
-
     def ranks(self, *arguments: Any) -> Any:
         *search, targets, _ = arguments[:14]
         return self._all(self._chunks.ranks(self._search(search), self._sent(targets)))
