@@ -1,6 +1,6 @@
 """What the bench's rows should take on a GPU, before one has run them: launches, bytes, operations, and the time they take.
 
-    python -m tests.cuda.predictions            writes docs/cuda_predictions.md and predictions.json; takes minutes
+    PYTHONPATH=tests python -m tests.cuda.predictions     writes docs/cuda_predictions.md and predictions.json, in minutes
 
 A prediction is a sum over launches of the longest of three times: bytes by bandwidth, operations of matrix products by
 their peak, instructions by the rate of issue. All are lower bounds, which leave out latency and the time between launches.
@@ -436,14 +436,15 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Predictions of the CUDA kernels, no GPU has confirmed them",
         "",
-        "By `python -m tests.cuda.predictions`, whose first lines say how: for every launch the longest of bytes by "
-        "bandwidth, operations of matrix products by their peak, and instructions by the rate of issue, with the figures "
+        "By `PYTHONPATH=tests python -m tests.cuda.predictions`, whose first lines say how: for every launch the longest "
+        "of bytes by bandwidth, operations of matrix products by their peak, and instructions by the rate of issue, by the "
+        "figures "
         "of NVIDIA's data sheets for an A100 (SXM, 80 GB), an H100 and an H200 (SXM). They are lower bounds: no product of "
         "matrices reaches its peak, and nothing is known of latency. *At least*: what the launches take one after another, "
         f"at {result['launch'] * 1e6:.0f} µs each, which is an assumption; an operation of torch counts as one. Where it "
         "is longer than a GPU's time, it is the prediction, but not in a CUDA graph. `tests/cuda/on_gpu.sh` puts "
-        "measurements beside both. *DRAM*: bytes that launches move if the second-level cache keeps nothing but the chunk of scores; "
-        "and the bound: operands and results once.",
+        "measurements beside both. *DRAM*: bytes that launches move if the second-level cache keeps nothing but the chunk "
+        "of scores; and the bound: operands and results once.",
         "",
         f"| row | phase | launches | DRAM | bound | GFLOP | {' | '.join(names)} | at least |",
         "|" + "---|" * (7 + len(names)),
