@@ -51,14 +51,15 @@ def benchmark(options: argparse.Namespace) -> Path:
         return ranks.write(options.ranks, options.pairs, options.quick, options.out)
     where = machine.Cpu() if options.device == "cpu" else gpu.Gpu()
     scored = scores.QUICK_SCORES if options.quick else scores.SCORES
-    of_cpu = (*rows.ROWS, *layers.LAYERS, *scored)
-    chosen = rows.select(options.rows, of_cpu if options.device == "cpu" else rows.CUDA_ROWS)
+    of_cpu, of_gpu = (*rows.ROWS, *layers.LAYERS, *scored), (*rows.CUDA_ROWS, *scores.on_gpu(scored))
+    chosen = rows.select(options.rows, of_cpu if options.device == "cpu" else of_gpu)
     threads = options.threads or torch.get_num_threads()
     measure.set_threads(threads)
     settings = {
         "quick": options.quick,
         "pairs": options.pairs,
         "limit": where.limit,
+        "multiplied": where.multiplied,
         "memory": where.memory,
         "threads": threads,
         "environment": {name: os.environ.get(name) for name in KEEP_MEMORY},

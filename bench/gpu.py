@@ -43,6 +43,7 @@ class Gpu(Cpu):
     device = "cuda"
     compiler = os.environ.get("CC", "gcc")  # triton's
     limit = "one `copy_` on the GPU moves as many bytes, half of them read,"
+    multiplied = "multiply-adds by `torch.mm` of square matrices of the factors' dtype"
     memory = "torch's allocator"
 
     def __init__(self) -> None:
@@ -84,6 +85,12 @@ class Gpu(Cpu):
         """Return copies of half the bytes, and of all, in one block: a second launch takes as long as megabytes."""
         flat = torch.cat([x.detach().reshape(-1) for x in arrays])
         return self.copier([flat[: flat.numel() // 2]])[1], self.copier([flat])[1]
+
+    def multiplier(self, flop: int, dtype: torch.dtype = torch.float32) -> Thunk:
+        """Return a product of square matrices that takes about as many operations, within 2% from 2 GFLOP on."""
+        side = max(8, 8 * round((flop / 2) ** (1 / 3) / 8))
+        a, b, to = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(3))  # zeros take less power
+        return lambda: torch.mm(a, b, out=to)
 
     def peak_extra(self, call: Thunk, given_back: int) -> int:
         """Return the bytes that torch's allocator gives a call at its peak beyond the call's results."""

@@ -82,6 +82,7 @@ class Cpu:
     device = "cpu"
     compiler = os.environ.get("CXX", "g++")  # torch.compile's
     limit = "torch or NumPy reads (forward), copies (backward) or does both with the same bytes"
+    multiplied = "multiply-adds in registers"
     memory = "the resident set"
 
     @property
@@ -176,7 +177,7 @@ class Cpu:
         """Return a call that moves as many bytes as these arrays have, and one that moves twice as many."""
         return self.reader(arrays)[1], self.copier(arrays)[1]
 
-    def multiplier(self, flop: int) -> Thunk:
+    def multiplier(self, flop: int, dtype: torch.dtype = torch.float32) -> Thunk:
         """Return a call that does as many operations, fused multiply-adds of float32 in registers of each thread."""
         threads, loop = torch.get_num_threads(), _multiplier(self.compiler)
         pool, rounds = ThreadPoolExecutor(threads), -(-flop // (threads * loop.flop_per_round()))

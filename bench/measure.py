@@ -171,7 +171,7 @@ def layer_contenders(row: LayerRow, machine: Cpu, compiled: bool) -> tuple[dict[
 
 def score_contenders(row: ScoreRow, machine: Cpu, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
     """Return ours and the other contenders, and the reasons of those left out; of some only the forward pass is timed."""
-    operands, skipped, codes = row.build(), dict(row.omitted), dict(row.codes)
+    operands, skipped, codes = row.build(machine.device), dict(row.omitted), dict(row.codes)
     if reason := row.uncompiled or _uncompiled(machine, compiled):
         skipped["torch.compile"] = reason
     else:
@@ -181,7 +181,7 @@ def score_contenders(row: ScoreRow, machine: Cpu, compiled: bool) -> tuple[dict[
         wide = [x.float() for x in operands]
         entered["our float32"] = Contender(partial(codes["ours"], *wide), wide)
     if row.parts:
-        parts, times = row.parts.build(), math.prod(row.pairs) // math.prod(row.parts.pairs)
+        parts, times = row.parts.build(machine.device), math.prod(row.pairs) // math.prod(row.parts.pairs)
         name = f"{times} × B={row.parts.pairs[0]}"
         entered[name] = Contender(partial(codes["ours"], *parts), parts, same=False, times=times)
     forward_only = {}
@@ -245,7 +245,7 @@ def _exact(row: SumRow | ScoreRow, machine: Cpu, ours: Contender) -> list[torch.
     if isinstance(row, SumRow):
         (operands, masks), naive = row.build(machine.device), row.code[0]
     else:
-        operands, naive = row.build(), row.codes.get("naive", row.codes["ours"])
+        operands, naive = row.build(machine.device), row.codes.get("naive", row.codes["ours"])
     wide = [x.double() for x in operands]
     grad_output = None if ours.grad_output is None else ours.grad_output.double()
     if isinstance(row, ScoreRow) and row.exact:
@@ -339,9 +339,10 @@ def _limits(row: Row, machine: Cpu, ours: Contender) -> tuple[dict[str, Thunk], 
     if row.unlimited:
         return {}, row.unlimited
     if row.rate == "GFLOP/s":
-        if not shutil.which(machine.compiler):
+        if machine.device == "cpu" and not shutil.which(machine.compiler):
             return {}, f"no compiler ({machine.compiler})"
-        return {phase: machine.multiplier(flop) for phase, flop in row.flop.items()}, ""
+        dtype = ours.operands[-1].dtype
+        return {phase: machine.multiplier(flop, dtype) for phase, flop in row.flop.items()}, ""
     return transfers(machine, [torch.as_tensor(x) for x in ours.operands[1:]]), ""
 
 
@@ -425,7 +426,7 @@ def _extra_of_ours(row: ScoreRow, phase: str, machine: Cpu, threads: int) -> int
     set_threads(threads)
     extra = None
     for each in filter(None, (row.parts, row)):
-        operands = [x.requires_grad_() for x in each.build()]
+        operands = [x.requires_grad_() for x in each.build(machine.device)]
         ours = Contender(partial(row.codes["ours"], *operands), operands, grad_output=torch.ones(()), output_bytes=4)
         extra = _extra(phase, machine, ours.prepared(phase), ours)
     return extra

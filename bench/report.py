@@ -54,7 +54,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"Ratios are the contender's time by ours: the median of {settings['pairs']} interleaved pairs (quartiles), "
         f"then the floor. *Of the limit*: the time in which {settings['limit']}, by ours; where the rate is in GFLOP/s, "
-        "the time of as many multiply-adds in registers. GB/s count compulsory traffic only, GFLOP/s the matrix products "
+        f"the time of as many {settings['multiplied']}. GB/s count compulsory traffic only, GFLOP/s the matrix products "
         f"that must be formed where no score is kept. Malloc keeps its memory in this process "
         f"({', '.join(settings['environment'])} set high), since page faults would flatter us. Extra memory is beyond "
         f"inputs, output and gradients, by the peak of {settings['memory']}. Errors are against float64, of the greatest "
@@ -238,7 +238,7 @@ def _draw_rates(axes: Any, limits: dict[str, Any], rows: list[dict[str, Any]]) -
             axes.plot([rates["naive"], rates["ours"]], [i, i], color=GREY, lw=0.6)
             axes.plot(rates["naive"], i, "o", color=THEIRS, mfc="white", label="naive")
         if "limit" in rates:
-            axes.plot(rates["limit"], i, "|", color="black", ms=10, label="multiply-adds in registers")
+            axes.plot(rates["limit"], i, "|", color="black", ms=10, label="the limit")
         axes.plot(rates["ours"], i, "o", color=OURS, label="fusionsum")
     if "fma_gflop_per_s" in limits:
         axes.axvline(limits["fma_gflop_per_s"], color=GREY, lw=0.6)

@@ -112,10 +112,6 @@ class _Chunks(_Tensors):
         *search, k, _ = arguments
         return self._all(self._chunks.top_k(self._search(search), k))
 
-    def target_scores(self, *arguments: Any) -> Any:
-        *search, targets, _ = arguments
-        return self._fetched(self._chunks.target_scores(self._search(search), self._sent(targets)))
-
     def ranks(self, *arguments: Any) -> Any:
         *search, targets, _ = arguments[:14]
         return self._all(self._chunks.ranks(self._search(search), self._sent(targets)))
@@ -157,13 +153,14 @@ def scores(native: Any) -> Any:
 
 def _multiply(a: Any, b: Any, to: Any, *, add: bool = False) -> None:
     """Multiply matrices as a GPU does: not by BLAS, which rounds equal rows differently, by where they are."""
+    assert a.dtype == b.dtype  # as torch asserts
     left, right = (x.to(to.dtype).numpy() for x in (a, b))
     found = sys.modules["torch"].from_numpy(np.einsum("ij,kj->ik", left, right.T))
     to.copy_(to + found if add else found)
 
 
 @contextlib.contextmanager
-def pretending(native: Any) -> Iterator[None]:
+def pretending(native: Any, multiply: Any = _multiply) -> Iterator[None]:
     """Let scores of tensors go where those on a GPU do, by the steps of this module."""
     torch, chunks = importlib.import_module("torch"), importlib.import_module("fusionsum.chunks")
     native.use_torch(torch, None, None, None)
@@ -171,7 +168,7 @@ def pretending(native: Any) -> Iterator[None]:
     places = [
         (module, "on_gpu", lambda x: isinstance(x, torch.Tensor)) for module in package if hasattr(module, "on_gpu")
     ]
-    places += [(chunks, "native", native), (chunks, "load_cuda", lambda: ""), (chunks, "_multiply", _multiply)]
+    places += [(chunks, "native", native), (chunks, "load_cuda", lambda: ""), (chunks, "_multiply", multiply)]
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, value in places:
         setattr(module, name, value)

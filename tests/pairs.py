@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import conftest
+import device
 import fusionsum as fs
 from fusionsum import backend, reference, scores
 
@@ -25,7 +26,7 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch, *functions: str) -> 
     lacking = [function for function in functions if not hasattr(backend.native, function)]
     if lacking:
         conftest.missing(f"kernels of {', '.join(lacking)} in the native module")
-    monkeypatch.setattr(scores, "native", backend.native)
+    monkeypatch.setattr(scores, "native", device.scores(backend.native))
 
     def declined(*arguments: Any) -> None:
         raise AssertionError("the kernels declined a valid call")

@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -342,8 +343,9 @@ def stand_in(monkeypatch):
 
 
 def test_a_benchmark_of_a_gpu_reports(benchmark, stand_in, monkeypatch):
-    from bench import rows
+    from bench import rows, scores
 
+    monkeypatch.setattr(scores, "on_gpu", lambda scored: ())
     paired, graph = (next(row for row in rows.CUDA_ROWS if row.name == name) for name in ("P5 bf16", "P4 graph"))
     monkeypatch.setattr(rows, "CUDA_ROWS", (replace(paired, shapes=((1024, 512),) * 2), graph))
     result, table = benchmark("--device", "cuda")
@@ -357,6 +359,62 @@ def test_a_benchmark_of_a_gpu_reports(benchmark, stand_in, monkeypatch):
     assert 0 < eager["phases"]["forward"]["extra_bytes"]["ours"] < 2**30 - 1000
     assert "Stand-in, compute capability 9.0, 132 multiprocessors, 16 GiB; driver 580.1" in table
     assert table.count("\n| P5 bf16 |") == table.count("\n| P4 graph |") == 3
+
+
+def test_scores_are_measured_on_a_gpu(benchmark, stand_in):
+    """Without what a GPU cannot run, which is said, and against products of matrices of the row's dtype."""
+    from bench import scores
+
+    kinds = ("C3", "C5", "C7")
+    result, table = benchmark("--device", "cuda", "--rows", ",".join(kinds))
+    found = {row["name"]: row for row in result["rows"]}
+    assert list(found) == [row.name for row in scores.on_gpu(scores.QUICK_SCORES) if row.name.split()[0] in kinds]
+    for row in found.values():
+        assert all({"naive", "limit"} <= set(phase["contenders"]) for phase in row["phases"].values())
+    assert found["C5 k=10"]["skipped"]["FAISS"] == "it runs on the CPU"
+    assert len(stand_in) == 2 * 2  # ours and naive, both phases of the row in a graph
+    assert "multiply-adds by `torch.mm` of square matrices" in table
+
+
+def test_scores_of_a_gpu_need_nothing_of_the_cpu():
+    """Each contender's code, on tensors of a device that has no data."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from bench import scores
+
+    class Elsewhere(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            made = [x for x in torch.utils._pytree.tree_leaves(found) if isinstance(x, torch.Tensor)]
+            assert all(x.is_meta or not x.ndim for x in made), func
+            return found
+
+    rows = scores.on_gpu(scores.SCORES)
+    assert [row.name for row in rows] == [*(row.name for row in scores.SCORES), "C3 n=64 graph"]
+    assert [row.name for row in rows if row.graphed] == ["C3 n=64 graph"]
+    for row in rows:
+        assert not (row.arrays or row.floors or row.apart)
+        codes = {**row.codes, **({"exact": partial(row.exact, torch.empty((), device="meta"))} if row.exact else {})}
+        small = replace(row, shapes=tuple(tuple(min(n, 512) for n in shape) for shape in row.shapes))
+        for name, code in codes.items():
+            operands = small.build("meta")
+            assert all(x.is_meta for x in operands)
+            with Elsewhere():
+                found = code(*operands)
+            results = found if isinstance(found, (tuple, list)) else [found]
+            assert all(x.is_meta for x in results), (row.name, name)
+
+
+def test_the_limit_of_a_gpus_scores_multiplies_as_often(stand_in, monkeypatch):
+    from bench import gpu
+
+    multiplied = []
+    monkeypatch.setattr(gpu.torch, "mm", lambda a, b, out: multiplied.append((a.dtype, 2 * len(a) ** 3)))
+    for flop in (2 * 10**9, 3 * 10**9):
+        gpu.Gpu().multiplier(flop, torch.bfloat16)()
+        dtype, done = multiplied.pop()
+        assert dtype == torch.bfloat16
+        assert abs(done - flop) < 0.02 * flop
 
 
 def test_the_limit_of_a_gpu_moves_as_many_bytes_as_a_row(stand_in, monkeypatch):

@@ -253,13 +253,14 @@ def _differentiated(step: str, walk: Walk, needs: Any, sums: bool, **fields: Any
         for x, need in zip(walk.sides[:2], needs, strict=False)
     ]
     of_all = walk.new(2) if sums else None
+    # Gamma of float16 sides is float32, in whose range it is: it falls with the number of pairs.
     for chunk, products in walk:
         gamma = walk.gamma(chunk)
         walk.step(step, chunk, products, gamma=gamma, of_all=of_all, **fields)
         if of_sides[0] is not None:
-            _multiply(gamma, walk.sides.keys[chunk.cols], of_sides[0][chunk.rows], add=True)
+            _multiply(gamma, walk.sides.keys[chunk.cols].to(gamma.dtype), of_sides[0][chunk.rows], add=True)
         if of_sides[1] is not None:
-            _multiply(gamma.T, walk.sides.queries[chunk.rows], of_sides[1][chunk.cols], add=True)
+            _multiply(gamma.T, walk.sides.queries[chunk.rows].to(gamma.dtype), of_sides[1][chunk.cols], add=True)
     # No views of one tensor: an operation may not return these.
     return of_sides[0], of_sides[1], (None, None) if of_all is None else [x.clone() for x in of_all]
 

@@ -190,33 +190,43 @@ def modules() -> tuple[ptx.Module, ...]:
     return tuple(map(ptx.parse, sass.ptx_of(sass.require_library())))
 
 
-def replayed(
-    run: emulation.Run, parsed: Sequence[ptx.Module], schedule: Any = "lockstep"
-) -> tuple[list[ptx.Report], list[str]]:
-    """Execute the PTX of a recorded run whose memory still is; return its reports, and where its bits differ.
+def executed(
+    run: emulation.Run, parsed: Sequence[ptx.Module], schedule: Any = "lockstep", most_blocks: int | None = None
+) -> tuple[list[ptx.Report], list[ptx.Segment]]:
+    """Execute the PTX of a recorded run whose memory still is; return a report for each launch, and the memory.
 
-    Memory is what it was: outputs and workspace uninitialised, all else read-only.
+    Memory is what it was: outputs and workspace uninitialised, all else read-only. With `most_blocks`, only so many of a
+    grid, the first, are run.
     """
     segments: list[ptx.Segment] = []
-    copies = {span.begin: (span.before, span.after) for span in run.spans if span.before and span.after}
+    before = {span.begin: span.before for span in run.spans if span.before}
     for begin, end, role in merged(run.spans):
         written = role in ("grad", "workspace")
         if written:
             data = np.full(end - begin, 0xA5, np.uint8)
         else:
-            before, _ = copies.get(begin) or (ctypes.string_at(begin, end - begin), None)
-            data = np.frombuffer(before, np.uint8).copy()
+            data = np.frombuffer(before.get(begin) or ctypes.string_at(begin, end - begin), np.uint8).copy()
         segments.append(ptx.Segment(begin, data, written or role == "state", not written, role))
     reports = []
     for launch in run.launches:
         module = next(m for m in parsed if launch.kernel in m.entries)
-        given = (launch.kernel, launch.grid, launch.block, launch.parameters, segments)
+        grid = launch.grid if most_blocks is None else (min(most_blocks, launch.grid[0]), 1, 1)
+        given = (launch.kernel, grid, launch.block, launch.parameters, segments)
         reports.append(ptx.launch(module, *given, schedule=schedule))
+    return reports, segments
+
+
+def replayed(
+    run: emulation.Run, parsed: Sequence[ptx.Module], schedule: Any = "lockstep"
+) -> tuple[list[ptx.Report], list[str]]:
+    """Execute the PTX of a recorded run; return its reports, and where its bits differ."""
+    reports, segments = executed(run, parsed, schedule)
+    after_of = {span.begin: span.after for span in run.spans if span.after}
     different = []
     for segment in segments:
         if segment.name not in ("grad", "state"):
             continue
-        _, after = copies.get(segment.address) or (None, ctypes.string_at(segment.address, segment.data.size))
+        after = after_of.get(segment.address) or ctypes.string_at(segment.address, segment.data.size)
         now = np.frombuffer(after, np.uint8)
         if (now != segment.data).any():
             different.append(f"{(now != segment.data).sum()} bytes of {segment.data.size} at {segment.address:#x}")

@@ -1,8 +1,8 @@
 """The CUDA kernels on a GPU, as torch's users meet them: autograd, streams, devices, graphs, errors, bits, sizes.
 
-What lives elsewhere: arithmetic and layouts, whose tests run on a GPU with FUSIONSUM_TEST_DEVICE=cuda
-(``test_kernel.py``, ``test_formula.py``, ``test_layouts.py``); all that needs no GPU (``test_emulated.py``); the script
-that runs everything (``on_gpu.sh``).
+What lives elsewhere: losses and searches (``test_on_gpu_scores.py``); arithmetic and layouts, whose tests run on a GPU with
+FUSIONSUM_TEST_DEVICE=cuda (``test_kernel.py``, ``test_formula.py``, ``test_layouts.py``); all that needs no GPU
+(``test_emulated.py``); the script that runs everything (``on_gpu.sh``).
 """
 
 from __future__ import annotations
@@ -14,20 +14,17 @@ from torch._dynamo.utils import counters
 import device
 import fusionsum as fs
 from bench.gpu import captured
-from conftest import DTYPES, FORMS, MIXED, TABLE, check_backward, check_both, check_forward, missing, random, run_python
+from conftest import DTYPES, FORMS, MIXED, TABLE, check_backward, check_both, check_forward, random, run_python
 from eager import MASKS, fused, to_torch
 from fusionsum import api, backend, reference
 from tests.cuda import cases
+from tests.cuda.gpu import ONE_SECOND, leave_dirt, require, same_bits
 
-if not torch.cuda.is_available():
-    pytest.skip("missing: a GPU that torch can use", allow_module_level=True)
-if fs.backends()["cuda"] != "usable":
-    missing(f"the CUDA kernels, {fs.backends()['cuda']}")
+require()
 
 # torch's own, on its first use of inductor
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:TensorFloat32:UserWarning")
 
-ONE_SECOND = 2_000_000_000  # cycles, about
 LARGE = {
     "B": 2000,
     "n": 257,
@@ -65,15 +62,6 @@ def check(case, rng, where="cuda"):
 
 def masked(form, rng, **sizes):
     return FORMS[form].case(rng, "float32", activations="tanh", **sizes).masked(rng, "rows", "one")
-
-
-def leave_dirt():
-    """Free memory of every size that holds NaN: the next to allocate gets it."""
-    _ = [torch.full((2**size,), torch.nan, device="cuda") for size in range(6, 23)]
-
-
-def same_bits(some, others):
-    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(some, others, strict=True))
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def case_of(row: SumRow, batch: int) -> Case:
     shapes = [(batch, *shape[1:]) for shape in row.shapes]
     factors = [rng.uniform(-1, 1, shape).astype(dtype) for shape in shapes]
     weights = rng.uniform(-1, 1, row.weights).astype(np.float32)
-    return Case(weights, factors, row.activations and list(row.activations), dim=row.dim)
+    present = [rng.random(batch) >= 0.3 for _ in factors] if row.masked else None
+    return Case(weights, factors, row.activations and list(row.activations), present, dim=row.dim)
 
 
 def count(
