@@ -105,27 +105,10 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters), dim3 grid, dim3 block, 
                         stream, shared});
 }
 
-inline const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-#define NAME(name, number, text) \
-  case name:                     \
-    return #name;
-    CUDA_ERRORS(NAME)
-#undef NAME
-  }
-  return "unrecognized error code";
-}
+inline const char* cudaGetErrorName(cudaError_t error) { return error_name(error); }
 // Of a failed launch, the emulator's report; valid until the next one fails.
 inline const char* cudaGetErrorString(cudaError_t error) {
-  if (error == emulator::machine.failed_with) return emulator::machine.failure.c_str();
-  switch (error) {
-#define TEXT(name, number, text) \
-  case name:                     \
-    return text;
-    CUDA_ERRORS(TEXT)
-#undef TEXT
-  }
-  return "unrecognized error code";
+  return error == emulator::machine.failed_with ? emulator::machine.failure.c_str() : error_text(error);
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
 

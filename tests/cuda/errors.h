@@ -23,3 +23,24 @@
   X(cudaErrorInvalidPc, 718, "invalid program counter")                                               \
   X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                        \
   X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")
+
+inline const char* error_name(int error) {
+  switch (error) {
+#define NAME(name, number, text) \
+  case number:                   \
+    return #name;
+    CUDA_ERRORS(NAME)
+#undef NAME
+  }
+  return "unrecognized error code";
+}
+inline const char* error_text(int error) {
+  switch (error) {
+#define TEXT(name, number, text) \
+  case number:                   \
+    return text;
+    CUDA_ERRORS(TEXT)
+#undef TEXT
+  }
+  return "unrecognized error code";
+}

@@ -105,28 +105,8 @@ cudaError_t cudaGetLastError() {
   last = cudaSuccess;
   return error;
 }
-const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-#define NAME(name, number, text) \
-  case name:                     \
-    return #name;
-    CUDA_ERRORS(NAME)
-#undef NAME
-    default:
-      return "unrecognized error code";
-  }
-}
-const char* cudaGetErrorString(cudaError_t error) {
-  switch (error) {
-#define TEXT(name, number, text) \
-  case name:                     \
-    return text;
-    CUDA_ERRORS(TEXT)
-#undef TEXT
-    default:
-      return "unrecognized error code";
-  }
-}
+const char* cudaGetErrorName(cudaError_t error) { return error_name(error); }
+const char* cudaGetErrorString(cudaError_t error) { return error_text(error); }
 
 // What nvcc's own code calls: registration, and the bodies of kernels' host functions, of which the library never calls
 // one.
