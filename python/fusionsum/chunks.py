@@ -2,7 +2,7 @@
 
     product[r, c] = sum_i A[r, i] K[c, i]          torch.mm, to a buffer that the second-level cache holds
     steps of the epilogue                          csrc/cuda/scores, which read it there
-    dA += Gamma K,    dK += Gamma.T A              torch.addmm
+    dA += Gamma K,    dK += Gamma.T A              torch.mm again
 
 What lives here: the loop over chunks, and the functions that `tensors` evaluates by it. What lives elsewhere: the same on
 the CPU (``csrc/cpu/scores``), in NumPy (``reference.py``), what the statistics mean (``combination.py``).
@@ -69,10 +69,13 @@ def form(call: Scores | Search) -> Sides:
 
 def _multiply(a: Tensor, b: Tensor, to: Tensor, *, add: bool = False) -> None:
     """Put the product of two matrices into another of a dtype that may be wider, or add it."""
-    if a.dtype == to.dtype:
-        to.addmm_(a, b, beta=int(add))
-    else:
-        torch.addmm(to, a, b, out_dtype=to.dtype, beta=int(add), out=to)
+    with torch._C._DisableAutocast():  # else torch would round the operands
+        if a.dtype == to.dtype:
+            to.addmm_(a, b, beta=int(add))
+        elif add:
+            to += torch.mm(a, b, out_dtype=to.dtype)  # addmm of two dtypes is not the same in all versions of torch
+        else:
+            torch.mm(a, b, out_dtype=to.dtype, out=to)
 
 
 class Walk:
