@@ -176,61 +176,51 @@ struct Case {
   }
 };
 
-constexpr char kCaseMagic[] = "fusionsum case 1", kStepMagic[] = "fusionsum step 1";
-
-inline void write_case(const std::string& path, const Case& c) {
-  std::ofstream file(path, std::ios::binary);
-  file.write(kCaseMagic, sizeof kCaseMagic).write(reinterpret_cast<const char*>(&c.problem), sizeof c.problem);
-  for (const auto* images : {&c.before, &c.after})
-    for (const Bytes& image : *images) file.write(image.data(), static_cast<std::streamsize>(image.size()));
-  if (!file.flush()) throw std::runtime_error("cannot write " + path);
-}
-
-inline void write_case(const std::string& path, const StepCase& c) {
-  std::ofstream file(path, std::ios::binary);
-  file.write(kStepMagic, sizeof kStepMagic).write(reinterpret_cast<const char*>(&c.chunk), sizeof c.chunk);
-  for (const auto* images : {&c.before, &c.after})
-    for (const Bytes& image : *images) file.write(image.data(), static_cast<std::streamsize>(image.size()));
-  if (!file.flush()) throw std::runtime_error("cannot write " + path);
-}
-
-inline bool is_step(const std::string& path) {
-  char magic[sizeof kStepMagic] = {};
-  std::ifstream(path, std::ios::binary).read(magic, sizeof magic);
-  return std::string(magic) == kStepMagic;
-}
-
-inline StepCase read_step(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  file.ignore(sizeof kStepMagic);
-  StepCase c;
-  file.read(reinterpret_cast<char*>(&c.chunk), sizeof c.chunk);
-  for (auto* images : {&c.before, &c.after}) {
-    for (const StepArray& array : arrays_of(c.chunk)) {
-      images->emplace_back(array.bytes);
-      file.read(images->back().data(), array.bytes);
-    }
+// The parts of a case: the words that its file begins with, what is called, and how many bytes of the images of an
+// array are kept.
+struct OfSums {
+  static constexpr char magic[] = "fusionsum case 1";
+  static Problem& called(Case& c) { return c.problem; }
+  static int64_t bytes(const Array& array, const Problem& problem, bool is_after) {
+    return is_after && array.role != Role::grad ? 0 : array.span(problem).bytes;
   }
-  if (!file || file.peek() != std::ifstream::traits_type::eof())
-    throw std::runtime_error(path + " has not the length it should");
-  return c;
+};
+struct OfSteps {
+  static constexpr char magic[] = "fusionsum step 1";
+  static Chunk& called(StepCase& c) { return c.chunk; }
+  static int64_t bytes(const StepArray& array, const Chunk&, bool) { return array.bytes; }
+};
+inline OfSums parts_of(const Case&) { return {}; }
+inline OfSteps parts_of(const StepCase&) { return {}; }
+
+template <class C>
+void write_case(const std::string& path, C c) {
+  using Of = decltype(parts_of(c));
+  std::ofstream file(path, std::ios::binary);
+  file.write(Of::magic, sizeof Of::magic).write(reinterpret_cast<const char*>(&Of::called(c)), sizeof Of::called(c));
+  for (const auto* images : {&c.before, &c.after})
+    for (const Bytes& image : *images) file.write(image.data(), static_cast<std::streamsize>(image.size()));
+  if (!file.flush()) throw std::runtime_error("cannot write " + path);
 }
 
-inline Case read_case(const std::string& path) {
+// False for the file of another kind of case.
+template <class C>
+bool read_case(const std::string& path, C& c) {
+  using Of = decltype(parts_of(c));
   std::ifstream file(path, std::ios::binary);
-  char magic[sizeof kCaseMagic] = {};
-  Case c;
-  file.read(magic, sizeof magic).read(reinterpret_cast<char*>(&c.problem), sizeof c.problem);
-  if (!file || std::string(magic) != kCaseMagic) throw std::runtime_error(path + " is not a case");
+  char magic[sizeof Of::magic] = {};
+  auto& called = Of::called(c);
+  file.read(magic, sizeof magic).read(reinterpret_cast<char*>(&called), sizeof called);
+  if (!file || std::string(magic) != Of::magic) return false;
   for (auto* images : {&c.before, &c.after}) {
-    for (const Array& array : arrays_of(c.problem)) {
-      images->emplace_back(images == &c.after && array.role != Role::grad ? 0 : array.span(c.problem).bytes);
+    for (const auto& array : arrays_of(called)) {
+      images->emplace_back(static_cast<size_t>(Of::bytes(array, called, images == &c.after)));
       file.read(images->back().data(), static_cast<std::streamsize>(images->back().size()));
     }
   }
   if (!file || file.peek() != std::ifstream::traits_type::eof())
     throw std::runtime_error(path + " has not the length it should");
-  return c;
+  return true;
 }
 
 }  // namespace emulator

@@ -110,14 +110,15 @@ int main(int count, char** arguments) {
   }
   bool all_well = !paths.empty();
   for (const std::string& path : paths) {
-    const bool is_step = emulator::is_step(path);
-    const emulator::StepCase step = is_step ? emulator::read_step(path) : emulator::StepCase{};
-    const emulator::Case c = is_step ? emulator::Case{} : emulator::read_case(path);
+    emulator::Case of_sum{};
+    emulator::StepCase of_step{};
+    const bool is_step = emulator::read_case(path, of_step);
+    if (!is_step && !emulator::read_case(path, of_sum)) throw std::runtime_error(path + " is not a case");
     for (const std::string& schedule : schedules) {
       if (!emulator::machine.schedule.parse(schedule)) throw std::invalid_argument(schedule + " is not a schedule");
       std::printf("%s %s ", path.c_str(), schedule.c_str());
       std::fflush(stdout);  // a sanitizer may end the program
-      const std::string error = is_step ? emulator::replay(step) : emulator::replay(c);
+      const std::string error = is_step ? emulator::replay(of_step) : emulator::replay(of_sum);
       std::printf("%s\n", error.empty() ? "ok" : error.c_str());
       all_well = all_well && error.empty();
     }
