@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# All that needs an NVIDIA GPU, in one run from a checkout: install for the GPU found, test, sanitize, bench. Writes logs,
-# the bench's report and summary.txt into build/on-gpu; exits non-zero if anything failed or was missing.
+# All that needs an NVIDIA GPU, in one run from a checkout: install for the GPU found, test, sanitize, bench. Writes into
+# build/on-gpu the logs, summary.txt, the bench's report, and report.md, which puts predictions beside what was measured;
+# exits non-zero if anything failed or was missing.
 #
 #   tests/cuda/on_gpu.sh
 #
@@ -29,7 +30,7 @@ step() {
     failures=$((failures + 1))
     tail -n 60 "$log"
   fi
-  printf '%-12s %-6s %4d s  %s\n' "$name" "$result" $((SECONDS - start)) "$(tail -n 1 "$log")" |
+  printf '%-18s %-6s %4d s  %s\n' "$name" "$result" $((SECONDS - start)) "$(tail -n 1 "$log")" |
     tee -a "$out/summary.txt"
   [ "$result" = passed ]
 }
@@ -38,6 +39,7 @@ finish() {
   printf '\n== summary\n'
   cat "$out/summary.txt"
   [ ! -e "$out/bench/bench.md" ] || cat "$out/bench/bench.md"
+  "${PYTHON:-python3}" -m tests.cuda.report "$out" && printf 'report: %s\n' "$out/report.md"
   printf '%d failed; logs in %s\n' "$failures" "$out"
   exit $((failures > 0))
 }
@@ -87,7 +89,8 @@ sanitized() {
   local options=(--tool "$tool" --error-exitcode 1 --report-api-errors no --log-file "$report")
   [ "$tool" = initcheck ] || options+=(--kernel-regex kns=fusionsum)
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer "${options[@]}" \
-    "$python" -m pytest -q -p no:cacheprovider tests/cuda/test_on_gpu.py -k "every_kernel or several_blocks" || return 1
+    "$python" -m pytest -q -p no:cacheprovider tests/cuda/test_on_gpu.py tests/cuda/test_on_gpu_scores.py \
+    -k "every_kernel or several_blocks or every_step" || return 1
   tail -n 1 "$report"
   grep -q 'SUMMARY: 0 ' "$report"
 }
@@ -106,10 +109,11 @@ if [ "${memory:-0}" -lt 40000 ]; then
   selection="$selection and not offsets_beyond"
   echo "left out: test_offsets_beyond_two_to_the_31, for which ${memory:-0} MiB are too few" | tee -a "$out/summary.txt"
 fi
-for file in kernel formula layouts; do
+for file in kernel formula layouts score_kernels losses search; do
   FUSIONSUM_TEST_DEVICE=cuda step "test_$file" tests -k "$selection" "tests/test_$file.py"
 done
 step test_on_gpu tests -rs tests/cuda/test_on_gpu.py
+step test_on_gpu_scores tests -rs tests/cuda/test_on_gpu_scores.py
 for tool in memcheck racecheck synccheck initcheck; do
   step "$tool" sanitized "$tool"
 done

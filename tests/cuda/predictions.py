@@ -115,7 +115,7 @@ class Recorder(TorchDispatchMode):
         assert all(x.is_meta or not x.ndim for x in given), f"{name} takes what is not on the GPU"
         flop, dtype = 0, made[0].dtype
         if name in ("mm", "addmm", "addmm_"):
-            a, b = given[-2:] if name != "addmm" or "out" not in kwargs else given[1:3]
+            a, b = given[:2] if name == "mm" else given[1:3]
             assert a.dtype == b.dtype, (a.dtype, b.dtype)
             flop, dtype = 2 * a.shape[0] * a.shape[1] * b.shape[1], a.dtype
         self.calls.append((name, _distinct([*given, *made]), flop, dtype, None))
@@ -391,19 +391,19 @@ def rows(costs: Costs) -> Iterator[tuple[str, dict[str, Prediction]]]:
 
 def steps(costs: Costs) -> Iterator[dict[str, Any]]:
     """Tell what each step of scores executes and moves for each score, beside the least that it must."""
-    for (name, products, fields), kernels in costs.found.items():
-        if name.startswith("fusion_sum"):
+    for key, kernels in costs.found.items():
+        if key[0].startswith("fusion_sum"):
             continue
-        (rows_, cols), _, dtype = products
+        name, ((high, wide), _, dtype), fields = key
         given = dict(fields)
         gamma = given.get("gamma")
         what = [option for option in ("diagonal", "only_positives") if option in given]
         what += [f"Gamma in {gamma[2]}".replace("torch.", "")] if gamma else []
         what += [f"k={given['k']}"] if "k" in given else []
-        scores = rows_ * cols
+        scores = high * wide
         yield {
             "step": ", ".join([name, *what]),
-            "chunk": [rows_, cols],
+            "chunk": [high, wide],
             "launches": [k.name for k in kernels],
             "blocks": [k.blocks for k in kernels],
             "bound": dtype.itemsize + (gamma[2].itemsize if gamma else 0),  # bytes for each score

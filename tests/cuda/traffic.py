@@ -1,12 +1,11 @@
-"""What the CUDA kernels move, counted by the interpreter of PTX, against what they must; and the time that predicts.
+"""What the CUDA kernels move, counted by the interpreter of PTX, against what they must.
 
-    python -m tests.cuda.traffic                the table, in Markdown; takes minutes
+    PYTHONPATH=tests python -m tests.cuda.traffic     the table, in Markdown; takes minutes
 
-The bench's rows, at a batch that the interpreter can run: bytes for each entry of the product hardly depend on it. A
-prediction, for no GPU has run this, is bytes by bandwidth and instructions by the rate of issue: lower bounds, which leave
-out latency and the launches.
+The bench's rows, at a batch that the interpreter can run: bytes for each entry of the product hardly depend on it.
 
-What lives elsewhere: the rows (``bench/rows.py``), recording and replaying (``cases.py``), counters (``ptx_memory.py``).
+What lives elsewhere: the time that predicts (``predictions.py``), the rows (``bench/rows.py``), recording and replaying
+(``cases.py``), counters (``ptx_memory.py``).
 """
 
 from __future__ import annotations
@@ -23,9 +22,6 @@ from tests.cuda import cases, emulation, ptx
 
 NAMES = ("P1", "P5 bf16", "P5 f16", "P6", "P8", "P9")
 BATCH = 64  # instead of the row's
-# Of an H100 (SXM), by NVIDIA's data sheet: bytes of HBM3 a second; instructions of a thread that 132 multiprocessors with
-# four schedulers can issue a second at 1.755 GHz.
-BANDWIDTH, ISSUE = 3.35e12, 132 * 4 * 32 * 1.755e9
 PHASES = ("forward", "backward")
 
 
@@ -98,27 +94,18 @@ def rows() -> list[SumRow]:
     return [row for row in ROWS if row.name in NAMES]
 
 
-def predicted(traffic: Traffic) -> tuple[float, float]:
-    """Return the seconds that bytes and instructions of the row's own batch take an H100 at the least.
-
-    PTX's instructions, not the machine's: moves vanish, and divisions become ten.
-    """
-    more = traffic.row.shapes[0][0] / BATCH
-    return more * traffic.entries * traffic.per_entry / BANDWIDTH, more * 32 * traffic.instructions / ISSUE
-
-
 def main() -> None:
     """Print the table."""
     parsed = cases.modules()
     print(f"Batch {BATCH}; bytes for each entry of the product.\n")
-    print("| row | phase | DRAM | bound | L2 | instructions of a thread | H100, full batch: bytes | instructions |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| row | phase | DRAM | bound | L2 | instructions of a thread |")
+    print("|---|---|---|---|---|---|")
     with cases.emulated(emulation.build("plain")) as library:
         for row in rows():
             for t, _ in count(row, library, parsed):
                 cells = [row.name, t.phase, f"{t.per_entry:.2f}", f"{t.must_per_entry:.2f}"]
                 cells += [f"{t.sectors / t.entries:.2f}", f"{32 * t.instructions / t.entries:.0f}"]
-                print("|", " | ".join([*cells, *(f"{x * 1e6:.0f} µs" for x in predicted(t))]), "|", flush=True)
+                print("|", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -250,13 +250,17 @@ def _rounded(outputs: Sequence[Any], scores: Scores) -> list[Tensor]:
 
 
 def _as_tensors(scores: Scores) -> Scores:
-    """Make tensors of numbers, and of codes: operations take no others."""
+    """Make tensors of numbers, and of codes: operations take no others.
+
+    Of numbers where the queries are: a compiler makes no CUDA graph of what has a tensor of the CPU.
+    """
+    device = scores.queries[0].device
 
     def tensor(x: Any) -> Any:
         if isinstance(x, np.ndarray):
             return torch.from_numpy(x)
         return (
-            torch.scalar_tensor(x, dtype=torch.float64, device="cpu") if isinstance(x, (int, float, np.number)) else x
+            torch.scalar_tensor(x, dtype=torch.float64, device=device) if isinstance(x, (int, float, np.number)) else x
         )
 
     names = "logit_scale", "logit_bias", "query_labels", "key_labels", "query_ids", "key_ids"
