@@ -208,8 +208,8 @@ def chosen(rank: int, columns: int, limits: dict[str, int] | None = None) -> lis
         for name, limit in (limits or {}).items():
             patch.setattr(exchange, name, limit)
         for name in ("_gather", "_ring"):
-            way = getattr(exchange.Ranks, name)
-            patch.setattr(exchange.Ranks, name, lambda *given, name=name, way=way: ways.append(name) or way(*given))
+            way = getattr(exchange.Meeting, name)
+            patch.setattr(exchange.Meeting, name, lambda *given, name=name, way=way: ways.append(name) or way(*given))
         fs.contrastive_loss(**sides(rank, columns=columns, n=1024), group=dist.group.WORLD, symmetric=False)
     return ways
 

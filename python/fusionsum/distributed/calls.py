@@ -21,7 +21,7 @@ from ..autograd import routing
 from ..autograd.sides import Side, arrays, wide
 from ..call import on_gpu
 from ..scores import Scores, Search
-from .exchange import Exchange, Ranks
+from .exchange import Exchange, Meeting
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,7 +125,7 @@ def shared_arguments(call: Scores | Search, exchange: Exchange) -> dict[str, Any
     }
 
 
-def check_widths(ranks: Ranks, widths: Sequence[int]) -> None:
+def check_widths(ranks: Meeting, widths: Sequence[int]) -> None:
     """Raise an error, on all ranks, unless each rank's boolean `exclude`, of so many columns or -1, has all ranks' keys."""
     total = ranks.offsets[-1]
     for rank, width in enumerate(widths):

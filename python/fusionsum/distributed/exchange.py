@@ -1,7 +1,7 @@
 """How rows on several processes meet: a group of ranks, what they agree on first, and the two ways by which blocks travel.
 
-What lives here knows messages and no scores: `Exchange`, the settings; `Ranks`, one call on all ranks, with `meet`, which
-lets nobody go on who would wait in vain; `Layout`, tensors as bytes; `Ranks.travel`, by ring or by gathering. What lives
+What lives here knows messages and no scores: `Exchange`, the settings; `Meeting`, one call on all ranks, with `meet`, which
+lets nobody go on who would wait in vain; `Layout`, tensors as bytes; `Meeting.travel`, by ring or by gathering. What lives
 elsewhere: what travels, and what is made of it (``losses.py``, ``search.py``).
 
 A block of rows starts from each rank, is seen by all, and what they make of it comes home. Both ways send the same bytes,
@@ -163,7 +163,7 @@ Visit = Callable[[int, list[Tensor]], Any]  # (source, its block): what this ran
 Merge = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
 
-class Ranks:
+class Meeting:
     """One call of a function, on all ranks: how many rows each has, and how what belongs to them travels."""
 
     def __init__(self, exchange: Exchange, name: str, sizes: Sequence[Sequence[int]]) -> None:
@@ -177,7 +177,7 @@ class Ranks:
     ) -> Any:
         """Show every rank's block to all ranks; return what they made of this rank's, merged.
 
-        Ranks visit their own block first, then those of the ranks before them. What rank r's block gathers is merged in
+        Meeting visit their own block first, then those of the ranks before them. What rank r's block gathers is merged in
         the order of the ranks r + 1, r + 2, ..., r.
 
         Parameters
@@ -242,7 +242,7 @@ class Ranks:
 class Trade:
     """Messages under way."""
 
-    def __init__(self, ranks: Ranks, sends: Mapping[int, Tensor], sizes: Mapping[int, int]) -> None:
+    def __init__(self, ranks: Meeting, sends: Mapping[int, Tensor], sizes: Mapping[int, int]) -> None:
         self.ranks, self.sends = ranks, sends  # held until they are sent
         device = next(iter(sends.values())).device
         self.received = {source: torch.empty(size, dtype=torch.uint8, device=device) for source, size in sizes.items()}
@@ -279,7 +279,7 @@ def meet(
     check: Callable[[], Any],
     sizes: Callable[[Any], Sequence[int]],
     arguments: Callable[[Any], Mapping[str, Any]],
-) -> tuple[Ranks, Any]:
+) -> tuple[Meeting, Any]:
     """Check a call on all ranks and let them agree; return the ranks and what `check` returned.
 
     Parameters
@@ -309,7 +309,7 @@ def meet(
     if not exchange.check or exchange.world == 1:
         if failure:
             raise failure
-        return Ranks(exchange, name, [own] * exchange.world), call
+        return Meeting(exchange, name, [own] * exchange.world), call
     checksum = hashlib.blake2b(repr(sorted(known.items())).encode(), digest_size=7).digest()
     header = [int(failure is not None), int.from_bytes(checksum, "big"), *own]
     header += [0] * (HEADER - len(header))
@@ -325,7 +325,7 @@ def meet(
         if failure:
             raise failure
         raise ValueError(f"{name}: {_difference(told)}")
-    return Ranks(exchange, name, [header[2 : 2 + len(own)] for header in headers]), call
+    return Meeting(exchange, name, [header[2 : 2 + len(own)] for header in headers]), call
 
 
 HEADER = 10  # integers: whether the arguments are wrong, their checksum, up to eight sizes

@@ -39,7 +39,7 @@ from .calls import (
     travelling,
     travelling_dtype,
 )
-from .exchange import Layout, Ranks, meet
+from .exchange import Layout, Meeting, meet
 
 
 @outside_graphs
@@ -91,7 +91,7 @@ def _met(name: str, loss: Any, group: Any, check: Callable[[], tuple[Scores, Any
 
 
 class _Contrastive(losses.Contrastive):
-    def __init__(self, ranks: Ranks, options: Options) -> None:
+    def __init__(self, ranks: Meeting, options: Options) -> None:
         super().__init__(*options)
         self.tiles = Tiles(ranks)
 
@@ -105,7 +105,7 @@ class _Contrastive(losses.Contrastive):
 
 
 class _Sigmoid(losses.Sigmoid):
-    def __init__(self, ranks: Ranks, *options: Any) -> None:
+    def __init__(self, ranks: Meeting, *options: Any) -> None:
         super().__init__(*options)
         self.tiles, self.count = Tiles(ranks), max(sum(ranks.rows), 1) / ranks.world
 
@@ -121,7 +121,7 @@ class _Sigmoid(losses.Sigmoid):
 class Tiles:
     """The functions of ``tensors.py`` that losses call, over the rows of all ranks: they take scores that are not read."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Meeting) -> None:
         self.ranks = ranks
 
     def counts(self, of_queries: Any, of_keys: Any) -> tuple[float, float]:

@@ -37,7 +37,7 @@ from .calls import (
     travelling,
     travelling_dtype,
 )
-from .exchange import Layout, Ranks, meet
+from .exchange import Layout, Meeting, meet
 
 
 @outside_graphs
@@ -138,7 +138,7 @@ def _asked(needs: Sequence[Any]) -> list[bool]:
 class Sharded:
     """The keys of all ranks: the functions of a search, of which the rank's own keys are a part."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Meeting) -> None:
         self.ranks = ranks
         self.first, self.end = ranks.offsets[ranks.rank : ranks.rank + 2]  # of the numbers of this rank's keys
         self.shared = ranks.exchange.queries == "shared"
