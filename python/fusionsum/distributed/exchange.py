@@ -177,7 +177,7 @@ class Meeting:
     ) -> Any:
         """Show every rank's block to all ranks; return what they made of this rank's, merged.
 
-        Meeting visit their own block first, then those of the ranks before them. What rank r's block gathers is merged in
+        Ranks visit their own block first, then those of the ranks before them. What rank r's block gathers is merged in
         the order of the ranks r + 1, r + 2, ..., r.
 
         Parameters
