@@ -259,3 +259,20 @@ def test_meta_and_fake_tensors(name, options):
     with torch._subclasses.FakeTensorMode():
         x = [torch.empty(shape, dtype=torch.bfloat16) for shape in (*shapes, *last)]
         assert [(o.shape, o.dtype) for o in found(*x)] == [(o.shape, torch.bfloat16) for o in real]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_operations_take_nothing_of_another_device(name):
+    """Numbers neither: of what takes a tensor of the CPU a compiler makes no CUDA graph."""
+    seen = []
+
+    class Log(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "fusionsum":
+                seen.extend(x.device.type for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    queries, keys = (torch.empty(count, 3, device="meta") for count in (4, 5))
+    with Log():
+        getattr(fs, name)(queries, keys, logit_scale=2.0)
+    assert set(seen) == {"meta"}
