@@ -97,7 +97,8 @@ void step(const std::string& name, py::handle products, const py::kwargs& given)
   c.rows = a.shape[0];
   c.cols = a.shape[1];
   c.stride = a.stride[0];
-  if (reinterpret_cast<uintptr_t>(a.data) % 16 || c.stride * item_size(a.dtype) % 16) Fields::wrong("products");
+  if (reinterpret_cast<uintptr_t>(a.data) % 16 || (c.rows > 1 && c.stride * item_size(a.dtype) % 16))
+    Fields::wrong("products");
 
   Fields f(given, home);
   f.read("all_rows", c.all_rows);
@@ -143,7 +144,8 @@ void step(const std::string& name, py::handle products, const py::kwargs& given)
   if (f.strided("gamma", 2, a)) {
     const bool narrower = c.dtype == DType::f32 && a.dtype == DType::bf16;
     if (a.boolean || a.integer || (a.dtype != c.dtype && !narrower) || a.shape[0] != c.rows || a.shape[1] != c.cols ||
-        a.stride[0] != c.stride || (c.cols > 1 && a.stride[1] != 1) || reinterpret_cast<uintptr_t>(a.data) % 16)
+        (c.rows > 1 && a.stride[0] != c.stride) || (c.cols > 1 && a.stride[1] != 1) ||
+        reinterpret_cast<uintptr_t>(a.data) % 16)
       Fields::wrong("gamma");
     c.gamma = a.data;
     c.gamma_dtype = a.dtype;

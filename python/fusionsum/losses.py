@@ -114,7 +114,8 @@ def contrastive_loss(
 
     With tensors, the loss and the log-sum-exps have gradients for both sides, `fusion_weights`, `logit_scale` and
     `key_bias`. Scores are accumulated in float32 (float64 if an argument is), sums over them in float64. Results are
-    bit-identical for every number of threads.
+    bit-identical for every number of threads. On a GPU nothing waits for it: values are not checked there, float32 is
+    multiplied as torch's settings say, and labels and ids may not change before backward.
 
     With a `group`, a process returns the losses and log-sum-exps of its own rows, among the rows of all: with "sum" they
     add up, and with "mean" they average, over the processes, to what one process returns that holds all rows. Where all

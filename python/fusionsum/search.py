@@ -70,6 +70,7 @@ def top_k(
     -----
     The order is that of a stable sort: greater scores first, equal ones by lower index, NaN after all numbers. Where fewer
     than k keys are left, the last places have the value -inf and the index -1. With tensors, the values have gradients.
+    On a GPU nothing waits for it: ids that are there and out of range leave out nothing.
     With a `group` queries travel, and keys stay where they are: each process may map its own file into memory. Gradients
     are those of the sum of all processes' values, each times its own gradient; in backward all must take part.
 
@@ -128,7 +129,8 @@ def ranks(
     Returns
     -------
     numpy.ndarray or torch.Tensor
-        (B,), float64 for "mean", else int64. A target whose score is NaN comes last.
+        (B,), float64 for "mean", else int64. A target whose score is NaN comes last, and on a GPU, where values are not
+        checked, one out of range.
 
     Raises
     ------
