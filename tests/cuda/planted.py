@@ -43,7 +43,8 @@ class Bug:
 _TILE, _STATISTICS, _GAMMA, _SELECT, _MERGE, _STEPS = (
     f"cuda/scores/{name}" for name in ("tile.cuh", "statistics.cu", "gamma.cu", "select.cu", "merge.cu", "steps.cu")
 )
-_KERNEL, _PLAN, _LAUNCH, _GPU = "cuda/sum/kernel.cuh", "cuda/sum/plan.cpp", "cuda/launch.cu", "cuda/gpu.h"
+_KERNEL, _PACKET, _PLAN = "cuda/sum/kernel.cuh", "cuda/sum/packet.cuh", "cuda/sum/plan.cpp"
+_LAUNCH, _GPU = "cuda/launch.cu", "cuda/gpu.h"
 BUGS = (
     Bug(
         "no barrier between the steps of strided_sum",
@@ -62,8 +63,8 @@ BUGS = (
     Bug(
         "a packet too many",
         _KERNEL,
-        ": p.packets_per_tile;",
-        ": p.packets_per_tile + 1;",
+        ": most_cols;",
+        ": most_cols + W;",
         (
             ("address", "heap-buffer-overflow"),
             ("plain", "wrong results"),
@@ -101,8 +102,8 @@ BUGS = (
     Bug(
         "the last columns in no tile",
         _PLAN,
-        "tiles = divide_up(packets, lanes);",
-        "tiles = std::max<int64_t>(1, packets / lanes);",
+        "by_columns ? divide_up(packets, lanes) : 1",
+        "by_columns ? std::max<int64_t>(1, packets / lanes) : 1",
         (("plain", "wrong results"), ("ptx", "different bits"), ("sizes", "wrong results")),
     ),
     Bug(
@@ -115,8 +116,8 @@ BUGS = (
     Bug(
         "splits that store the same partial sum",
         _KERNEL,
-        "o.sums[(t.split * p.units + unit) * p.cols + col + i]",
-        "o.sums[unit * p.cols + col + i]",
+        "o.sums[(t.split * p.units + unit) * p.cols + place]",
+        "o.sums[unit * p.cols + place]",
         (("thread", "data race"), ("plain", "wrong results"), ("ptx", "block race"), ("sizes", "wrong results")),
     ),
     Bug(
@@ -154,6 +155,70 @@ BUGS = (
         "reinterpret_cast<uintptr_t>(data) % 4 == 0",
         (("plain", "a misaligned access"),),
     ),
+    # In what loads and stores operands that are not packed, and in the cut.
+    Bug(
+        "loose values read past the end",
+        _PACKET,
+        "packet.value[i] = c.has(i) ? value(place, i) : T(0);",
+        "packet.value[i] = value(place, i);",
+        (("address", "heap-buffer-overflow"), ("ptx", "out of bounds")),
+    ),
+    Bug(
+        "loose values stored past the end",
+        _PACKET,
+        "if (c.has(i)) store_one(i);",
+        "store_one(i);",
+        (("ptx", "out of bounds"), ("address", "heap-buffer-overflow")),
+    ),
+    Bug(
+        "the last of a thread's loose columns left out",
+        _PACKET,
+        "static_cast<int>(left + step - 1) >> lanes_log2",
+        "static_cast<int>(left) >> lanes_log2",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "loose columns that lanes have twice",
+        _PACKET,
+        "return col * (int64_t{1} << log2);",
+        "return col;",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "what lies past the end counts as 1",
+        _KERNEL,
+        "x[i] = T(c.has(i));",
+        "x[i] = T(1);",
+        (("plain", "wrong results: absent"),),
+    ),
+    Bug(
+        "bfloat16 taken for float16",
+        _PACKET,
+        "o.dtype == DType::bf16 ? widen_from(Bf16{}) : widen_from(F16{});",
+        "o.dtype == DType::f16 ? widen_from(Bf16{}) : widen_from(F16{});",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "derivatives stored at strides in elements",
+        _PLAN,
+        "    o.grad_row[d] *= item;\n",
+        "",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "the last rows in no split",
+        _PLAN,
+        "static_cast<int>(divide_up(pass.run, pass.rows_per_split))",
+        "static_cast<int>(std::max<int64_t>(1, pass.run / pass.rows_per_split))",
+        (("plain", "wrong results"),),
+    ),
+    Bug(
+        "a shuffle that threads of the last rows leave out",
+        _KERNEL,
+        "u < U && row0 + u * t.groups < t.end; ++u",
+        "u < U && row0 + u * t.groups + t.group < t.end; ++u",
+        (("ptx", "sync mask"),),
+    ),
     # A foreigner's, which every stage before missed.
     Bug(
         "a quotient that is one too small",
@@ -171,7 +236,7 @@ BUGS = (
     ),
     Bug(
         "a wrong word stored past the caches",
-        "cuda/sum/packet.cuh",
+        _PACKET,
         "__stcs(to, v);",
         "__stcs(to, make_uint4(v.x, v.y, v.w, v.z));",
         (("sizes", "wrong results: gradients stored past the caches"),),
@@ -256,8 +321,8 @@ BUGS = (
     Bug(
         "32-bit columns of a thread",
         _KERNEL,
-        "const int64_t col = (static_cast<int64_t>(t.tile) * t.lanes + t.lane) * W;",
-        "const int64_t col = (t.tile * t.lanes + t.lane) * W;",
+        "const int64_t col = static_cast<int64_t>(t.tile) * W * t.lanes",
+        "const int64_t col = t.tile * W * t.lanes",
         (("sizes", "wrong results: columns beyond 2^32, each by itself"),),
     ),
     Bug(
@@ -288,10 +353,10 @@ BUGS = (
         also=(
             (
                 _KERNEL,
-                """    tile = static_cast<int>(blockIdx.x) / p.parts;
-    part = static_cast<int>(blockIdx.x) - tile""",
-                """    tile = static_cast<int>(blockIdx.y) / p.parts;
-    part = static_cast<int>(blockIdx.y) - tile""",
+                """    part = static_cast<int>(blockIdx.x) / p.tiles;
+    tile = static_cast<int>(blockIdx.x) - part""",
+                """    part = static_cast<int>(blockIdx.y) / p.tiles;
+    tile = static_cast<int>(blockIdx.y) - part""",
             ),
         ),
     ),

@@ -1,5 +1,6 @@
 // The kernels `rows` and `columns`, which execute a pass (pass.h says what they compute), and the sums over threads.
-// kernel_<dtype>.cu instantiates them; `combine`, which adds their partial sums, is in combine.cu.
+// kernel_<dtype>.cu and kernel_loose<bits>.cu instantiate them; `combine`, which adds their partial sums, is in
+// combine.cu.
 //
 // Shape letters: N varying operands, W columns in a packet, U rows at a time. kGrad: some varying operand wants its
 // derivative. kExtra: some operand has an activation, a mask or no data; kernels without are a third of the size and of
@@ -75,8 +76,8 @@ struct Thread {
     lane = index & (lanes - 1);
     group = (index >> p.lanes_log2) & (groups - 1);
     slot = index >> per_slot;
-    tile = static_cast<int>(blockIdx.x) / p.parts;
-    part = static_cast<int>(blockIdx.x) - tile * p.parts;
+    part = static_cast<int>(blockIdx.x) / p.tiles;
+    tile = static_cast<int>(blockIdx.x) - part * p.tiles;
     split = part % p.splits;
     begin = split * p.rows_per_split;
     end = begin + p.rows_per_split < p.run ? begin + p.rows_per_split : p.run;
@@ -124,7 +125,7 @@ template <class T, bool kExtra>
 FUSIONSUM_INLINE Entry<T> entry(const PassOperand& o, int64_t at, int64_t mask_at) {
   if (kExtra && o.mask && !o.mask[mask_at]) return {o.absent_is_one ? T(1) : T(0), T(0), false};
   if (!o.data) return {T(1), T(1), true};
-  const T x = Storage<Any<T>>::load(o, at).value;
+  const T x = load_value<T>(o, at);
   const Value<T> value = kExtra ? activated(o.activation, x) : Value<T>{x, T(1)};
   return {value.y, value.dy, true};
 }
@@ -154,48 +155,52 @@ FUSIONSUM_INLINE void scale_rows(const Pass& p, int64_t unit, int64_t row, int s
     rotate<U>(scale, row < end ? splat_product<T, kExtra>(p, unit, row, -1) : T(1));
 }
 
-// x[i] = x[i] * (the value of o at col + i), for an operand without mask and activation: by 16-byte accesses where o is
-// packed.
-template <class T, int W>
-FUSIONSUM_INLINE void multiply_by(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
+// x[i] = x[i] * (the value of o at column i), for an operand without mask and activation: by 16-byte accesses where o
+// is packed and the columns are neighbours.
+template <class T, int W, bool kLoose>
+FUSIONSUM_INLINE void multiply_by(const PassOperand& o, Place at, const Columns<W, kLoose>& c, T (&x)[W]) {
   with_dtype(o.dtype, o.data, [&](const auto* p) {
     using S = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
     constexpr int kWidth = Storage<S>::width;
-    if constexpr (W % kWidth == 0) {
+    if constexpr (!kLoose && W % kWidth == 0) {
       if (o.packed) {
         FUSIONSUM_UNROLL(8)
         for (int i = 0; i < W; i += kWidth) {
-          const auto packet = Storage<S>::load(o, at.data + col + i);
+          const auto packet = Storage<S>::load(o, at.data + c.first + i);
           FUSIONSUM_UNROLL(8)
           for (int j = 0; j < kWidth; ++j) x[i + j] = x[i + j] * static_cast<T>(packet.get(j));
         }
         return;
       }
     }
+    const auto* const first = p + at.data + c.first * o.col;
+    const int64_t step = c.stride(o.col);
     FUSIONSUM_UNROLL(8)
-    for (int i = 0; i < W; ++i) x[i] = x[i] * static_cast<T>(wide(fetch(p + at.data + (col + i) * o.col)));
+    for (int i = 0; i < W; ++i) x[i] = c.has(i) ? x[i] * static_cast<T>(wide(fetch(first + i * step))) : T(0);
   });
 }
 
-// x[i] = x[i] * (the factor of o at col + i), for any operand.
-template <class T, int W, bool kExtra>
-FUSIONSUM_INLINE void times(const PassOperand& o, Place at, int64_t col, T (&x)[W]) {
+// x[i] = x[i] * (the factor of o at column i), for any operand.
+template <class T, bool kExtra, int W, bool kLoose>
+FUSIONSUM_INLINE void times(const PassOperand& o, Place at, const Columns<W, kLoose>& c, T (&x)[W]) {
   if (kExtra && (o.mask || o.activation != Activation::none)) {
     GPU_LOOP
-    for (int i = 0; i < W; ++i)
-      rotate<W>(x, x[0] * entry<T, kExtra>(o, at.data + (col + i) * o.col, at.mask + (col + i) * o.mask_col).y);
+    for (int i = 0; i < W; ++i) {
+      const int64_t col = c.first + i * c.step;
+      rotate<W>(x, c.has(i) ? x[0] * entry<T, kExtra>(o, at.data + col * o.col, at.mask + col * o.mask_col).y : T(0));
+    }
   } else {
-    multiply_by<T, W>(o, at, col, x);
+    multiply_by<T>(o, at, c, x);
   }
 }
-// x[i] = the product of the uniform operands at col + i, without operand `skip`.
-template <class T, int W, bool kExtra>
-FUSIONSUM_INLINE void uniform_product(const Pass& p, int64_t unit, int64_t col, int skip, T (&x)[W]) {
+// x[i] = the product of the uniform operands at column i, without operand `skip`; 0 beyond the last column.
+template <class T, bool kExtra, int W, bool kLoose>
+FUSIONSUM_INLINE void uniform_product(const Pass& p, int64_t unit, const Columns<W, kLoose>& c, int skip, T (&x)[W]) {
   FUSIONSUM_UNROLL(8)
-  for (int i = 0; i < W; ++i) x[i] = T(1);
+  for (int i = 0; i < W; ++i) x[i] = T(c.has(i));
   GPU_LOOP
   for (int k = p.varying; k < p.varying + p.uniform; ++k)
-    if (k != skip && p.operand[k].data) times<T, W, kExtra>(p.operand[k], in_unit(p, k, unit), col, x);
+    if (k != skip && p.operand[k].data) times<T, kExtra>(p.operand[k], in_unit(p, k, unit), c, x);
 }
 
 // ---- one row of the varying operands --------------------------------------------------------------------------------
@@ -206,14 +211,24 @@ struct Row {
   using T = typename Store::T;
   using Packet = typename Store::Packet;
   static constexpr int W = Store::width;
+  using Cols = Columns<W, Store::loose>;
 
   Place at[N];
-  bool present[N];  // for the whole row; `multiply` reads a mask that varies along the columns (kAnyCount only)
+  bool present[N];  // for the whole row; `multiply` reads a mask that varies along the columns (loose operands only)
   Activation activation[N];  // none where the operand is absent
   bool here;                 // false: this row lies past the end, and nothing of it is read or written
   Packet packet[N];
 
   FUSIONSUM_INLINE static int count(const Pass& p) { return N < kAnyCount ? N : p.varying; }
+
+  // Moves a place along the columns.
+  FUSIONSUM_INLINE static void move(const PassOperand& o, int64_t cols, Place& at) {
+    at.data += cols * o.col;
+    at.grad += cols * o.grad_col;
+    at.mask += cols * o.mask_col;
+  }
+  // A lane's first column.
+  FUSIONSUM_INLINE static int first(int lane) { return Store::loose ? lane : lane * W; }
 
   // `base` holds the operands' places at the unit. From N = 4 on they would not fit the registers, and each row finds
   // them again.
@@ -233,16 +248,46 @@ struct Row {
     }
   }
 
-  FUSIONSUM_INLINE void load(const Pass& p, int64_t col) {
-    FUSIONSUM_UNROLL(16)
-    for (int k = 0; k < N; ++k) {
-      const PassOperand& o = p.operand[k];
-      if (present[k] && (!kExtra || o.data)) {
-        packet[k] = Store::load(o, at[k].data + col * (W > 1 ? 1 : o.col));
-      } else {  // an absent operand counts as 1 or 0; a row that is not here and a place beyond the count, as 1
-        packet[k] = Store::all(here && k < count(p) && !present[k] && !o.absent_is_one ? T(0) : T(1));
+  // Loads U rows, so that their loads are in flight together.
+  template <int U>
+  FUSIONSUM_INLINE static void load(const Pass& p, const Cols& c, Row (&row)[U]) {
+    if constexpr (Store::loose) {
+      FUSIONSUM_UNROLL(16)
+      for (int k = 0; k < N; ++k)
+        if (reads(p, k)) Store::load(p.operand[k], c, present_packets(row, k));
+    }
+    FUSIONSUM_UNROLL(4)
+    for (int u = 0; u < U; ++u) {
+      if (!row[u].here) continue;
+      FUSIONSUM_UNROLL(16)
+      for (int k = 0; k < N; ++k) {
+        const PassOperand& o = p.operand[k];
+        if (!row[u].present[k] || !reads(p, k)) {  // absent, it counts as 1 or 0; beyond the count, as 1
+          row[u].packet[k] = Store::all(k < count(p) && !row[u].present[k] && !o.absent_is_one ? T(0) : T(1));
+        } else if constexpr (!Store::loose) {
+          row[u].packet[k] = Store::load(o, row[u].at[k].data + c.first);
+        }
       }
     }
+  }
+  // Makes numbers of what was loaded.
+  template <int U>
+  FUSIONSUM_INLINE static void widen(const Pass& p, Row (&row)[U]) {
+    if constexpr (Store::loose) {
+      FUSIONSUM_UNROLL(16)
+      for (int k = 0; k < N; ++k)
+        if (reads(p, k)) Store::widen(p.operand[k], present_packets(row, k));
+    }
+  }
+  FUSIONSUM_INLINE static bool reads(const Pass& p, int k) { return k < count(p) && (!kExtra || p.operand[k].data); }
+  // Calls use(packet, place) for each row in which operand k is present.
+  template <int U>
+  FUSIONSUM_INLINE static auto present_packets(Row (&row)[U], int k) {
+    return [&row, k](auto use) {
+      FUSIONSUM_UNROLL(4)
+      for (int u = 0; u < U; ++u)
+        if (row[u].present[k]) use(row[u].packet[k], row[u].at[k].data);
+    };
   }
 
   // Returns the product of the row's factors at `column`, of which x holds the values. With kGrad,
@@ -258,7 +303,7 @@ struct Row {
       const Value<T> value = activated(activation[k], x[k]);
       x[k] = value.y;
       slope[k] = value.dy;
-      if (N == kAnyCount && present[k] && o.mask && o.mask_col) {
+      if (Store::loose && present[k] && o.mask && o.mask_col) {
         is_present[k] = o.mask[at[k].mask + column * o.mask_col];
         if (!is_present[k]) x[k] = o.absent_is_one ? T(1) : T(0);
       }
@@ -278,18 +323,18 @@ struct Row {
     }
   }
 
-  // For each of the W columns from `col`, calls use(i, product, uniform[i]), where `product` is that of the row's
-  // factors, and stores the derivatives of varying operands, which are multiplied by uniform[i] and `scale`. `i` is the
-  // column's number without kExtra, where the loop is unrolled. With kExtra it is not, i is always 0, and arrays are
-  // rotated from column to column instead: `use` has to rotate an array of W values that it reads or writes by i.
+  // For each of the W columns calls use(i, product, uniform[i]), where `product` is that of the row's factors, and
+  // stores the derivatives of varying operands, which are multiplied by uniform[i] and `scale`. `i` is the column's
+  // number without kExtra, where the loop is unrolled. With kExtra it is not, i is always 0, and arrays are rotated
+  // from column to column instead: `use` has to rotate an array of W values that it reads or writes by i.
   template <class Use>
-  FUSIONSUM_INLINE void differentiate(const Pass& p, int64_t col, T (&uniform)[W], T scale, Use use) {
+  FUSIONSUM_INLINE void differentiate(const Pass& p, const Cols& cols, T (&uniform)[W], T scale, Use use) {
     Packet out[N];
-    const auto one = [&](int i, int step, auto take, auto put, T c) {
+    const auto one = [&](int i, int which, auto take, auto put, T c) {
       T x[N], partial[N];
       FUSIONSUM_UNROLL(16)
       for (int k = 0; k < N; ++k) x[k] = take(packet[k], i);
-      const T product = multiply(p, col + step, kGrad ? c * scale : T(1), x, partial);
+      const T product = multiply(p, cols.first + which * cols.step, kGrad ? c * scale : T(1), x, partial);
       if (kGrad) {
         FUSIONSUM_UNROLL(16)
         for (int k = 0; k < N; ++k) put(out[k], i, partial[k]);
@@ -317,8 +362,12 @@ struct Row {
       FUSIONSUM_UNROLL(16)
       for (int k = 0; k < N; ++k) {
         const PassOperand& o = p.operand[k];
-        if (k < count(p) && o.reach == Reach::row)
-          Store::store(o, at[k].grad + col * (W > 1 ? 1 : o.grad_col), out[k], p.stream);
+        if (k >= count(p) || o.reach != Reach::row) continue;
+        if constexpr (Store::loose) {
+          Store::store(o, at[k].grad, cols, out[k]);
+        } else {
+          Store::store(o, at[k].grad + cols.first, out[k], p.stream);
+        }
       }
     }
   }
@@ -335,7 +384,7 @@ FUSIONSUM_INLINE double segment_sum(double x, int log2, double* buffer) {
   if (width > 32) {
     if (index % 32 == 0) buffer[index / 32] = x;
     __syncthreads();
-    if (index % width == 0) {
+    if ((index & (width - 1)) == 0) {
       GPU_LOOP
       for (int warp = 1; warp < width / 32; ++warp) x += buffer[index / 32 + warp];
     }
@@ -361,27 +410,27 @@ FUSIONSUM_INLINE void strided_sum(double* x, int lanes, int count, int which) {
   if (count > 1) __syncthreads();
 }
 
-template <int N, bool kExtra>
-constexpr int kBlocks = N + kExtra > 4 ? 1 : 2;  // per multiprocessor, at least: 255 or 128 registers
+// Blocks of a multiprocessor, at least: with 255 or 128 registers a thread.
+template <class S, int N, bool kExtra>
+constexpr int kBlocks = N + kExtra + Storage<S>::loose > 4 ? 1 : 2;
 
 // ---- sums over the columns ------------------------------------------------------------------------------------------
 
 // U, the rows whose loads are in flight together: up to eight loads of 16 bytes a thread, within 128 registers.
-template <int N, bool kGrad, bool kExtra>
-constexpr int kRowsAtOnce = N > 4 || (kGrad && kExtra) ? 1
-                            : kGrad || kExtra          ? (N <= 2 ? 2 : 1)
-                                                       : (N <= 2 ? 4 : 2);
+template <class S, int N, bool kGrad, bool kExtra>
+constexpr int kRowsAtOnce = N > 4 || (kGrad && kExtra) || (Storage<S>::loose && Storage<S>::width > 4) ? 1
+                            : kGrad || kExtra ? (N <= 2 ? 2 : 1)
+                                              : (N <= 2 ? 4 : 2);
 
 template <class S, int N, bool kGrad, bool kExtra>
-__global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<S, N, kExtra>) rows(const __grid_constant__ Pass p) {
   using R = Row<S, N, kGrad, kExtra>;
   using T = typename R::T;
-  constexpr int W = R::W, U = kRowsAtOnce<N, kGrad, kExtra>;
+  constexpr int W = R::W, U = kRowsAtOnce<S, N, kGrad, kExtra>;
   GPU_SHARED(double, buffer, kThreads / 32);
   const Thread t(p);
   const int64_t first_col = static_cast<int64_t>(t.tile) * p.packets_per_tile * W, cols_left = p.cols - first_col;
-  const int packets =
-      cols_left < static_cast<int64_t>(p.packets_per_tile) * W ? static_cast<int>(cols_left / W) : p.packets_per_tile;
+  const int most_cols = p.packets_per_tile * W, cols = cols_left < most_cols ? static_cast<int>(cols_left) : most_cols;
   int summed = -1;    // the splat operand whose derivative is summed over rows too
   bool each = false;  // some splat operand has a derivative for each row
   GPU_LOOP
@@ -407,28 +456,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) rows(const __gri
         sum[u] = 0;
       }
       if (kGrad) scale_rows<U, kExtra>(p, unit, row0 + t.group, t.groups, unit_here ? t.end : 0, scale);
-      for (int packet = t.lane; row[0].here && packet < packets;) {
+      for (int col = R::first(t.lane); row[0].here && col < cols;) {
         T s[U] = {};
         GPU_LOOP
-        for (int terms = 0; terms < kMaxTerms && packet < packets; terms += W, packet += t.lanes) {
-          const int64_t col = first_col + packet * W;
-          FUSIONSUM_UNROLL(4)
-          for (int u = 0; u < U; ++u)
-            if (row[u].here) row[u].load(p, col);
+        for (int terms = 0; terms < kMaxTerms && col < cols; terms += W, col += W * t.lanes) {
+          const typename R::Cols c(first_col + col, p.lanes_log2, cols - col);
+          R::load(p, c, row);
           T uniform[W];
-          uniform_product<T, W, kExtra>(p, unit, col, -1, uniform);
+          uniform_product<T, kExtra>(p, unit, c, -1, uniform);
+          R::widen(p, row);
           FUSIONSUM_UNROLL(4)
           for (int u = 0; u < U; ++u) {
             if (row[u].here)
-              row[u].differentiate(p, col, uniform, scale[u],
-                                   [&](int, T product, T c) { s[u] = madd(product, c, s[u]); });
+              row[u].differentiate(p, c, uniform, scale[u],
+                                   [&](int, T product, T factor) { s[u] = madd(product, factor, s[u]); });
           }
         }
         FUSIONSUM_UNROLL(4)
         for (int u = 0; u < U; ++u) sum[u] += static_cast<double>(s[u]);
       }
       GPU_LOOP
-      for (int u = 0; u < U; ++u) {
+      for (int u = 0; u < U && row0 + u * t.groups < t.end; ++u) {
         const int64_t r = row0 + u * t.groups + t.group;
         const bool here = unit_here && r < t.end;
         const double own_sum = rotate<U>(sum, sum[0]);
@@ -477,14 +525,15 @@ static_assert(kThreads == 1 << 8, "the whole block is a segment");
 // ---- sums over the run ----------------------------------------------------------------------------------------------
 
 template <class S, int N, bool kGrad, bool kExtra>
-__global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<S, N, kExtra>) columns(const __grid_constant__ Pass p) {
   using R = Row<S, N, kGrad, kExtra>;
   using T = typename R::T;
-  constexpr int W = R::W, U = kRowsAtOnce<N, true, kExtra>;
+  constexpr int W = R::W, U = kRowsAtOnce<S, N, true, kExtra>;
   // Of each thread's columns: in registers they would take 2 W of them.
   GPU_SHARED(double, sums, (W * kThreads));
   const Thread t(p);
-  const int64_t col = (static_cast<int64_t>(t.tile) * t.lanes + t.lane) * W;
+  const int64_t col = static_cast<int64_t>(t.tile) * W * t.lanes + R::first(t.lane);
+  const typename R::Cols cols(col, p.lanes_log2, p.cols - col);
   double* const own = sums + threadIdx.x;
   for (int64_t unit0 = t.first_unit; unit0 < p.units; unit0 += t.unit_step) {
     const int64_t unit = unit0 + t.slot;
@@ -494,8 +543,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
     if (here) {
       Place base[N] = {};
       if (R::kBased) locate<N>(p, R::count(p), 0, 0, p.unit_dims, unit, base);
+      constexpr bool kMoved = R::kBased && Storage<S>::loose;  // by the columns' offsets, once for all rows
+      FUSIONSUM_UNROLL(4)
+      for (int k = 0; k < (kMoved ? N : 0); ++k) R::move(p.operand[k], col, base[k]);
+      const typename R::Cols from_base(kMoved ? 0 : col, p.lanes_log2, p.cols - col);
       T uniform[W] = {}, level[W] = {};
-      if (kGrad) uniform_product<T, W, kExtra>(p, unit, col, -1, uniform);
+      if (kGrad) uniform_product<T, kExtra>(p, unit, cols, -1, uniform);
       int terms = 0;
       GPU_LOOP
       for (int64_t row0 = t.begin + t.group; row0 < t.end; row0 += U * t.groups) {
@@ -505,14 +558,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
         for (int u = 0; u < U; ++u) {
           const int64_t r = row0 + u * t.groups;
           row[u].locate(p, base, unit, r, r < t.end);
-          if (row[u].here) row[u].load(p, col);
           scale[u] = 1;
         }
+        R::load(p, from_base, row);
         scale_rows<U, kExtra>(p, unit, row0, t.groups, t.end, scale);
+        R::widen(p, row);
         FUSIONSUM_UNROLL(4)
         for (int u = 0; u < U; ++u) {
           if (!row[u].here) continue;
-          row[u].differentiate(p, col, uniform, scale[u], [&](int i, T product, T) {
+          row[u].differentiate(p, from_base, uniform, scale[u], [&](int i, T product, T) {
             if (kExtra) {
               rotate<W>(level, madd(product, scale[u], level[0]));
             } else {
@@ -537,53 +591,76 @@ __global__ void __launch_bounds__(kThreads, kBlocks<N, kExtra>) columns(const __
       const bool all = o.reach == Reach::all, first = all && unit0 == t.first_unit;
       if (o.reach == Reach::none || (!here && !first)) continue;
       T others[W] = {};
-      if (here) uniform_product<T, W, kExtra>(p, unit, col, k, others);
+      if (here) uniform_product<T, kExtra>(p, unit, cols, k, others);
       const Place at = here ? in_unit(p, k, unit) : Place{0, 0, 0};
       GPU_LOOP
-      for (int i = 0; i < W; ++i) {
+      for (int i = 0; i < W && cols.has(i); ++i) {
+        const int64_t place = col + i * cols.step;
         Entry<T> entry_here{T(1), T(1), here};
-        if (kExtra && here)
-          entry_here = entry<T, true>(o, at.data + (col + i) * o.col, at.mask + (col + i) * o.mask_col);
+        if (kExtra && here) entry_here = entry<T, true>(o, at.data + place * o.col, at.mask + place * o.mask_col);
         const double value = entry_here.derivative(own[i * kThreads] * rotate<W>(others, others[0]));
         if (all) {
-          double* const to = &o.sums[(static_cast<int64_t>(t.part) * t.slots + t.slot) * p.cols + col + i];
+          double* const to = &o.sums[(static_cast<int64_t>(t.part) * t.slots + t.slot) * p.cols + place];
           *to = first ? value : *to + value;
         } else if (o.sums) {
-          o.sums[(t.split * p.units + unit) * p.cols + col + i] = value;
+          o.sums[(t.split * p.units + unit) * p.cols + place] = value;
         } else {
-          store_value(o.dtype, o.grad, at.grad + (col + i) * o.grad_col, value);
+          store_value(o.dtype, o.grad, at.grad + place * o.grad_col, value);
         }
       }
     }
   }
 }
 
-// ---- the table of one storage type ----------------------------------------------------------------------------------
+// ---- the tables -----------------------------------------------------------------------------------------------------
 
-template <class S, int N, bool kGrad, bool kExtra>
+template <class S, int N, bool kGrad, bool kExtra, class SOfColumns = S>
 constexpr void add(Kernels& table, int count) {
   table.rows[count][kGrad][kExtra] = rows<S, N, kGrad, kExtra>;
-  table.columns[count][kGrad][kExtra] = columns<S, N, kGrad, kExtra>;
+  table.columns[count][kGrad][kExtra] = columns<SOfColumns, N, kGrad, kExtra>;
+  table.width[count][false][kExtra] = Storage<S>::width;
+  table.width[count][true][kExtra] = Storage<SOfColumns>::width;
 }
 template <class S, int N>
-constexpr void add(Kernels& table) {
+constexpr void add_packed(Kernels& table) {
   add<S, N, false, false>(table, N - 1);
   add<S, N, false, true>(table, N - 1);
   add<S, N, true, false>(table, N - 1);
   add<S, N, true, true>(table, N - 1);
 }
 template <class S>
-constexpr Kernels kernels() {
+constexpr Kernels packed_kernels() {
   Kernels table{};
-  table.width = Storage<S>::width;
-  if constexpr (Storage<S>::width > 1) {
-    add<S, 1>(table);
-    add<S, 2>(table);
-    add<S, 3>(table);
-    add<S, 4>(table);
+  add_packed<S, 1>(table);
+  add_packed<S, 2>(table);
+  add_packed<S, 3>(table);
+  add_packed<S, 4>(table);
+  return table;
+}
+
+// To keep them few, loose operands with activations have derivatives, those of float64 too, and float64 with
+// activations goes to the kernel for any number. Finding a row costs `columns` more than a packet, so that its packets
+// are wider where registers allow it.
+template <class T, int N>
+constexpr void add_loose(Kernels& table) {
+  using S = Loose<T, 16 / sizeof(T)>;
+  if constexpr (sizeof(T) == 4) {
+    using Wide = Loose<T, N <= 2 ? 8 : 4>;
+    add<S, N, false, false, Wide>(table, N - 1);
+    add<S, N, true, false, Wide>(table, N - 1);
+    add<S, N, true, true>(table, N - 1);
   } else {
-    add<S, kAnyCount, true, true>(table, kCounts - 1);
+    add<S, N, true, false>(table, N - 1);
   }
+}
+template <class T>
+constexpr Kernels loose_kernels() {
+  Kernels table{};
+  add_loose<T, 1>(table);
+  add_loose<T, 2>(table);
+  add_loose<T, 3>(table);
+  add_loose<T, 4>(table);
+  add<Loose<T, 1>, kAnyCount, true, true>(table, kCounts - 1);
   return table;
 }
 

@@ -2,6 +2,6 @@
 
 namespace fusionsum {
 namespace cuda {
-extern const Kernels kernels_bf16 = kernels<Bf16>();
+extern const Kernels kernels_bf16 = packed_kernels<Bf16>();
 }
 }  // namespace fusionsum

@@ -2,6 +2,6 @@
 
 namespace fusionsum {
 namespace cuda {
-extern const Kernels kernels_f16 = kernels<F16>();
+extern const Kernels kernels_f16 = packed_kernels<F16>();
 }
 }  // namespace fusionsum

@@ -2,6 +2,6 @@
 
 namespace fusionsum {
 namespace cuda {
-extern const Kernels kernels_f32 = kernels<float>();
+extern const Kernels kernels_f32 = packed_kernels<float>();
 }
 }  // namespace fusionsum

@@ -2,6 +2,6 @@
 
 namespace fusionsum {
 namespace cuda {
-extern const Kernels kernels_f64 = kernels<double>();
+extern const Kernels kernels_f64 = packed_kernels<double>();
 }
 }  // namespace fusionsum

@@ -36,7 +36,7 @@ struct PassOperand {
   const uint8_t* mask;  // null: present everywhere
   void* grad;
   double* sums;  // partial sums [part][entry], where several blocks have parts; null: store the sum itself
-  int64_t col, mask_col, grad_col;
+  int64_t col, mask_col, grad_col;  // strides in elements; of varying operands of the loose kernels in bytes
   int64_t row[kRowDims], mask_row[kRowDims], grad_row[kRowDims];  // the dims of the unit, then those of the run
   DType dtype;
   Activation activation;
@@ -54,8 +54,8 @@ struct Pass {
   bool stream;  // gradients outgrow the L2 cache: store past it
   // A block is slots (of a unit each) x groups (of rows of the run) x lanes (of columns); each count is a power of two.
   int lanes_log2, groups_log2;
-  // The grid is tiles (of columns) x parts (of rows): block = tile * parts + part. A part has some of the units, and
-  // one of the splits of their runs.
+  // The grid is parts (of rows) x tiles (of columns): block = part * tiles + tile, so that the blocks of a row run
+  // together. A part has some of the units, and one of the splits of their runs.
   int parts, splits;
   int64_t rows_per_split;
   int tiles, packets_per_tile;
@@ -77,18 +77,18 @@ struct Combine {
 
 using PassKernel = void(const Pass);
 
-// The kernels for one way in which varying operands are stored.
+// The kernels for one way in which varying operands are stored: packed, of one dtype each; or loose, of any.
 constexpr int kCounts = 5;  // of varying operands: 1, 2, 3, 4, any
 struct Kernels {
   // [varying operands - 1, or the last][derivatives of varying operands][activations, masks, constants]; null where
   // instance_of (plan.cpp) never looks
   PassKernel *rows[kCounts][2][2], *columns[kCounts][2][2];
-  int width;  // columns in a packet
+  int width[kCounts][2][2];  // columns in a packet, [varying operands - 1][`columns`, not `rows`][activations ...]
 };
 #define DECLARE(name, ...) extern const Kernels kernels_##name;  // kernel_<name>.cu
 FUSIONSUM_DTYPES(DECLARE)
 #undef DECLARE
-extern const Kernels kernels_any32, kernels_any64;
+extern const Kernels kernels_loose32, kernels_loose64;
 
 }  // namespace cuda
 }  // namespace fusionsum

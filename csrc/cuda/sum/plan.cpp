@@ -9,12 +9,14 @@ namespace fusionsum {
 namespace cuda {
 namespace {
 
-// Threads that fill a large GPU, and blocks of them. Fewer blocks than kFewBlocks leave it idle: then sums are split.
-constexpr int64_t kEnoughThreads = 1 << 18, kEnoughBlocks = kEnoughThreads / kThreads, kFewBlocks = kEnoughBlocks / 4;
-constexpr int64_t kMostBlocks = 1 << 16;
+// Threads that fill a large GPU, and blocks of them. Fewer blocks than kFewBlocks, two on each of an H100's
+// multiprocessors, leave it idle: then rows get more lanes, blocks fewer rows, and sums are split.
+constexpr int64_t kEnoughThreads = 1 << 18, kEnoughBlocks = kEnoughThreads / kThreads, kFewBlocks = 2 * 132;
+constexpr int64_t kMostBlocks = 1 << 16, kMostColumns = 1 << 30;
 constexpr int64_t kStreamBytes = int64_t{32} << 20;  // gradients larger than this do not stay in the L2 cache
-constexpr int kMaxLanesOfRow = 32;                   // one warp, or else the whole block
-constexpr int kRowsPerGroup = 8;                     // at least, before a run is split further
+constexpr int64_t kWarp = 32;                        // lanes of a row, unless rows are few or long
+constexpr int64_t kRowsAtOnce = 2;                   // of a group are in flight together
+constexpr int64_t kRowsPerGroup = 8;                 // at most where blocks are few
 
 uint32_t row_dims(const Problem& p, int vector) { return ((1u << p.ndim) - 1) & ~(1u << vector); }
 
@@ -186,13 +188,15 @@ int log2_at_least(int64_t n) {
 struct Instance {
   const Kernels* kernels;
   int count;
-  bool grad, extra;
+  bool by_columns, loose, grad, extra;
+
+  int width() const { return kernels->width[count][by_columns][extra]; }
 };
 
 // The kernels of the varying operands' dtype where these and their derivatives can be accessed 16 bytes at a time, else
-// those for any operands.
-Instance instance_of(const Pass& pass, bool is_wide) {
-  Instance to{nullptr, std::min(pass.varying, kCounts) - 1, false, false};
+// those for loose operands.
+Instance instance_of(const Pass& pass, bool by_columns, bool is_wide) {
+  Instance to{nullptr, std::min(pass.varying, kCounts) - 1, by_columns, false, false, false};
   bool same = true, packed = true;
   for (int k = 0; k < pass.varying; ++k) {
     const PassOperand& o = pass.operand[k];
@@ -211,51 +215,62 @@ Instance instance_of(const Pass& pass, bool is_wide) {
   };
   to.kernels = by_dtype[static_cast<int>(pass.operand[0].dtype)];
   const bool as_stored = is_wide == (pass.operand[0].dtype == DType::f64);
-  if (!same || !packed || !as_stored || pass.cols % to.kernels->width || pass.varying >= kCounts) {
-    to = {is_wide ? &kernels_any64 : &kernels_any32, kCounts - 1, true, true};
+  to.loose = to.count == kCounts - 1 || !same || !packed || !as_stored || pass.cols % to.width();
+  if (to.loose) to.kernels = is_wide ? &kernels_loose64 : &kernels_loose32;
+  if (to.loose) {  // of which there are fewer kernels (kernel.cuh)
+    if (to.extra && is_wide) to.count = kCounts - 1;
+    to.extra = to.extra || to.count == kCounts - 1;
+    to.grad = to.grad || to.extra || is_wide;
   }
   return to;
 }
 
-// Cuts columns into lanes, runs into groups, units into slots, and what is left into blocks.
-void cut(Pass& pass, const Instance& instance, bool by_columns, bool sums_run, Launch& launch) {
-  const int64_t packets = divide_up(pass.cols, instance.kernels->width);
-  int64_t lanes, tiles;
-  if (by_columns) {
-    lanes = int64_t{1} << std::min(log2_at_least(packets), log2_at_least(kThreads));
-    tiles = divide_up(packets, lanes);
-    pass.packets_per_tile = static_cast<int>(lanes);
-  } else {
-    const bool few = pass.units * pass.run * kMaxLanesOfRow < kEnoughThreads / 4;
-    lanes = packets >= kThreads * (few ? 1 : 8)
-                ? kThreads
-                : std::min<int64_t>(kMaxLanesOfRow, int64_t{1} << log2_at_least(packets));
-    tiles = 1;
+// From strides in elements, of data and derivative, to strides in bytes.
+void to_bytes(PassOperand& o, int dims) {
+  const int64_t item = item_size(o.dtype);
+  o.col *= item;
+  o.grad_col *= item;
+  for (int d = 0; d < dims; ++d) {
+    o.row[d] *= item;
+    o.grad_row[d] *= item;
   }
-  int64_t groups = 1;
-  const int64_t most_groups = kThreads / lanes;
+}
+
+// Cuts columns into lanes, runs into groups, units into slots, and what is left into blocks.
+void cut(Pass& pass, const Instance& instance, bool sums_run, Launch& launch) {
+  const bool by_columns = instance.by_columns;
+  const int64_t width = instance.width(), packets = divide_up(pass.cols, width), rows = pass.units * pass.run;
+  const int64_t most_lanes = std::min<int64_t>(kThreads, int64_t{1} << log2_at_least(packets));
+  int64_t lanes = std::min<int64_t>(kWarp, most_lanes), tiles = by_columns ? divide_up(packets, lanes) : 1, groups = 1;
   if (by_columns) {
-    while (groups < most_groups && pass.units * lanes * tiles * groups < kEnoughThreads &&
-           pass.run >= groups * kRowsPerGroup)
+    while (groups < kThreads / lanes && pass.units * lanes * tiles * groups < kEnoughThreads &&
+           pass.run >= groups * kRowsAtOnce * 2)
       groups *= 2;
   } else {
-    groups = std::min(most_groups, int64_t{1} << log2_at_least(pass.run));
+    if (packets >= kThreads * kRowsPerGroup) lanes = kThreads;
+    while (lanes < most_lanes && rows * lanes < kFewBlocks * kThreads) lanes *= 2;
+    groups = std::min(kThreads / lanes, int64_t{1} << log2_at_least(pass.run));
   }
-  int64_t unit_blocks = divide_up(pass.units, most_groups / groups), splits = 1;
-  if (by_columns || sums_run) {
-    if (unit_blocks * tiles < kFewBlocks)
-      splits = std::clamp<int64_t>(pass.run / (groups * kRowsPerGroup), 1, kEnoughBlocks / (unit_blocks * tiles));
-    unit_blocks = std::min(unit_blocks, std::max<int64_t>(1, 2 * kEnoughBlocks / tiles));
-  } else {
-    unit_blocks = std::min(unit_blocks, kMostBlocks);
-    splits = std::clamp<int64_t>(pass.run / (groups * kRowsPerGroup), 1, kMostBlocks / unit_blocks);
-  }
-  pass.rows_per_split = divide_up(pass.run, splits);
+  const bool partial = by_columns || sums_run;  // splits of a run are parts of its sum
+  int64_t unit_blocks = divide_up(pass.units, kThreads / (lanes * groups));
+  unit_blocks = std::min(unit_blocks, partial ? std::max<int64_t>(1, 2 * kEnoughBlocks / tiles) : kMostBlocks);
+  // Rows of a block: as many as leave enough blocks; but a warp is not split, nor what one block soon has summed.
+  const int64_t columns_of_blocks = unit_blocks * tiles;
+  int64_t split = pass.run * columns_of_blocks / kFewBlocks;
+  if (split > groups) split -= split % groups;
+  split = std::min(std::max(split, divide_up(partial ? lanes * groups / 4 : kWarp, lanes)), groups * kRowsPerGroup);
+  split = std::max(split, divide_up(pass.run * columns_of_blocks, partial ? kEnoughBlocks : kMostBlocks));
+  if (partial && (columns_of_blocks >= kFewBlocks || pass.run <= groups * kRowsAtOnce * 2)) split = pass.run;
+  pass.rows_per_split = std::min(split, pass.run);
   pass.splits = static_cast<int>(divide_up(pass.run, pass.rows_per_split));
   const int64_t parts = unit_blocks * pass.splits;
-  if (!by_columns) {
-    if (parts < kFewBlocks)
-      tiles = std::min(divide_up(kEnoughBlocks, parts), divide_up(packets, lanes * kRowsPerGroup));
+  if (by_columns) {
+    pass.packets_per_tile = static_cast<int>(lanes);
+  } else {
+    if (parts < kFewBlocks && packets > lanes * kRowsPerGroup)
+      tiles = std::max(std::min(divide_up(kFewBlocks, parts), divide_up(packets, lanes * 2)),
+                       std::min(divide_up(kEnoughBlocks, parts), divide_up(packets, lanes * kRowsPerGroup)));
+    tiles = std::max(tiles, divide_up(pass.cols, kMostColumns));
     pass.packets_per_tile = static_cast<int>(divide_up(packets, tiles));
     tiles = divide_up(packets, pass.packets_per_tile);
   }
@@ -362,8 +377,9 @@ const char* make_launch(const Problem& p, int vector, const Choice& choice, Laun
     o.packed = aligned(o.data, o.dtype, o.row, dims, o.col) && aligned(o.grad, o.dtype, o.grad_row, dims, o.grad_col);
     sums_run = sums_run || o.reach == Reach::run || o.reach == Reach::all;
   }
-  const Instance instance = instance_of(pass, p.wide);
-  cut(pass, instance, choice.by_columns, sums_run, launch);
+  const Instance instance = instance_of(pass, choice.by_columns, p.wide);
+  for (int k = 0; instance.loose && k < pass.varying; ++k) to_bytes(pass.operand[k], dims);
+  cut(pass, instance, sums_run, launch);
   plan_combines(launch, workspace);
   const auto& table = choice.by_columns ? instance.kernels->columns : instance.kernels->rows;
   launch.by_columns = choice.by_columns;

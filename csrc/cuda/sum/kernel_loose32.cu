@@ -1,0 +1,8 @@
+// Operands that are not packed: unaligned, of mixed dtypes, of any stride or count.
+#include "kernel.cuh"
+
+namespace fusionsum {
+namespace cuda {
+extern const Kernels kernels_loose32 = loose_kernels<float>();
+}
+}  // namespace fusionsum
