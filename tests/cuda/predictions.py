@@ -390,7 +390,8 @@ def rows(costs: Costs) -> Iterator[tuple[str, dict[str, Prediction]]]:
 
 
 def steps(costs: Costs) -> Iterator[dict[str, Any]]:
-    """Tell what each step of scores executes and moves for each score, beside the least that it must."""
+    """Tell what each step of scores executes and moves for each score, beside the least that it must; a call's first."""
+    seen = set()
     for key, kernels in costs.found.items():
         if key[0].startswith("fusion_sum"):
             continue
@@ -400,9 +401,12 @@ def steps(costs: Costs) -> Iterator[dict[str, Any]]:
         what = [option for option in ("diagonal", "only_positives") if option in given]
         what += [f"Gamma in {gamma[2]}".replace("torch.", "")] if gamma else []
         what += [f"k={given['k']}"] if "k" in given else []
-        scores = high * wide
+        label, scores = ", ".join([name, *what]), high * wide
+        if (label, high, wide) in seen:
+            continue
+        seen.add((label, high, wide))
         yield {
-            "step": ", ".join([name, *what]),
+            "step": label,
             "chunk": [high, wide],
             "launches": [k.name for k in kernels],
             "blocks": [k.blocks for k in kernels],
@@ -444,7 +448,7 @@ def table(result: dict[str, Any]) -> str:
         f"at {result['launch'] * 1e6:.0f} µs each, which is an assumption; an operation of torch counts as one. Where it "
         "is longer than a GPU's time, it is the prediction, but not in a CUDA graph. `tests/cuda/on_gpu.sh` puts "
         "measurements beside both. *DRAM*: bytes that launches move if the second-level cache keeps nothing but the chunk "
-        "of scores; and the bound: operands and results once.",
+        "of scores; and the bound: operands and results once (P7's absent rows are not read).",
         "",
         f"| row | phase | launches | DRAM | bound | GFLOP | {' | '.join(names)} | at least |",
         "|" + "---|" * (7 + len(names)),
