@@ -133,7 +133,7 @@ def by_nvcc(built: str, library: str) -> None:
 
 def by_interpreter(library: str, right: str, csrc: str, folder: str) -> None:
     """Print the findings in the calls' PTX, and where its bits differ from those that the `right` library finds."""
-    parsed = interpreted(csrc, folder, cases.TWO_FACTORS[:3])
+    parsed = interpreted(csrc, folder, cases.TWO_FACTORS[:2])
     for label, case in calls():
         with cases.emulated(pathlib.Path(right)):
             expected = cases.both(case)
