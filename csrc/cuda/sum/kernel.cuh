@@ -290,9 +290,9 @@ struct Row {
     };
   }
 
-  // Returns the product of the row's factors at `column`, of which x holds the values. With kGrad,
+  // Returns the product of the row's factors at column `which`, of which x holds the values. With kGrad,
   // partial[k] = c * (the product of the other factors) * (the derivative of factor k by its value).
-  FUSIONSUM_INLINE T multiply(const Pass& p, int64_t column, T c, T (&x)[N], T (&partial)[N]) const {
+  FUSIONSUM_INLINE T multiply(const Pass& p, const Cols& cols, int which, T c, T (&x)[N], T (&partial)[N]) const {
     T slope[N];
     bool is_present[N];
     FUSIONSUM_UNROLL(16)
@@ -303,8 +303,8 @@ struct Row {
       const Value<T> value = activated(activation[k], x[k]);
       x[k] = value.y;
       slope[k] = value.dy;
-      if (Store::loose && present[k] && o.mask && o.mask_col) {
-        is_present[k] = o.mask[at[k].mask + column * o.mask_col];
+      if (Store::loose && present[k] && o.mask && o.mask_col && cols.has(which)) {
+        is_present[k] = o.mask[at[k].mask + (cols.first + which * cols.step) * o.mask_col];
         if (!is_present[k]) x[k] = o.absent_is_one ? T(1) : T(0);
       }
     }
@@ -334,7 +334,7 @@ struct Row {
       T x[N], partial[N];
       FUSIONSUM_UNROLL(16)
       for (int k = 0; k < N; ++k) x[k] = take(packet[k], i);
-      const T product = multiply(p, cols.first + which * cols.step, kGrad ? c * scale : T(1), x, partial);
+      const T product = multiply(p, cols, which, kGrad ? c * scale : T(1), x, partial);
       if (kGrad) {
         FUSIONSUM_UNROLL(16)
         for (int k = 0; k < N; ++k) put(out[k], i, partial[k]);
