@@ -115,11 +115,11 @@ def both(case: Case) -> list[np.ndarray]:
 
 
 def long_rows(library: emulation.Library) -> Iterator[tuple[str, bool]]:
-    """Run the last block alone of calls with more than 2^32 columns; yield by name whether they are right."""
+    """Run the last blocks alone of calls with more than 2^32 columns; yield by name whether they are right."""
     n, terms = 2**32 + 2**23, np.arange(1.0, 1001, dtype=np.float32)
     f, g = (interface.sparse(4 * 2 * n).view(np.float32).reshape(2, n) for _ in range(2))
     f[:, -1000:], g[:, -1000:] = terms, 2
-    with library.running_last(1):
+    with library.running_last(8):  # each of 128 columns or more
         output = device.emulated(library.address).fusion_sum(None, (f[:1], g[:1]), None, None, "one", -1, False)
         yield "columns beyond 2^32, summed", output == 2 * terms.sum()
         u, gradient = np.array([3, 4], np.float32), interface.sparse(4 * n).view(np.float32)

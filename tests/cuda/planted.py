@@ -54,13 +54,6 @@ BUGS = (
         (("thread", "data race"), ("plain", "wrong results"), ("ptx", "race"), ("sizes", "wrong results")),
     ),
     Bug(
-        "no second barrier in segment_sum",
-        _KERNEL,
-        "    __syncthreads();\n  }\n  return x;",
-        "  }\n  return x;",
-        (("thread", "data race"), ("ptx", "race")),
-    ),
-    Bug(
         "a packet too many",
         _KERNEL,
         ": most_cols;",

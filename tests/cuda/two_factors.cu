@@ -8,8 +8,15 @@
 namespace fusionsum {
 namespace cuda {
 namespace {
-constexpr Kernels two_factors() {
+constexpr Kernels of_width(int width) {
   Kernels table{};
+  for (auto& of_count : table.width)
+    for (auto& of_kernel : of_count)
+      for (int& columns : of_kernel) columns = width;
+  return table;
+}
+constexpr Kernels two_factors() {
+  Kernels table = of_width(4);
   add_packed<float, 2>(table);
   return table;
 }
@@ -25,16 +32,9 @@ constexpr Kernels two_loose_factors() {
   add_loose<float, 2>(table);
   return table;
 }
-constexpr Kernels none() {
-  Kernels table{};
-  for (auto& of_count : table.width)
-    for (auto& of_kernel : of_count)
-      for (int& width : of_kernel) width = 1;
-  return table;
-}
 }  // namespace
 extern const Kernels kernels_f32 = two_factors();
-extern const Kernels kernels_f64 = none(), kernels_bf16 = none(), kernels_f16 = none();
-extern const Kernels kernels_loose32 = two_loose_factors(), kernels_loose64 = none();
+extern const Kernels kernels_f64 = of_width(2), kernels_bf16 = of_width(8), kernels_f16 = of_width(8);
+extern const Kernels kernels_loose32 = two_loose_factors(), kernels_loose64 = of_width(1);
 }  // namespace cuda
 }  // namespace fusionsum
