@@ -26,7 +26,9 @@ from tests.cuda import cases, emulation, planted, ptx, runtime, sass, step_cases
 # what lies beside an array, and takes what is freed after a failed launch for a race with threads that did not end.
 SUMMARY = {
     "address": re.compile(r"SUMMARY: AddressSanitizer: .*|.*runtime error: .*"),
-    "thread": re.compile(r"SUMMARY: ThreadSanitizer: data race .*(?:/csrc/cuda/.* in | in (?:void )?fusionsum::cuda::).*"),
+    "thread": re.compile(
+        r"SUMMARY: ThreadSanitizer: data race .*(?:/csrc/cuda/.* in | in (?:void )?fusionsum::cuda::).*"
+    ),
 }
 EVERY = os.environ.get("FUSIONSUM_ALL_PLANTED") == "1"
 CHOSEN = [
