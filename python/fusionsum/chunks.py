@@ -34,6 +34,11 @@ _ROUND = 32  # entries to which rows of a chunk are rounded up
 _LEFT_OUT = {torch.int32: 0x7FC0F5F5, torch.int64: 0x7FF8F5F5F5F5F5F5}  # csrc/cuda/scores/tile.cuh
 
 
+# ``autograd/sides.py`` puts its functions here when it is imported: what it imports imports this module.
+sides_of: Any = None
+wide_of: Any = None
+
+
 class Chunk(NamedTuple):
     """Some rows and columns of all scores; the first `skip` columns were in the chunk before."""
 
@@ -52,11 +57,9 @@ class Sides(NamedTuple):
 
 def form(call: Scores | Search) -> Sides:
     """Form both sides of a call."""
-    from .autograd.sides import sides, wide  # which import this module
-
-    of_queries, of_keys = sides(call)
+    of_queries, of_keys = sides_of(call)
     dtypes = {x.dtype for x in call.operands}
-    dtype = of_all = wide(call)
+    dtype = of_all = wide_of(call)
     single = of_queries.is_a_factor() and of_keys.is_a_factor()
     if len(dtypes) == 1 and (single or (dtypes == {torch.bfloat16} and isinstance(call, Scores))):
         if of_all == torch.float32:

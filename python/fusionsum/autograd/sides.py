@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from .. import reference
+from .. import chunks, reference
 from ..call import Call
 from ..scores import Scores, Search
 from . import routing, vmap
@@ -109,3 +109,6 @@ def record(name: str, function: str, **fields: Any) -> None:
     lacking = functools.partial(once, function)
     mapped = functools.partial(vmap.one_by_one, name)
     register(Operation(name=name, jvp=lacking, vmap=mapped, **{"backward": lacking, **fields}))
+
+
+chunks.sides_of, chunks.wide_of = sides, wide
