@@ -131,10 +131,10 @@ void step(const std::string& name, py::handle products, const py::kwargs& given)
 
   const auto results = [&](const char* field, int64_t count) { return const_cast<double*>(f.doubles(field, count)); };
   const bool softmax = c.step == Step::softmax_gamma;
-  const int64_t of_row = c.step == Step::pair_sums ? 4 : c.step == Step::sigmoid ? 1 : 2;
-  c.of_rows = results("of_rows", of_row * c.all_rows);
-  c.of_cols = results("of_cols", (softmax ? 1 : of_row) * c.all_cols);
-  c.of_all = results("of_all", 2);
+  const Values values = values_of(c.step);
+  c.of_rows = results("of_rows", values.of_row * c.all_rows);
+  c.of_cols = results("of_cols", values.of_col * c.all_cols);
+  c.of_all = results("of_all", values.of_all);
   f.read("only_positives", c.only_positives);
   c.diagonal = results("diagonal", c.all_rows);
 

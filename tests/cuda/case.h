@@ -115,7 +115,7 @@ inline std::vector<StepArray> arrays_of(const Chunk& c) {
     return rows && cols ? (rows - 1) * row + (cols - 1) * col + 1 : 0;
   };
   const int64_t item = fusionsum::item_size(c.dtype), long_item = 8;
-  const int64_t of_row = c.step == Step::pair_sums ? 4 : c.step == Step::sigmoid ? 1 : 2;
+  const fusionsum::Values values = fusionsum::values_of(c.step);
   const bool in_place = c.gamma == c.products;
   const int64_t matrix = reach(c.rows, c.stride, c.cols, 1);
   put(in_place || c.step == Step::leave_out ? Role::state : Role::data, c.products, offsetof(Chunk, products), matrix,
@@ -131,9 +131,9 @@ inline std::vector<StepArray> arrays_of(const Chunk& c) {
   PUT(data, key_ids, c.all_cols, long_item);
   PUT(data, exclude, reach(c.all_rows, c.exclude_row, c.all_cols, c.exclude_col), 1);
   PUT(data, places, c.places_count, long_item);
-  PUT(state, of_rows, of_row * c.all_rows, long_item);
-  PUT(state, of_cols, (c.step == Step::softmax_gamma ? 1 : of_row) * c.all_cols, long_item);
-  PUT(state, of_all, 2, long_item);
+  PUT(state, of_rows, values.of_row * c.all_rows, long_item);
+  PUT(state, of_cols, values.of_col * c.all_cols, long_item);
+  PUT(state, of_all, values.of_all, long_item);
   PUT(state, diagonal, c.all_rows, long_item);
   PUT(data, row_coefs, (c.step == Step::sigmoid ? 1 : fusionsum::kSoftmaxCoefs) * c.all_rows, long_item);
   PUT(data, col_coefs, fusionsum::kSoftmaxCoefs * c.all_cols, long_item);

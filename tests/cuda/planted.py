@@ -27,6 +27,7 @@ class Bug:
     new: str
     stages: tuple[tuple[str, str], ...]  # the first is the one to run where time is short
     also: tuple[tuple[str, str, str], ...] = ()  # more of file, old and new
+    by_scores: bool = False
 
     def reaches(self, stage: str) -> bool:
         """Say whether the stage compiles the file: the bindings' alone compiles theirs, and that alone."""
@@ -36,10 +37,11 @@ class Bug:
 
     @property
     def of_scores(self) -> bool:
-        """Say whether it is in the steps of scores, which calls of their own look for."""
-        return self.file.startswith("cuda/scores/")
+        """Say whether calls of scores look for it, as for all that is in their steps."""
+        return self.by_scores or self.file.startswith("cuda/scores/")
 
 
+_THREADS = "cuda/threads.cuh"
 _TILE, _STATISTICS, _GAMMA, _SELECT, _MERGE, _STEPS = (
     f"cuda/scores/{name}" for name in ("tile.cuh", "statistics.cu", "gamma.cu", "select.cu", "merge.cu", "steps.cu")
 )
@@ -48,7 +50,7 @@ _LAUNCH, _GPU = "cuda/launch.cu", "cuda/gpu.h"
 BUGS = (
     Bug(
         "no barrier between the steps of strided_sum",
-        _KERNEL,
+        _THREADS,
         "half /= 2) {\n    __syncthreads();",
         "half /= 2) {",
         (("thread", "data race"), ("plain", "wrong results"), ("ptx", "race"), ("sizes", "wrong results")),
@@ -431,6 +433,14 @@ BUGS = (
         (("bindings", "test_tensors_on_different_devices"),),
     ),
     # In the steps of scores.
+    Bug(
+        "no second barrier in segment_sum",
+        _THREADS,
+        "    __syncthreads();\n  }\n  return x;",
+        "  }\n  return x;",
+        (("thread", "data race"),),
+        by_scores=True,
+    ),
     Bug(
         "a packet of scores past the last column",
         _TILE,

@@ -26,6 +26,27 @@ enum class Step : uint8_t {
   rank,           // how many scores of a row are above its target's, and how many equal to it
 };
 
+// How many values a step finds of each row, of each column and of the whole chunk.
+struct Values {
+  int of_row, of_col, of_all;
+};
+constexpr Values values_of(Step step) {
+  switch (step) {
+    case Step::log_sum_exp:
+      return {2, 2, 0};
+    case Step::pair_sums:
+      return {4, 4, 0};
+    case Step::softmax_gamma:
+      return {0, 1, 2};
+    case Step::sigmoid:
+      return {1, 0, 2};
+    case Step::rank:
+      return {2, 0, 0};
+    default:
+      return {0, 0, 0};
+  }
+}
+
 struct Chunk {
   Step step;
   DType dtype;  // of products and of Gamma: f32 or f64

@@ -1,6 +1,6 @@
 // Gamma, the derivative of a loss by each score, put in the place of the scores or, in bf16, beside them; and the sums
 // of it. Of the sigmoid loss (cpu/scores/sigmoid.inl has the formula) the losses too, of which Gamma may be left away.
-#include "../sum/kernel.cuh"
+#include "../sum/packet.cuh"
 #include "tile.cuh"
 
 namespace fusionsum {

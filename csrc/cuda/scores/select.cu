@@ -14,9 +14,7 @@ FUSIONSUM_INLINE uint32_t ordered(float x) {
 }
 FUSIONSUM_INLINE uint64_t ordered(double x) {
   if (x != x) return 1;
-  const double one_zero = x + 0.0;
-  uint64_t bits;
-  __builtin_memcpy(&bits, &one_zero, 8);
+  const uint64_t bits = bits_of(x + 0.0);
   return bits >> 63 ? ~bits : bits | uint64_t{1} << 63;
 }
 FUSIONSUM_INLINE float score_of(uint32_t ordered) {
@@ -26,12 +24,8 @@ FUSIONSUM_INLINE float score_of(uint32_t ordered) {
 }
 FUSIONSUM_INLINE double score_of(uint64_t ordered) {
   if (ordered == 0) return -kInfinity<double>;
-  const uint64_t bits = ordered == 1    ? uint64_t{0x7ff8} << 48
-                        : ordered >> 63 ? ordered & ~(uint64_t{1} << 63)
-                                        : ~ordered;
-  double x;
-  __builtin_memcpy(&x, &bits, 8);
-  return x;
+  if (ordered == 1) return double_of(uint64_t{0x7ff8} << 48);
+  return double_of(ordered >> 63 ? ordered & ~(uint64_t{1} << 63) : ~ordered);
 }
 
 // Sorts the first `held` hits of a warp's room, the best first: a bitonic network over the next power of two.

@@ -14,29 +14,10 @@ __global__ void merge(const __grid_constant__ Merge m);  // merge.cu
 
 namespace {
 
-constexpr int64_t kFewBlocks = 256;  // about two for each multiprocessor of an H100
-constexpr const char* kNames[] = {"log_sum_exp", "pair_sums", "gamma", "gamma", "leave_out", "select", "rank"};
+constexpr int64_t kFewBlocks = 256;      // about two for each multiprocessor of an H100
 constexpr int64_t kManyWarps = 1 << 11;  // that look for the best of rows
-
-struct Values {
-  int of_rows, of_cols, of_all;
-};
-Values values_of(Step step) {
-  switch (step) {
-    case Step::log_sum_exp:
-      return {2, 2, 0};
-    case Step::pair_sums:
-      return {4, 4, 0};
-    case Step::softmax_gamma:
-      return {0, 1, 2};
-    case Step::sigmoid:
-      return {1, 0, 2};
-    case Step::rank:
-      return {2, 0, 0};
-    default:
-      return {0, 0, 0};
-  }
-}
+// The kernels of the steps.
+constexpr const char* kNames[] = {"log_sum_exp", "pair_sums", "gamma", "gamma", "leave_out", "select", "rank"};
 
 Tiles tiles_of(const Chunk& c, char* workspace, int64_t& bytes) {
   Tiles p{c, kTileRows, divide_up(c.cols, kTileCols), 0, nullptr, nullptr, nullptr};
@@ -50,8 +31,8 @@ Tiles tiles_of(const Chunk& c, char* workspace, int64_t& bytes) {
     bytes += parts * static_cast<int64_t>(sizeof(double));
     return to;
   };
-  p.row_parts = place(c.of_rows, c.rows * p.across * values.of_rows);
-  p.col_parts = place(c.of_cols, c.cols * p.down * values.of_cols);
+  p.row_parts = place(c.of_rows, c.rows * p.across * values.of_row);
+  p.col_parts = place(c.of_cols, c.cols * p.down * values.of_col);
   p.all_parts = place(c.of_all, p.across * p.down * values.of_all);
   return p;
 }
@@ -109,8 +90,8 @@ struct Launcher {
   }
   bool merge_all(const Tiles& p) {
     const Values values = values_of(c.step);
-    return merge_parts(p.row_parts, c.rows, p.across, values.of_rows, c.of_rows, c.first_row, c.all_rows) &&
-           merge_parts(p.col_parts, c.cols, p.down, values.of_cols, c.of_cols, c.first_col, c.all_cols) &&
+    return merge_parts(p.row_parts, c.rows, p.across, values.of_row, c.of_rows, c.first_row, c.all_rows) &&
+           merge_parts(p.col_parts, c.cols, p.down, values.of_col, c.of_cols, c.first_col, c.all_cols) &&
            merge_parts(p.all_parts, 1, p.across * p.down, values.of_all, c.of_all, 0, 1);
   }
 };
@@ -132,16 +113,17 @@ const char* launch_step(const Chunk& c, cudaStream_t stream, void* workspace, cu
   error = cudaSuccess;
   if (c.rows == 0 || c.cols == 0) return nullptr;
   Launcher to{c, stream, static_cast<char*>(workspace), error};
+  const char* const name = kNames[static_cast<int>(c.step)];
   if (c.step == Step::leave_out)
-    return to.launch(leave_out_kernel(to.wide()), divide_up(c.rows, kWarps), kThreads, c) ? nullptr : "leave_out";
-  if (c.step == Step::top_k) return to.top_k() ? nullptr : "select";
+    return to.launch(leave_out_kernel(to.wide()), divide_up(c.rows, kWarps), kThreads, c) ? nullptr : name;
+  if (c.step == Step::top_k) return to.top_k() ? nullptr : name;
   int64_t bytes;
   const Tiles p = tiles_of(c, to.workspace, bytes);
   const bool pairs = c.query_labels || c.query_ids || c.exclude;
   const bool changes = c.step == Step::softmax_gamma || c.step == Step::sigmoid;
   TilesKernel* const kernel =
       changes ? gamma_kernel(c.step, to.wide(), pairs) : statistics_kernel(c.step, to.wide(), pairs);
-  if (!to.launch(kernel, p.across * p.down, kThreads, p)) return kNames[static_cast<int>(c.step)];
+  if (!to.launch(kernel, p.across * p.down, kThreads, p)) return name;
   return to.merge_all(p) ? nullptr : "merge";
 }
 

@@ -1,10 +1,9 @@
 // The walk through a chunk of scores (chunk.h), a tile of rows and columns for each block: a warp has a row of the tile
 // at a time, and a lane of it kLane entries. So rows are summed by shuffles, and columns in registers.
 //
-// What lives elsewhere: what is made of the scores (*.cu), sums over a whole block (../sum/kernel.cuh).
+// What lives elsewhere: what is made of the scores (*.cu), sums over a warp or a block (../threads.cuh).
 #pragma once
-#include "../gpu.h"
-#include "../sum/pass.h"
+#include "../threads.cuh"
 #include "chunk.h"
 
 namespace fusionsum {
@@ -28,20 +27,25 @@ using TilesKernel = void(const Tiles);
 TilesKernel* statistics_kernel(Step step, bool wide, bool pairs);  // statistics.cu
 TilesKernel* gamma_kernel(Step step, bool wide, bool pairs);       // gamma.cu
 
-// The products in the places of pairs that lists exclude: a NaN that no arithmetic makes.
-FUSIONSUM_INLINE float left_out(float) { return float_of(0x7fc0f5f5u); }
-FUSIONSUM_INLINE double left_out(double) {
-  const uint64_t bits = 0x7ff8f5f5f5f5f5f5u;
+// A float64 as its bits, and back; dtype.h has the same of float32.
+FUSIONSUM_INLINE uint64_t bits_of(double x) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, 8);
+  return bits;
+}
+FUSIONSUM_INLINE double double_of(uint64_t bits) {
   double x;
   __builtin_memcpy(&x, &bits, 8);
   return x;
 }
-FUSIONSUM_INLINE bool is_left_out(float x) { return bits_of(x) == 0x7fc0f5f5u; }
-FUSIONSUM_INLINE bool is_left_out(double x) {
-  uint64_t bits;
-  __builtin_memcpy(&bits, &x, 8);
-  return bits == 0x7ff8f5f5f5f5f5f5u;
-}
+
+// The products in the places of pairs that lists exclude: a NaN that no arithmetic makes.
+constexpr uint32_t kLeftOut32 = 0x7fc0f5f5u;
+constexpr uint64_t kLeftOut64 = 0x7ff8f5f5f5f5f5f5u;
+FUSIONSUM_INLINE float left_out(float) { return float_of(kLeftOut32); }
+FUSIONSUM_INLINE double left_out(double) { return double_of(kLeftOut64); }
+FUSIONSUM_INLINE bool is_left_out(float x) { return bits_of(x) == kLeftOut32; }
+FUSIONSUM_INLINE bool is_left_out(double x) { return bits_of(x) == kLeftOut64; }
 
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
@@ -154,20 +158,7 @@ struct Walk {
   }
 };
 
-// ---- sums of a warp, in a fixed order -------------------------------------------------------------------------------
-
-template <class T>
-FUSIONSUM_INLINE T warp_sum(T x) {
-  FUSIONSUM_UNROLL(8)
-  for (int step = 16; step; step /= 2) x = x + __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-template <class T>
-FUSIONSUM_INLINE T warp_max(T x) {
-  FUSIONSUM_UNROLL(8)
-  for (int step = 16; step; step /= 2) x = at_least(x, __shfl_xor_sync(0xffffffffu, x, step));
-  return x;
-}
+// ---- sums of columns ----------------------------------------------------------------------------------------------
 
 // Puts a lane's values of its columns where those of all warps are found, [warp][column of the tile].
 template <class W, class T>

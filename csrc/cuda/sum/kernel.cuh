@@ -1,4 +1,4 @@
-// The kernels `rows` and `columns`, which execute a pass (pass.h says what they compute), and the sums over threads.
+// The kernels `rows` and `columns`, which execute a pass (pass.h says what they compute).
 // kernel_<dtype>.cu and kernel_loose<bits>.cu instantiate them; `combine`, which adds their partial sums, is in
 // combine.cu.
 //
@@ -6,6 +6,7 @@
 // derivative. kExtra: some operand has an activation, a mask or no data; kernels without are a third of the size and of
 // the registers.
 #pragma once
+#include "../threads.cuh"
 #include "packet.cuh"
 
 namespace fusionsum {
@@ -372,43 +373,6 @@ struct Row {
     }
   }
 };
-
-// ---- sums over threads, in a fixed order ----------------------------------------------------------------------------
-
-// The sum of x over each aligned segment of 2^log2 threads, returned to the segment's first thread; to the others,
-// anything. Every thread of the block must call it.
-FUSIONSUM_INLINE double segment_sum(double x, int log2, double* buffer) {
-  const int width = 1 << log2, index = static_cast<int>(threadIdx.x);
-  GPU_LOOP
-  for (int step = width < 32 ? width / 2 : 16; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  if (width > 32) {
-    if (index % 32 == 0) buffer[index / 32] = x;
-    __syncthreads();
-    if ((index & (width - 1)) == 0) {
-      GPU_LOOP
-      for (int warp = 1; warp < width / 32; ++warp) x += buffer[index / 32 + warp];
-    }
-    __syncthreads();
-  }
-  return x;
-}
-
-// Each thread has W values, x[i * kThreads + thread]. Adds up, in each aligned segment of lanes * count threads, those
-// of the `count` threads with the same lane, and leaves the sums with the one of them whose place among them, `which`,
-// is 0. Every thread of the block must call it.
-template <int W>
-FUSIONSUM_INLINE void strided_sum(double* x, int lanes, int count, int which) {
-  double* const own = x + threadIdx.x;
-  GPU_LOOP
-  for (int half = count / 2; half; half /= 2) {
-    __syncthreads();
-    if (which < half) {
-      FUSIONSUM_UNROLL(8)
-      for (int i = 0; i < W; ++i) own[i * kThreads] += own[i * kThreads + half * lanes];
-    }
-  }
-  if (count > 1) __syncthreads();
-}
 
 // Blocks of a multiprocessor, at least: with 255 or 128 registers a thread.
 template <class S, int N, bool kExtra>
