@@ -163,7 +163,6 @@ def _multiply(a: Any, b: Any, to: Any, *, add: bool = False) -> None:
 def pretending(native: Any, multiply: Any = _multiply) -> Iterator[None]:
     """Let scores of tensors go where those on a GPU do, by the steps of this module."""
     torch, chunks = importlib.import_module("torch"), importlib.import_module("fusionsum.chunks")
-    importlib.import_module("fusionsum.autograd")
     native.use_torch(torch, None, None, None)
     package = [module for name, module in sys.modules.items() if name.partition(".")[0] == "fusionsum"]
     places = [

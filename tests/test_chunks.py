@@ -12,7 +12,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import fusionsum.autograd  # noqa: E402, F401  (whose sides are formed)
 from fusionsum import chunks, scores  # noqa: E402
 
 SIZES = (1, 2, 5, 31, 32, 33, 100, 257)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .backend import load_cuda, native
 from .scores import Scores, Search
+from .sides import Side, sides, wide
 
 CHUNK_BYTES = 2**24  # of scores in float32: half of the second-level cache of an A100's or H100's partition
 MOST_ROWS = 2048  # of a chunk, where there are as many columns
@@ -32,11 +33,6 @@ MOST_KEYS = 2**32 - 2  # which a hit can number
 LEAST_BYTES = 2**18  # of a chunk, where memory is short
 _ROUND = 32  # entries to which rows of a chunk are rounded up
 _LEFT_OUT = {torch.int32: 0x7FC0F5F5, torch.int64: 0x7FF8F5F5F5F5F5F5}  # csrc/cuda/scores/tile.cuh
-
-
-# ``autograd/sides.py`` puts its functions here when it is imported: what it imports imports this module.
-sides_of: Any = None
-wide_of: Any = None
 
 
 class Chunk(NamedTuple):
@@ -57,14 +53,18 @@ class Sides(NamedTuple):
 
 def form(call: Scores | Search) -> Sides:
     """Form both sides of a call."""
-    of_queries, of_keys = sides_of(call)
+    of_queries, of_keys = sides(call)
     dtypes = {x.dtype for x in call.operands}
-    dtype = of_all = wide_of(call)
+    dtype = of_all = wide(call)
     single = of_queries.is_a_factor() and of_keys.is_a_factor()
     if len(dtypes) == 1 and (single or (dtypes == {torch.bfloat16} and isinstance(call, Scores))):
         if of_all == torch.float32:
             (dtype,) = dtypes
-    return Sides(of_queries.product(dtype).contiguous(), of_keys.product(dtype).contiguous(), of_all)
+    return Sides(_formed(of_queries, dtype), _formed(of_keys, dtype), of_all)
+
+
+def _formed(side: Side, dtype: torch.dtype) -> Tensor:
+    return side.formed(dtype, lambda *call: native.fusion_sum(*call, True)).contiguous()
 
 
 # ---- products of matrices --------------------------------------------------------------------------------------------
@@ -347,9 +347,8 @@ def _sort(walk: Walk, search: Search, values: Tensor, indices: Tensor) -> None:
         scores = products.masked_fill(excluded, -torch.inf)
         nan = scores.isnan()
         order = scores.masked_fill(nan, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        last = (2 * excluded.to(torch.uint8) + nan.to(torch.uint8)).gather(
-            1, order
-        )  # NaN after numbers, then the excluded
+        # NaN after numbers, then the excluded.
+        last = (2 * excluded.to(torch.uint8) + nan.to(torch.uint8)).gather(1, order)
         order = order.gather(1, last.argsort(dim=1, stable=True))[:, :k]
         values[chunk.rows] = scores.gather(1, order)
         indices[chunk.rows] = order.masked_fill(excluded.gather(1, order), -1)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from .. import chunks, reference
-from ..call import Call
+from .. import sides as plain_sides
 from ..scores import Scores, Search
+from ..sides import wide  # noqa: F401  (with the rest of what operations share)
 from . import routing, vmap
 from .registration import Operation, register
 
@@ -25,29 +25,14 @@ from .registration import Operation, register
 QUERIES, KEYS, WEIGHTS, KEY_BIAS = (Search._fields.index(x) for x in ("queries", "keys", "fusion_weights", "key_bias"))
 
 
-class Side(NamedTuple):
-    """One of the two products: factors (rows, n), weights or None, and per factor an activation and a mask, or None."""
+class Side(plain_sides.Side):
+    """A side whose product autograd sees."""
 
-    fusion_weights: Any
-    factors: Sequence[Any]
-    activations: Sequence[Any]
-    present: Sequence[Any]
-    absent: str
-
-    def is_a_factor(self) -> bool:
-        """Tell whether the product is its only factor."""
-        single = self.fusion_weights is None and len(self.factors) == 1
-        return single and self.activations[0] is None and self.present[0] is None
-
-    def call(self) -> Call:
-        """Return the fusion sum, over a dim of size 1, that is the product."""
-        weights, *factors = [x if x is None else x.unsqueeze(-1) for x in (self.fusion_weights, *self.factors)]
-        return Call(weights, tuple(factors), tuple(self.activations), tuple(self.present), self.absent, -1)
+    __slots__ = ()
 
     def product(self, dtype: torch.dtype) -> Tensor:
         """Form the product (rows, n), in a dtype to which its factors are widened first."""
-        widened = self._replace(factors=[x.to(dtype) for x in self.factors])
-        return widened.factors[0] if self.is_a_factor() else routing.fusion_sum(*widened.call())
+        return self.formed(dtype, routing.fusion_sum)
 
     def grads(self, d_product: Any, needs: Sequence[bool]) -> list[Any]:
         """Gradients of the weights and of each factor, where needed, from that of the product."""
@@ -61,8 +46,7 @@ class Side(NamedTuple):
 
 def sides(call: Scores | Search) -> tuple[Side, Side]:
     """Return the queries' side, which has the weights, and the keys'."""
-    of_queries = Side(call.fusion_weights, call.queries, call.activations, call.present, call.absent)
-    return of_queries, Side(None, call.keys, call.key_activations, call.key_present, call.absent)
+    return plain_sides.sides(call, Side)
 
 
 def arrays(call: Scores | Search) -> tuple[Any, ...]:
@@ -85,12 +69,6 @@ def requiring(call: Any) -> Any:
     return with_arrays(call, [isinstance(x, Tensor) and x.requires_grad for x in arrays(call)])
 
 
-def wide(call: Scores | Search) -> torch.dtype:
-    """Return the dtype in which scores are formed."""
-    given = (*call.operands, *([] if call.key_bias is None else [call.key_bias]))
-    return getattr(torch, reference.accumulator(given))
-
-
 def plain(given: Sequence[Any]) -> list[Any]:
     """Return the inputs of an operation with subclasses of tensors as the tensors they are, and none that records."""
     return _pytree.tree_map_only(Tensor, lambda x: x.detach().as_subclass(Tensor), list(given))
@@ -109,6 +87,3 @@ def record(name: str, function: str, **fields: Any) -> None:
     lacking = functools.partial(once, function)
     mapped = functools.partial(vmap.one_by_one, name)
     register(Operation(name=name, jvp=lacking, vmap=mapped, **{"backward": lacking, **fields}))
-
-
-chunks.sides_of, chunks.wide_of = sides, wide
