@@ -169,7 +169,7 @@ def agreed(case: Case) -> list[int]:
     """Return the bytes that each rank tells each other before and after, a message each: sizes, counts, factors."""
     found = [8 * HEADER]
     if case.function == "contrastive_loss" and case.reduction == "mean" and (case.labels or case.ids):
-        found.append(16)
+        found.append(8 * (1 + case.symmetric))
     if case.function == "sigmoid_loss" and case.reduction != "none" and any(case.gradients):
         found.append(8)
     return found

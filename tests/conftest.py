@@ -25,11 +25,7 @@ with warnings.catch_warnings():
 
 import device
 
-if backend.native is not None:
-    backend.native = api.native = device.placed(backend.native)
-if device.DEVICE == "emulated":
-    _pretence = device.pretending(backend.native)  # for all of the process
-    _pretence.__enter__()
+device.enter()
 
 TESTS = pathlib.Path(__file__).parent
 PACKAGE = pathlib.Path(fs.__file__).parent

@@ -179,6 +179,18 @@ def pretending(native: Any, multiply: Any = _multiply) -> Iterator[None]:
             setattr(module, name, value)
 
 
+def enter() -> None:
+    """Let this process test the package where FUSIONSUM_TEST_DEVICE says."""
+    backend, api = (importlib.import_module(f"fusionsum.{name}") for name in ("backend", "api"))
+    if backend.native is not None:
+        backend.native = api.native = placed(backend.native)
+    if DEVICE == "emulated":
+        _entered.enter_context(pretending(backend.native))
+
+
+_entered = contextlib.ExitStack()  # for all of the process
+
+
 @contextlib.contextmanager
 def replaced(native: Any, other: Any) -> Iterator[None]:
     """Let every module of the package that holds this native module hold another."""

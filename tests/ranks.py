@@ -31,14 +31,14 @@ class Failed(Exception):
 
 
 class Ranks:
-    """So many processes in one process group, the default group of each."""
+    """So many processes in one process group, the default group of each; with NCCL, each with a GPU of its own."""
 
-    def __init__(self, world: int, timeout: float = LIMIT) -> None:
+    def __init__(self, world: int, timeout: float = LIMIT, backend: str = "gloo") -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.processes, self.pipes = [], []
         for rank in range(world):
             here, there = _server.Pipe()
-            given = there, rank, world, os.path.join(self.folder.name, "store"), timeout
+            given = there, rank, world, os.path.join(self.folder.name, "store"), timeout, backend
             process = _server.Process(target=_serve, args=given, daemon=True)
             process.start()
             there.close()
@@ -108,12 +108,17 @@ def sample(rank: int, code: str) -> None:
     exec(code, {})
 
 
-def _serve(pipe: Any, rank: int, world: int, store: str, timeout: float) -> None:
+def _serve(pipe: Any, rank: int, world: int, store: str, timeout: float, backend: str) -> None:
     import torch
 
+    import device
+
+    device.enter()
     torch.set_num_threads(1)
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout)
+        backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout)
     )
     with contextlib.suppress(EOFError):  # the tests have ended
         while True:

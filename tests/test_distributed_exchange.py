@@ -256,7 +256,7 @@ def test_groups():
 
 def elsewhere(rank: int) -> str:
     group = Exchange()
-    group.device = "cuda"  # as of a group of NCCL alone
+    group.backends, group.device = {"cuda": "nccl"}, "cuda"  # as of a group of NCCL alone
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Exchange, "gather", lambda self, given: [given.cpu()] * self.world)
         patch.setattr(torch, "tensor", lambda *given, device=None, real=torch.tensor, **also: real(*given, **also))
@@ -270,7 +270,7 @@ def elsewhere(rank: int) -> str:
 def test_a_group_of_another_device():
     for found in ranks(2).run(elsewhere):
         assert found.startswith(
-            "group: expected a backend for cpu, where queries are, got one for cuda; torch.distributed."
+            "group: expected a backend that sends tensors on cpu, where queries are, got nccl for cuda; torch.distributed."
         )
 
 

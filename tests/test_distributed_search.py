@@ -137,8 +137,9 @@ def test_top_k_and_ranks_are_those_of_one_process(world, queries, dtype):
                 # the rank's queries alone, for scores of few queries are summed in another order
                 own, own_targets = of_rank(given, targets, rank, rows, queries)
                 own |= {name: given[name] for name in ("keys", "key_present", "key_bias") if name in given}
+                own, own_targets = as_tensors(own, False), torch.from_numpy(own_targets)
                 of_ties = [fs.ranks(**own, targets=own_targets, ties=ties) for ties in ("mean", "optimistic")]
-                expected.append((*fs.top_k(**own, k=k), *of_ties))
+                expected.append([x.numpy() for x in (*fs.top_k(**own, k=k), *of_ties)])
             for method in METHODS:
                 found = ranks(world).run(on_a_rank, case, queries, dtype, k, method, "numpy")
                 for of_rank_found, of_rank_expected in zip(found, expected, strict=True):

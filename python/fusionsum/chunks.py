@@ -294,14 +294,33 @@ def top_k(search: Search, k: int) -> list[Tensor]:
     return [values, indices]
 
 
-def ranks(search: Search, targets: Tensor) -> Tensor:
-    """Evaluate `tensors.ranks`, for a search that is read; the score of a target out of range is NaN."""
+def best(ours: Sequence[Tensor], theirs: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Evaluate `tensors.best`."""
+    values, numbers = (torch.cat(parts, dim=1) for parts in zip(ours, theirs, strict=True))
+    order = numbers.argsort(dim=1)
+    for key in (-values, (numbers < 0).to(torch.uint8)):  # NaN after all numbers, what is excluded last
+        order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
+    return [x.gather(1, order[:, :k]) for x in (values, numbers)]
+
+
+def ranks(search: Search, targets: Tensor, scores: Tensor | None = None) -> Tensor:
+    """Evaluate `tensors.ranks` or, with scores, `tensors.ranks_of_scores`, for a search that is read.
+
+    The score of a target out of range, if it is not given, is NaN.
+    """
     walk = Walk(search, alike=True)
-    counts, scores = walk.new(2, walk.rows), _of_targets(walk, search, targets)
+    counts = walk.new(2, walk.rows)
+    if scores is None:
+        scores = _of_targets(walk, search, targets)
     for chunk, products in walk:
         _leave_out(walk, search, chunk, products)
         walk.step("rank", chunk, products, of_rows=counts, targets=targets, target_scores=scores)
     return counts.to(torch.int64)
+
+
+def target_scores(search: Search, targets: Tensor) -> Tensor:
+    """Evaluate `tensors.target_scores`, for a search that is read."""
+    return _of_targets(Walk(search, alike=True), search, targets)
 
 
 def _of_targets(walk: Walk, search: Search, targets: Tensor) -> Tensor:
@@ -318,7 +337,7 @@ def _of_targets(walk: Walk, search: Search, targets: Tensor) -> Tensor:
             keys[: len(own)] = own
             _multiply(walk.sides.queries[chunk.rows], walk.sides.keys[keys].T, products)
             scores[chunk.rows] = products.diagonal()
-    if search.key_bias is not None:
+    if search.key_bias is not None and walk.cols:
         scores += search.key_bias.detach()[inside]
     return torch.where(inside == targets, scores, torch.nan)
 

@@ -7,7 +7,7 @@ What lives here is shared by both frameworks, each formula once, over float64 ve
   that `softmax_grad` takes;
 * `combine_sigmoid(losses, reduction)` and `coefficients_sigmoid(xp, upstream, rows, reduction)`: the same between
   `sigmoid_stats` and `sigmoid_grad`;
-* `merge_stats(ours, theirs, any)`: the statistics of some pairs and of others to those of both;
+* `merge_stats(xp, ours, theirs, any)`: the statistics of some pairs and of others to those of both;
 * `combine_ranks(greater, equal, ties)`.
 
 `xp` is NumPy or torch: on a GPU statistics are tensors, and torch's operations have gradients of tensors. A small step
@@ -172,16 +172,16 @@ def _divisor_sigmoid(rows: int, reduction: str, count: float | None) -> Any:
     return 1 if reduction == "sum" else max(rows, 1) if count is None else count
 
 
-def merge_stats(ours: np.ndarray, theirs: np.ndarray, any: bool) -> np.ndarray:
+@np.errstate(all="ignore")
+def merge_stats(xp: Any, ours: Any, theirs: Any, any: bool) -> Any:
     """Merge the statistics of the same rows, as `softmax_stats` gives them, over two parts of their pairs."""
-    with np.errstate(all="ignore"):
-        lse, positive, positives, total, valid = (np.stack(pair) for pair in zip(ours, theirs, strict=True))
-        if any:
-            positive = np.logaddexp(*positive)
-        else:  # the means' sums are made of them again, where there are positives: a mean may be infinite
-            sums = np.where(positives > 0, positive * positives, 0)
-            positive = sums.sum(axis=0) / np.maximum(positives.sum(axis=0), 1)
-        return np.stack([np.logaddexp(*lse), positive, *(x.sum(axis=0) for x in (positives, total, valid))])
+    lse, positive, positives, total, valid = (xp.stack(pair) for pair in zip(ours, theirs, strict=True))
+    if any:
+        positive = xp.logaddexp(*positive)
+    else:  # the means' sums are made of them again, where there are positives: a mean may be infinite
+        sums = xp.where(positives > 0, positive * positives, 0.0)
+        positive = sums.sum(axis=0) / xp.clip(positives.sum(axis=0), 1, None)
+    return xp.stack([xp.logaddexp(*lse), positive, *(x.sum(axis=0) for x in (positives, total, valid))])
 
 
 def combine_ranks(greater: Any, equal: Any, ties: str) -> Any:

@@ -137,12 +137,23 @@ def ranks(search: Search, targets: Tensor) -> Tensor:
 
 def ranks_of_scores(search: Search, targets: Tensor, scores: Tensor) -> Tensor:
     """Count as `ranks` does, for targets of these scores (B,); one that is negative is no key here."""
+    if on_gpu(search.queries[0]):
+        return chunks.ranks(search.read(), targets, scores)
     return torch.from_numpy(np.stack(_evaluated("ranks", search.read(), targets.numpy(), scores.numpy())))
 
 
 def target_scores(search: Search, targets: Tensor) -> Tensor:
-    """Evaluate the targets' scores (B,), as `ranks` compares them."""
+    """Evaluate the targets' scores (B,), as `ranks` compares them; on a GPU NaN for a target that is negative."""
+    if on_gpu(search.queries[0]):
+        return chunks.target_scores(search.read(), targets)
     return torch.from_numpy(_evaluated("target_scores", search.read(), targets.numpy()))
+
+
+def best(ours: Sequence[Tensor], theirs: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Choose the best k of two sets of values and keys' numbers, each (B, some), as `top_k` orders them."""
+    if on_gpu(ours[0]):
+        return chunks.best(ours, theirs, k)
+    return [torch.from_numpy(x) for x in reference.best([x.numpy() for x in ours], [x.numpy() for x in theirs], k)]
 
 
 def _evaluated(name: str, given: Scores | Search, *rest: Any) -> Any:

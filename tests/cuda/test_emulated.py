@@ -42,6 +42,8 @@ AGAIN = {  # test files, and what is left out of each: what takes minutes, or is
     "autograd_losses": "not only_what and not one_pass and not of_the_graph",
     "autograd_losses_watched": "opcheck or compile",
     "autograd_search": "",
+    "distributed_losses": "3-float32 or scale",
+    "distributed_search": "one_process and 3",
 }
 
 

@@ -11,12 +11,14 @@ import contextlib
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 import fusionsum as fs
 from bench.gpu import captured
 from conftest import run_python
 from fusionsum import chunks
+from ranks import Ranks
 from tests.cuda.gpu import ONE_SECOND, leave_dirt, require, same_bits
 from tests.cuda.step_cases import OPTIONS
 
@@ -475,3 +477,32 @@ def test_targets_and_exclusions_on_the_cpu():
         fs.ranks(queries, keys, torch.arange(4))
     with pytest.raises(ValueError, match="exclude: is on cpu, expected cuda:0"):
         fs.top_k(queries, keys, 1, exclude=torch.ones(4, 9, dtype=torch.bool))
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def on_a_rank(rank):
+    """Hold this rank's losses, gradients and searches to those of one process; integers' products are exact."""
+    world, group = dist.get_world_size(), dist.group.WORLD
+    torch.manual_seed(0)
+    all_rows = [x.cuda() for x in sides(torch.float32, cols=ROWS, whole=True)]
+    queries, keys = (x.tensor_split(world)[rank] for x in all_rows)
+    for name in LOSSES:
+        of_all, (mean, *found) = step(name, *all_rows), step(name, queries, keys, group=group)
+        for x in (mean, found[2]):
+            dist.all_reduce(x)
+        # The ranks' means average; their gradients are those of the sum.
+        expected = [of_all[0] * world, *(x.tensor_split(world)[rank] * world for x in of_all[1:3]), of_all[3] * world]
+        near([mean, *found], [x.cpu() for x in expected], TOLERANCE[torch.float32])
+    targets = torch.arange(len(queries), device="cuda")
+    for search in (
+        lambda *given, **of: fs.top_k(*given, 9, **of),
+        lambda *given, **of: (fs.ranks(*given, targets, **of),),
+    ):
+        assert same_bits(search(queries, keys, group=group), search(queries, all_rows[1]))
+
+
+def test_ranks_are_one_process():
+    """As many as there are GPUs, two at most: with one, nothing travels."""
+    Ranks(min(2, torch.cuda.device_count()), backend="cpu:gloo,cuda:nccl").run(on_a_rank)

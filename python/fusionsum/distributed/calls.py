@@ -19,7 +19,6 @@ from torch.utils import _pytree
 
 from ..autograd import routing
 from ..autograd.sides import Side, arrays, wide
-from ..call import on_gpu
 from ..scores import Scores, Search
 from .exchange import Exchange, Meeting
 
@@ -47,16 +46,14 @@ def exchange_of(group: Any) -> Exchange:
 
 def from_arrays(call: Any, exchange: Exchange) -> Any:
     """Return a checked call with tensors in the places of NumPy's arrays, whose memory they share."""
-    if on_gpu(call.queries[0]):
-        raise NotImplementedError(
-            f"group: expected tensors on the CPU, got queries on {call.queries[0].device}: scores of several processes "
-            "have no kernels for GPUs yet"
-        )
-    on_cpu = not isinstance(call.queries[0], Tensor) or call.queries[0].device.type == "cpu"
-    if on_cpu and exchange.device != "cpu":
+    device = call.queries[0].device.type if isinstance(call.queries[0], Tensor) else "cpu"
+    backend = exchange.backends.get(device)
+    if backend is None or (backend == "gloo" and device != "cpu"):  # which sends from rank to rank what is on the CPU
+        own = "gloo" if device == "cpu" else "nccl"
+        got = ", ".join(f"{name} for {of}" for of, name in exchange.backends.items())
         raise ValueError(
-            f"group: expected a backend for cpu, where queries are, got one for {exchange.device}; "
-            "torch.distributed.new_group(backend='gloo') makes one"
+            f"group: expected a backend that sends tensors on {device}, where queries are, got {got}; "
+            f"torch.distributed.new_group(backend='{own}') makes one"
         )
     if isinstance(call.queries[0], Tensor):
         found = [x for x in arrays(call) if isinstance(x, Tensor)]

@@ -80,7 +80,9 @@ class Exchange:
         check_choice("queries", queries, ("own", "shared"))
         self.method, self.check, self.queries = method, check_flag("check", check), queries
         self.bytes_sent = 0
-        self.device = "cpu" if "cpu:" in dist.get_backend_config(self.group) else "cuda"  # where it takes tensors
+        # "cpu:gloo,cuda:nccl": who sends which device's tensors
+        self.backends = dict(each.split(":") for each in dist.get_backend_config(self.group).split(","))
+        self.device = next(device for device in ("cpu", *self.backends) if device in self.backends)  # of small messages
 
     def gather(self, given: Tensor) -> list[Tensor]:
         """Return a small tensor of each rank."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from .. import tensors
 from ..autograd import losses
 from ..autograd.sides import sides, wide
+from ..call import on_gpu
 from ..combination import Options, arrange, merge_stats
 from ..scores import Scores, check_one_kind, number
 from .calls import (
@@ -60,17 +61,20 @@ def sigmoid_loss(group: Any, check: Callable[[], tuple[Scores, str]]) -> Any:
 def _met(name: str, loss: Any, group: Any, check: Callable[[], tuple[Scores, Any]]) -> tuple[Any, ...]:
     """Let the ranks agree on a call of a loss.
 
-    Returns the ranks; the scores, as tensors; the same, with scalars read, but not labels and ids, which become codes in
-    each tile; the options; and the function that makes of tensors what the caller gave.
+    Returns the ranks; the scores, as tensors; the same, with scalars read, if they are not on a GPU, but not labels and
+    ids, which become codes in each tile; the options; and the function that makes of tensors what the caller gave.
     """
     exchange = exchange_of(group)
+
+    def scalars(scores: Scores) -> dict[str, float]:
+        return {"logit_scale": number(scores.logit_scale), "logit_bias": number(scores.logit_bias)}
 
     def checked() -> Any:
         given, options = check()
         check_one_kind("labels", given.query_labels, given.key_labels)
         check_one_kind("exclude", given.query_ids, given.key_ids)
         scores = from_arrays(given, exchange)
-        read = scores._replace(logit_scale=number(scores.logit_scale), logit_bias=number(scores.logit_bias))
+        read = scores if on_gpu(scores.queries[0]) else scores._replace(**scalars(scores))
         return scores, read, options, functools.partial(to_arrays, first=given.queries[0])
 
     def sizes(call: Any) -> list[int]:
@@ -79,11 +83,11 @@ def _met(name: str, loss: Any, group: Any, check: Callable[[], tuple[Scores, Any
         return [len(scores.queries[0]), len(scores.keys[0]), width]
 
     def arguments(call: Any) -> dict[str, Any]:
-        scores, read, options, _ = call
+        scores, _, options, _ = call
         given = {name: getattr(scores, name) is not None for name in ("query_labels", "query_ids", "exclude")}
         gradients = losses.asked(loss, scores) if torch.is_grad_enabled() else None
-        scalars = {"logit_scale": read.logit_scale, "logit_bias": read.logit_bias}
-        return {**shared_arguments(scores, exchange), **scalars, **given, "options": options, "gradients": gradients}
+        known = shared_arguments(scores, exchange)
+        return {**known, **scalars(scores), **given, "options": options, "gradients": gradients}
 
     ranks, call = meet(exchange, name, checked, sizes, arguments)
     check_widths(ranks, ranks.others[0])
@@ -124,30 +128,30 @@ class Tiles:
     def __init__(self, ranks: Meeting) -> None:
         self.ranks = ranks
 
-    def counts(self, of_queries: Any, of_keys: Any) -> tuple[float, float]:
+    def counts(self, of_queries: Any, of_keys: Any) -> tuple[Any, ...]:
         """Return how many queries and keys have a positive, on average over the ranks, so that ranks' means average."""
-        found = [0 if stats is None else np.count_nonzero(stats[2] > 0) for stats in (of_queries, of_keys)]
+        found = torch.stack([torch.as_tensor(x[2] > 0).sum() for x in (of_queries, of_keys) if x is not None])
         if self.ranks.world > 1:
-            gathered = self.ranks.exchange.gather(torch.tensor(found, device=self.ranks.device))
-            found = torch.stack(gathered).sum(dim=0).tolist()
-        return max(found[0], 1) / self.ranks.world, max(found[1], 1) / self.ranks.world
+            found = torch.stack(self.ranks.exchange.gather(found)).sum(dim=0)
+        return tuple(_array(found.clip(min=1).double() / self.ranks.world))
 
     def softmax_stats(self, scores: Scores, any: bool, symmetric: bool, totals: bool) -> Any:
         """Evaluate the statistics of this rank's queries, (5, B), and, if symmetric, of its keys, (5, C)."""
         of_queries: Any = None
+        xp: Any = torch if on_gpu(scores.queries[0]) else np
 
         def visit(tile: Scores, coefs: Any) -> list[Tensor]:
             nonlocal of_queries
             found, of_block = tensors.softmax_stats(tile, any, symmetric, totals)
-            of_queries = found if of_queries is None else merge_stats(of_queries, found, any)
-            return [torch.from_numpy(of_block)] if symmetric else []
+            of_queries = found if of_queries is None else merge_stats(xp, of_queries, found, any)
+            return [torch.as_tensor(of_block)] if symmetric else []
 
         def merge(ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
-            return [torch.from_numpy(merge_stats(ours[0].numpy(), theirs[0].numpy(), any))]
+            return [torch.as_tensor(merge_stats(xp, _array(ours[0]), _array(theirs[0]), any))]
 
         home = [(torch.float64, [(5, columns) for columns in self.ranks.columns])] if symmetric else []
         of_keys = self._tiles(scores, None, visit, home, merge)
-        return of_queries, of_keys[0].numpy() if symmetric else None
+        return of_queries, _array(of_keys[0]) if symmetric else None
 
     def softmax_grad(
         self, query_coefs: Any, key_coefs: Any, any: bool, scores: Scores, needs: tensors.Needs
@@ -155,13 +159,13 @@ class Tiles:
         """Evaluate the gradients that are needed; those of the keys from all ranks' queries."""
 
         def grads(tile: Scores, coefs: Any) -> list[Tensor]:
-            return tensors.softmax_grad(query_coefs, None if coefs is None else coefs.numpy(), any, tile, needs)
+            return tensors.softmax_grad(query_coefs, None if coefs is None else _array(coefs), any, tile, needs)
 
         return self._grads(scores, key_coefs, grads, needs, bias_is_of_keys=True)
 
     def sigmoid_stats(self, scores: Scores) -> Any:
         """Evaluate the losses of this rank's queries, (B,)."""
-        losses = np.zeros(len(scores.queries[0]))
+        losses = _zeros(scores)
 
         def visit(tile: Scores, coefs: Any) -> list[Tensor]:
             losses[:] += tensors.sigmoid_stats(tile)
@@ -172,7 +176,7 @@ class Tiles:
 
     def sigmoid_stats_and_grad(self, coefs: Any, scores: Scores, needs: tensors.Needs) -> tuple[Any, list[Tensor]]:
         """Evaluate those losses and, in the same pass, the gradients that are needed."""
-        losses = np.zeros(len(scores.queries[0]))
+        losses = _zeros(scores)
 
         def grads(tile: Scores, _: Any) -> list[Tensor]:
             of_tile, found = tensors.sigmoid_stats_and_grad(coefs, tile, needs)
@@ -214,7 +218,7 @@ class Tiles:
         columns, terms = self.ranks.columns, scores.queries[0].shape[1]
         bias, labels, ids = scores.key_bias, scores.key_labels, scores.key_ids
         block = [None if x is None else x.to(torch.int64) for x in (labels, ids)]
-        block += [None if key_coefs is None else torch.from_numpy(key_coefs), bias, travelling(keys, wide(scores))]
+        block += [None if key_coefs is None else torch.as_tensor(key_coefs), bias, travelling(keys, wide(scores))]
         dtypes = [torch.int64, torch.int64, torch.float64, None if bias is None else bias.dtype]
         dtypes.append(travelling_dtype(keys, wide(scores)))
         shapes: list[Any] = [[(c,) for c in columns]] * 2 + [[(5, c) for c in columns], [(c,) for c in columns]]
@@ -234,8 +238,8 @@ class Tiles:
         """Return the scores, read, of this rank's queries with the keys of a rank."""
         query_labels, exclude = scores.query_labels, scores.exclude
         if labels is None and source != self.ranks.rank:  # the diagonal lies in the own tile: no positives here
-            query_labels = torch.zeros(len(scores.queries[0]), dtype=torch.int32)
-            labels = torch.ones(len(keys), dtype=torch.int32)
+            query_labels = keys.new_zeros(len(scores.queries[0]), dtype=torch.int32)
+            labels = keys.new_ones(len(keys), dtype=torch.int32)
         if exclude is not None:
             exclude = exclude[:, self.ranks.offsets[source] : self.ranks.offsets[source + 1]]
         return scores._replace(
@@ -248,3 +252,12 @@ class Tiles:
             key_ids=ids,
             exclude=exclude,
         ).read()
+
+
+def _array(x: Tensor) -> Any:
+    """Return statistics or coefficients as the functions of ``tensors.py`` take them: an array or, on a GPU, the tensor."""
+    return x if on_gpu(x) else x.numpy()
+
+
+def _zeros(scores: Scores) -> Any:
+    return _array(scores.queries[0].new_zeros(len(scores.queries[0]), dtype=torch.float64))

@@ -5,8 +5,8 @@ product of its factors, as it is given if it is a plain factor, and which keys i
 gradient and the keys found; for ranks its target and, once the target's rank has told it, the target's score. Where all
 ranks ask for the same queries, nothing but what is found travels.
 
-What lives elsewhere: how blocks travel (``exchange.py``), the search of one rank's keys (``tensors.py``) and its gradient
-(``autograd/search.py``), the order of what is found (``reference.best``).
+What lives elsewhere: how blocks travel (``exchange.py``), the search of one rank's keys and the order of what is found
+(``tensors.py``), its gradient (``autograd/search.py``).
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference, tensors
+from .. import tensors
 from ..autograd import routing
 from ..autograd import search as of_one
 from ..autograd.sides import KEY_BIAS, KEYS, QUERIES, WEIGHTS, arrays, requiring, sides, wide
+from ..call import on_gpu
 from ..combination import combine_ranks
 from ..scores import Search, check_k, check_offsets
 from .calls import (
@@ -77,7 +78,7 @@ def _met(name: str, group: Any, check: Callable[[], tuple[Search, Any, Any]]) ->
         given, options, targets = check()
         search, width = _with_lists(from_arrays(given, exchange))
         if targets is not None:
-            targets = torch.as_tensor(targets).to("cpu", torch.int64)
+            targets = torch.as_tensor(targets).to(search.queries[0].device, torch.int64).contiguous()
         return search, width, options, targets, functools.partial(to_arrays, first=given.queries[0])
 
     def sizes(call: Any) -> list[int]:
@@ -120,8 +121,9 @@ def _with_lists(search: Search) -> tuple[Search, int]:
         return search._replace(exclude=None, excluded_offsets=offsets, excluded_ids=ids), search.exclude.shape[1]
     if search.excluded_offsets is None:
         return search, -1
-    offsets, ids = (x.to("cpu", torch.int64) for x in (search.excluded_offsets, search.excluded_ids))
-    check_offsets(offsets.numpy(), ids.numpy())
+    given = search.excluded_offsets, search.excluded_ids
+    offsets, ids = (x.to(search.queries[0].device, torch.int64) for x in given)
+    check_offsets(offsets.cpu().numpy(), ids.cpu().numpy())
     return search._replace(excluded_offsets=offsets, excluded_ids=ids), -1
 
 
@@ -147,12 +149,12 @@ class Sharded:
 
     def top_k(self, search: Search, k: int) -> tuple[Tensor, ...]:
         """Find the k best keys of all ranks for the queries of this one: values and indices, (B, k)."""
+        merge = functools.partial(tensors.best, k=k)
         if self.shared:
             found = self._found(search, k)
-            return tuple(self._merged(found, [wide(search), torch.int64], (k,), functools.partial(_best, k)))
+            return tuple(self._merged(found, [wide(search), torch.int64], (k,), merge))
         rows = self.ranks.rows
         home = Layout((wide(search), [(b, k) for b in rows]), (torch.int64, [(b, k) for b in rows]))
-        merge = functools.partial(_best, k)
         return tuple(self._travel(search, [], [], lambda part, _: self._found(part, k), home, merge))
 
     def _found(self, search: Search, k: int) -> Any:
@@ -176,7 +178,7 @@ class Sharded:
         def visit(source: int, block: list[Tensor]) -> list[Tensor]:
             nonlocal d_keys, d_bias
             given, numbers, product = block
-            here = torch.where((numbers >= self.first) & (numbers < self.end), numbers - self.first, -1)
+            here = self._own(numbers)
             # of each query as many places as the most of any that are here, those first
             most = int((here >= 0).sum(dim=1).max()) if here.numel() else 0
             places = (here < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
@@ -237,8 +239,12 @@ class Sharded:
 
     def _targets_scores(self, search: Search, targets: Tensor) -> Tensor:
         """Evaluate the scores of the targets that are this rank's keys; NaN for the others."""
-        rows = ((targets >= self.first) & (targets < self.end)).nonzero()[:, 0]
-        keys = targets[rows] - self.first
+        here = self._own(targets)
+        if on_gpu(targets):  # where equal keys score alike in products of one shape
+            plain = search._replace(excluded_offsets=None, excluded_ids=None)
+            return tensors.target_scores(plain, here)
+        rows = (here >= 0).nonzero()[:, 0]
+        keys = here[rows]
 
         def some(given: Any, of: Tensor) -> Any:
             return tuple(x if x is None else x[of] for x in given)
@@ -258,10 +264,13 @@ class Sharded:
         return found
 
     def _counts(self, search: Search, targets: Tensor, scores: Tensor) -> Tensor:
-        here = torch.where((targets >= self.first) & (targets < self.end), targets - self.first, -1)
-        return tensors.ranks_of_scores(self._here(search), here, scores)
+        return tensors.ranks_of_scores(self._here(search), self._own(targets), scores)
 
     # ---- both
+
+    def _own(self, numbers: Tensor) -> Tensor:
+        """Count keys' numbers from this rank's first; -1 for the keys of others."""
+        return torch.where((numbers >= self.first) & (numbers < self.end), numbers - self.first, -1)
 
     def _here(self, search: Search) -> Search:
         """Keep of the numbers that queries leave out those of this rank's keys, counted from its first."""
@@ -306,7 +315,7 @@ class Sharded:
         world, rows = self.ranks.world, self.ranks.rows[0]
         starts = [rank * rows // world for rank in range(world + 1)]
         shares = [(end - start, *after) for start, end in itertools.pairwise(starts)]
-        layout, nothing = Layout(*[(dtype, shares) for dtype in dtypes]), torch.empty(0, dtype=torch.uint8)
+        layout, nothing = Layout(*[(dtype, shares) for dtype in dtypes]), given[0].new_empty(0, dtype=torch.uint8)
         found: dict[int, list[Tensor]] = {}
 
         def of_share(rank: int, _: list[Tensor]) -> list[Tensor]:
@@ -315,11 +324,6 @@ class Sharded:
         own = self.ranks.travel([nothing], Layout((torch.uint8, [(0,)] * world)), of_share, layout, merge)
         self.ranks.travel(own, layout, found.__setitem__)
         return [torch.cat(parts) for parts in zip(*[found[rank] for rank in range(world)], strict=True)]
-
-
-def _best(k: int, ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
-    found = reference.best([x.numpy() for x in ours], [x.numpy() for x in theirs], k)
-    return [torch.from_numpy(x) for x in found]
 
 
 def _sum(ours: Any, theirs: Any) -> Any:
