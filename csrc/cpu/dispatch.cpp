@@ -31,7 +31,7 @@ constexpr bool kEmulated = false;
 
 // Which sets this machine runs, a member for each in the list.
 struct Cpu {
-  bool scalar = true, avx2 = false, avx512 = false, avx512_bf16 = false;
+  bool scalar = true, avx2 = false, avx512 = false, avx512_bf16 = false, neon = false;
   // AMD multiplies pairs of bf16 at twice the rate of float32 (Zen 4), Intel's Xeons at half of it: measured, 112 and
   // 226 GFLOP/s on a core of Sapphire Rapids.
   bool pairs_are_fast = false;
@@ -51,6 +51,8 @@ struct Cpu {
     avx512_bf16 = avx512 && subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBf16);
     pairs_are_fast = __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx;
   }
+#elif defined(__aarch64__)
+  Cpu() { neon = true; }  // a part of the architecture
 #endif
 };
 

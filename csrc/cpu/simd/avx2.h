@@ -129,16 +129,6 @@ inline F32 at_least(F32 x, F32 bound) { return _mm256_max_ps(bound, x); }
 inline F64 at_least(F64 x, F64 bound) { return _mm256_max_pd(bound, x); }
 inline F32 at_most(F32 x, F32 bound) { return _mm256_min_ps(bound, x); }
 inline F64 at_most(F64 x, F64 bound) { return _mm256_min_pd(bound, x); }
-// 2^n is lifted into the normal range and dropped again, so that subnormal results round once. n is a whole number:
-// adding 1.5 * 2^23 (2^52) leaves it in the low bits of the sum.
-inline F32 scaled(F32 a, F32 n) {
-  const __m256i exponent = _mm256_castps_si256(n + (0x1.8p23f + 127.0f + 64.0f));
-  return a * _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)) * 0x1p-64f;
-}
-inline F64 scaled(F64 a, F64 n) {
-  const __m256i exponent = _mm256_castpd_si256(n + (0x1.8p52 + 1023.0 + 512.0));
-  return a * _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52)) * 0x1p-512;
-}
 
 #include "../../formula.h"
 }  // namespace
