@@ -11,6 +11,9 @@
 // What lives elsewhere: the arithmetic (formula.h), the order of loops (cpu/sum/plan.h, cuda/sum/plan.h), the choice of
 // instruction set (cpu/dispatch.h).
 #pragma once
+#if !defined(__GNUC__) || __SIZEOF_POINTER__ != 8 || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "fusionsum's native module needs GCC or Clang and a 64-bit little-endian processor; without it NumPy is used"
+#endif
 #include <cstdint>
 
 #include "lists.h"

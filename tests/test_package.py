@@ -179,6 +179,17 @@ def test_no_weak_symbol_leaves_its_instruction_set():
             assert not kind.isupper() or symbol.startswith(f"fusionsum::{isa}::"), f"{path.name} exports {symbol}"
 
 
+@pytest.mark.parametrize("machine", ["", "-D__SIZEOF_POINTER__=4", "-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__"])
+def test_a_processor_that_the_kernels_are_not_for_is_told_at_once(machine):
+    """As an error of the compiler, of which an installation makes a wheel without the native module."""
+    if not shutil.which("g++"):
+        missing("g++")
+    other = [machine.partition("=")[0].replace("-D", "-U"), machine] if machine else []
+    command = ["g++", "-std=c++17", "-fsyntax-only", *other, "-x", "c++", str(ROOT / "csrc" / "sum.h")]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+    assert bool(machine) == ("error: #error \"fusionsum's native module needs GCC or Clang and a 64-bit" in said), said
+
+
 def test_the_stub_of_the_native_module_names_all_of_it():
     stub = PACKAGE / "_core.pyi"
     if fs.api.native is None or not stub.exists():
