@@ -271,10 +271,10 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def missing(what: str) -> None:
-    """Skip a test for want of something, or fail it where nothing may be missing, as in CI."""
-    if os.environ.get("FUSIONSUM_REQUIRE_NATIVE", "0") not in ("", "0"):
-        pytest.fail(f"FUSIONSUM_REQUIRE_NATIVE is set, but missing: {what}", pytrace=False)
+def missing(what: str, required: str = "FUSIONSUM_REQUIRE_NATIVE") -> None:
+    """Skip a test for want of something, or fail it where nothing of its kind may be missing, as in CI."""
+    if os.environ.get(required, "0") not in ("", "0"):
+        pytest.fail(f"{required} is set, but missing: {what}", pytrace=False)
     pytest.skip(f"missing: {what}", allow_module_level=True)
 
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from conftest import TESTS
+from conftest import TESTS, missing
 
 FOLDER = TESTS.parent / "examples"
 SCRIPTS = {
@@ -25,6 +25,9 @@ SCRIPTS = {
         ["\nCachedMultipleNegativesRankingLoss, 512 anchors", "MultipleNegativesRankingLoss, 512 anchors"],
     ),
     "knowledge_graph": ("pykeen", ["MRR      PyKEEN", "hits@10  PyKEEN"]),
+    "missing_modalities": ("torch", ["\nall there, zeros", "\n30% withheld, present="]),
+    "hard_negatives": ("torch", ["mined negatives: R@1, R@10\n", "\n    6 "]),
+    "interaction": ("torch", ["\nLateFusion (a sum)", "\nMUTAN", "\nthose at chance, the rest right"]),
 }
 
 
@@ -37,9 +40,7 @@ def test_script(name, tmp_path):
     package, lines = SCRIPTS[name]
     for needed in ("torch", package):
         if find_spec(needed) is None:
-            if os.environ.get("FUSIONSUM_REQUIRE_EXAMPLES") == "1":
-                pytest.fail(f"{needed} is missing and FUSIONSUM_REQUIRE_EXAMPLES=1")
-            pytest.skip(f"missing: {needed}")
+            missing(needed, "FUSIONSUM_REQUIRE_EXAMPLES")
     places = {name: str(tmp_path) for name in ("PYSTOW_HOME", "HF_HOME")}  # what the packages may write goes here
     command = [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py")]
     done = subprocess.run(

@@ -1,0 +1,179 @@
+"""What pages take from elsewhere when the site is built, so that no fact is written twice.
+
+    ```{bench} FILE PHASE    the ratios of a committed result of ``python -m bench``, drawn or, with ``table``, listed
+    ```{commands}            the options of every ``fusionsum`` command
+    ```{examples}            the names that a module makes public
+
+and drawings by file name, which become part of the page: then their colours follow its light or dark theme.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from markupsafe import Markup, escape
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.docutils import SphinxDirective
+
+from fusionsum import __main__ as command_line
+from fusionsum.pipeline.charts import STYLE, Strip, strips
+
+BOTH = "forward + backward"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a result of the bench."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def machine(result: dict[str, Any]) -> str:
+    """Name the machine and the versions that a result is of."""
+    found, versions = result["machine"], result["machine"]["versions"]
+    return (
+        f"{found['cpu']}, {found['cores']} cores, {result['settings']['threads']} threads, kernels "
+        f"{found['backend'].removeprefix('usable: ')}; torch {versions['torch']}, NumPy {versions['numpy']}, Python "
+        f"{versions['python']}. Medians of {result['settings']['pairs']} interleaved pairs"
+    )
+
+
+def ratio(row: dict[str, Any], phase: str, contender: str) -> float | None:
+    """Return how many times faster than a contender a phase of a row is."""
+    found = row["phases"].get(phase, {}).get("contenders", {}).get(contender)
+    return None if found is None else found["ratio"]["median"]
+
+
+def times(value: float | None) -> str:
+    """Write a ratio: two digits where they tell something."""
+    return "–" if value is None else f"{value:,.0f}×" if value >= 100 else f"{value:.1f}×"
+
+
+def figure(drawing: str, caption: str) -> nodes.raw:
+    """Make a figure of a drawing."""
+    below = Markup("<figcaption>{}</figcaption>").format(caption) if caption else ""
+    return nodes.raw("", f'<figure class="drawing">{drawing}{below}</figure>', format="html")
+
+
+class Bench(SphinxDirective):
+    """The ratios of a result: ``FILE PHASE`` draws them against naive torch, ``FILE table`` lists all."""
+
+    required_arguments = 2
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        """Return the drawing, or a table, with the machine."""
+        name, what = self.arguments
+        path = (Path(self.env.doc2path(self.env.docname)).parent / name).resolve()
+        self.env.note_dependency(str(path))
+        result = read(path)
+        if what == "table":
+            return [*self.parse_text_to_nodes("\n".join(_table(result)), allow_section_headings=False)]
+        rows = [row for row in result["rows"] if ratio(row, what, "naive") is not None]
+        marks = [
+            Strip(
+                f"{row['name']}: {row['work']}" if row["name"] not in row["work"] else row["work"],
+                times(ratio(row, what, "naive")),
+                bar=(1.0, ratio(row, what, "naive")),
+                dot=ratio(row, what, "torch.compile"),
+                certain=False,
+                ours=ratio(row, what, "naive") > 1.05,
+            )
+            for row in rows
+        ]
+        caption = (
+            f"{what}: times faster than naive torch (bars) and than torch.compile of it (circles). {machine(result)}."
+        )
+        return [figure(str(strips(caption, marks, {1.0: "as fast"}, 0, 2)), caption)]
+
+
+def _table(result: dict[str, Any]) -> Iterator[str]:
+    yield f"{machine(result)}."
+    yield ""
+    yield "| row | work | phase | time | × naive | × `torch.compile` | of the limit | MiB more: ours / naive |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in result["rows"]:
+        for phase, found in row["phases"].items():
+            limit, extra = ratio(row, phase, "limit"), found["extra_bytes"]
+            mib = (f"{extra[who] / 2**20:.1f}" if extra.get(who) is not None else "–" for who in ("ours", "naive"))
+            cells = (
+                row["name"],
+                row["work"],
+                phase,
+                f"{found['seconds'] * 1e3:.3g} ms",
+                times(ratio(row, phase, "naive")),
+                times(ratio(row, phase, "torch.compile")),
+                "–" if limit is None else f"{limit:.0%}",
+                " / ".join(mib),
+            )
+            yield f"| {' | '.join(cells)} |"
+
+
+class Commands(SphinxDirective):
+    """The help of every command."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return a section for each command."""
+        os.environ["COLUMNS"] = "90"  # argparse wraps at the width of the terminal
+        (verbs,) = (a for a in command_line._parser()._actions if isinstance(a, argparse._SubParsersAction))
+        found: list[nodes.Node] = []
+        for name, verb in verbs.choices.items():
+            section = nodes.section("", nodes.title("", f"fusionsum {name}"), ids=[f"fusionsum-{name}"])
+            section += nodes.literal_block("", verb.format_help(), language="none")
+            found.append(section)
+        return found
+
+
+class Names(SphinxDirective):
+    """The public names of a module, each a link to its documentation, with the first line of it."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return a list."""
+        module = importlib.import_module(self.arguments[0])
+        lines = []
+        for name in sorted(module.__all__, key=str.lower):
+            about = (getattr(module, name).__doc__ or "").strip().splitlines()
+            lines.append(f"* {{py:obj}}`{name} <{module.__name__}.{name}>`: {about[0] if about else ''}")
+        return [*self.parse_text_to_nodes("\n".join(lines))]
+
+
+class Inlined(SphinxPostTransform):
+    """Put a drawing of pictures/ into the page that shows it."""
+
+    default_priority = 5
+    formats = ("html",)
+
+    def run(self, **kwargs: Any) -> None:
+        """Replace the images."""
+        for image in list(self.document.findall(nodes.image)):
+            path = Path(self.env.srcdir) / image["uri"]
+            if path.suffix != ".svg":
+                continue
+            text = path.read_text(encoding="utf-8")
+            head, _, rest = text.partition("<style>")
+            label = f"<title>{escape(image.get('alt', ''))}</title>"
+            image.replace_self(figure(head + label + rest.partition("</style>")[2], ""))
+
+
+def themed(app: Any, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Let the drawings' colours, which follow the system, follow the theme's switch where it is set."""
+    light, dark = re.findall(r":root \{(.*?)\}", STYLE.read_text(encoding="utf-8"), re.DOTALL)
+    rules = (f'body[data-theme="{theme}"]{{{rule}}}' for theme, rule in (("light", light), ("dark", dark)))
+    context["metatags"] = context.get("metatags", "") + f"<style>{' '.join(rules)}</style>"
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """Tell Sphinx of all this."""
+    for name, directive in {"bench": Bench, "commands": Commands, "names": Names}.items():
+        app.add_directive(name, directive)
+    app.add_post_transform(Inlined)
+    app.connect("html-page-context", themed)
+    return {"parallel_read_safe": True}

@@ -1,0 +1,181 @@
+"""The pages' code runs: every block of Python in README.md and docs/, and the options of every ``fusionsum`` command.
+
+A page is one program: its blocks run in order, in one namespace and an empty folder. A comment before a block tells what is
+particular about it:
+
+    <!-- needs: faiss -->       it runs where this package is: the page runs without such blocks, and once for each package
+    <!-- runs: test_x.py -->    that test file runs it, among processes (``ranks.samples``)
+    <!-- run -->                of a block of shell: its ``fusionsum`` commands run; those of all others are parsed only
+
+The data set that docs/pipeline.md begins with is a tiny made-up one here. Without a package that is not among the tests'
+own its blocks are skipped, or fail where FUSIONSUM_REQUIRE_EXAMPLES=1, as in CI. What lives elsewhere: the scripts of
+examples/ (``test_examples.py``), the site (``test_site.py``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("sklearn")
+
+import made_up
+from conftest import TESTS, missing
+from fusionsum import __main__ as command_line
+
+ROOT = TESTS.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>[^\n]+?) -->\n)?^```(?P<language>python|bash)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+UNTRIED = ("autogluon.multimodal",)  # gigabytes, and torch of another version: nowhere installed, here nor in CI
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code: its page and line, its language, and what the comment before it says."""
+
+    page: Path
+    line: int
+    language: str
+    mark: str
+    code: str
+
+    @property
+    def needs(self) -> str:
+        """The package without which it cannot run."""
+        return self.mark.removeprefix("needs: ") if self.mark.startswith("needs: ") else ""
+
+    def commands(self) -> list[list[str]]:
+        """Return the arguments of the ``fusionsum`` commands of a block of shell, also of those that torchrun starts."""
+        lines = re.sub(r"\\\n", " ", self.code).splitlines()
+        words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+        return [line[line.index("fusionsum") + 1 :] for line in words if "fusionsum" in line]
+
+
+def blocks(page: Path) -> list[Block]:
+    """Return the blocks of a page."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text[: m.start("code")].count("\n") + 1, m["language"], m["mark"] or "", m["code"])
+        for m in FENCE.finditer(text)
+    ]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+PROGRAMS = [
+    pytest.param(page, need, id=f"{name(page)}{need and f', {need}'}")
+    for page in PAGES
+    for need in dict.fromkeys(["", *(block.needs for block in blocks(page))])
+    if any(block.needs == need and not block.mark.startswith("runs: ") for block in blocks(page))
+]
+
+
+def load_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let open_clip be its losses' file, which needs torch only, where torchvision is not there."""
+    package = importlib.util.find_spec("open_clip")
+    if importlib.util.find_spec("torchvision") is None:
+        spec = importlib.util.spec_from_file_location("open_clip", Path(package.origin).with_name("loss.py"))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(sys.modules, "open_clip", module)
+
+
+def is_installed(package: str) -> bool:
+    top, _, rest = package.partition(".")
+    return importlib.util.find_spec(top) is not None and (not rest or importlib.util.find_spec(package) is not None)
+
+
+def execute(block: Block, namespace: dict) -> None:
+    """Run a block; a traceback names the page and the line."""
+    if block.language == "python":
+        exec(compile("\n" * (block.line - 1) + block.code, str(block.page), "exec"), namespace)
+    elif block.mark == "run":
+        for arguments in block.commands():
+            assert command_line.main(arguments) == 0, f"{name(block.page)}:{block.line}: {shlex.join(arguments)}"
+
+
+def stand_in(folder: Path) -> None:
+    """Write what is called data/tuxpaint, and rows to predict."""
+    place = folder / "data" / "tuxpaint"
+    place.mkdir(parents=True)
+    made_up.folder(place)
+    (place / "classification.csv").rename(place / "category.csv")
+    train = {"seeds": 1, "epochs": 1}
+    config = {"data": {"manifest": "category.csv"}, "modalities": made_up.MODALITIES, "train": train, "baselines": []}
+    (place / "category.yaml").write_text(json.dumps(config))
+    lines = (place / "category.csv").read_text().replace("row", "new").splitlines(keepends=True)
+    (folder / "new.csv").write_text("".join(lines[:5]))
+    for file in [*place.glob("*.png"), *place.glob("*.wav")]:
+        (folder / file.name).symlink_to(file)
+
+
+@pytest.mark.parametrize(("page", "need"), PROGRAMS)
+def test_page_runs(page, need, tmp_path, monkeypatch, seed):
+    if need and not is_installed(need):
+        if need in UNTRIED:
+            pytest.skip(f"missing: {need}")
+        missing(need, "FUSIONSUM_REQUIRE_EXAMPLES")
+    if need == "open_clip":
+        load_open_clip(monkeypatch)
+    if page.name == "pipeline.md":
+        stand_in(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYSTOW_HOME", str(tmp_path / "pystow"))
+    namespace = {"__name__": "__page__"}
+    with warnings.catch_warnings():
+        if need:
+            warnings.simplefilter("ignore")  # what other libraries have to say
+        for block in blocks(page):
+            if block.needs in ("", need) and not block.mark.startswith("runs: "):
+                execute(block, namespace)
+
+
+def test_commands_are_parsed():
+    found = [(block, arguments) for page in PAGES for block in blocks(page) for arguments in block.commands()]
+    assert len(found) > 10
+    for block, arguments in found:
+        try:
+            command_line._parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{name(block.page)}:{block.line}: fusionsum {shlex.join(arguments)}")
+
+
+def test_marks_are_known():
+    for page in PAGES:
+        for block in blocks(page):
+            assert re.fullmatch(r"|run|needs: [\w.]+|runs: test_\w+\.py", block.mark), f"{name(page)}:{block.line}"
+            if block.mark.startswith("runs: "):
+                assert "samples(__file__)" in (TESTS / block.mark[6:]).read_text(), block.mark
+
+
+def test_every_fence_is_closed_and_found():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fences = re.findall(r"^```(\S*)", text, re.MULTILINE)
+        opened, closed = fences[::2], fences[1::2]
+        assert not any(closed) and len(opened) == len(closed), name(page)
+        assert sum(language in ("python", "bash") for language in opened) == len(blocks(page)), name(page)
+
+
+def test_drawings_are_those_of_their_program(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import pictures
+
+    drawn = dict(pictures.drawings())
+    assert drawn.keys() == set(pictures.FOLDER.glob("*.svg"))
+    for path, content in drawn.items():
+        assert path.read_text(encoding="utf-8") == content, f"python docs/pictures.py: {path.name}"
