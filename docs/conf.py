@@ -28,7 +28,7 @@ html_css_files = [STYLE.name, "site.css"]
 templates_path, exclude_patterns = [], ["_static"]
 
 myst_heading_anchors = 3
-smartquotes = False
+smartquotes_action = "D"  # dashes; quotes stay as they are typed
 highlight_language = "none"
 
 default_role = "py:obj"  # docstrings put names between single backticks

@@ -26,7 +26,7 @@ from sphinx.util.docutils import SphinxDirective
 from fusionsum import __main__ as command_line
 from fusionsum.pipeline.charts import STYLE, Strip, strips
 
-BOTH = "forward + backward"
+FORWARD, BOTH = "forward", "forward + backward"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -74,7 +74,10 @@ class Bench(SphinxDirective):
         self.env.note_dependency(str(path))
         result = read(path)
         if what == "table":
-            return [*self.parse_text_to_nodes("\n".join(_table(result)), allow_section_headings=False)]
+            found = self.parse_text_to_nodes("\n".join(_table(result)))
+            for table in found:
+                table["classes"].append("figures")
+            return found
         rows = [row for row in result["rows"] if ratio(row, what, "naive") is not None]
         marks = [
             Strip(
@@ -94,25 +97,26 @@ class Bench(SphinxDirective):
 
 
 def _table(result: dict[str, Any]) -> Iterator[str]:
+    """Write a line for each row: both phases' times and ratios, and what memory the last takes beside its results."""
     yield f"{machine(result)}."
     yield ""
-    yield "| row | work | phase | time | × naive | × `torch.compile` | of the limit | MiB more: ours / naive |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| row | forward | × naive | × compiled | of the limit | and back | × naive | × compiled | MiB: ours, naive |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for row in result["rows"]:
-        for phase, found in row["phases"].items():
-            limit, extra = ratio(row, phase, "limit"), found["extra_bytes"]
-            mib = (f"{extra[who] / 2**20:.1f}" if extra.get(who) is not None else "–" for who in ("ours", "naive"))
-            cells = (
-                row["name"],
-                row["work"],
-                phase,
-                f"{found['seconds'] * 1e3:.3g} ms",
-                times(ratio(row, phase, "naive")),
-                times(ratio(row, phase, "torch.compile")),
-                "–" if limit is None else f"{limit:.0%}",
-                " / ".join(mib),
-            )
-            yield f"| {' | '.join(cells)} |"
+        cells = [f"{row['name']}: {row['work']}"]
+        for phase in (FORWARD, BOTH):
+            found = row["phases"].get(phase)
+            cells.append(_milliseconds(found["seconds"]) if found else "–")
+            cells += [times(ratio(row, phase, contender)) for contender in ("naive", "torch.compile")]
+        limit = ratio(row, FORWARD, "limit")
+        cells.insert(4, "–" if limit is None else f"{limit:.0%}")
+        extra = list(row["phases"].values())[-1]["extra_bytes"]
+        cells.append(", ".join(f"{extra[who] / 2**20:.1f}" for who in ("ours", "naive") if who in extra))
+        yield f"| {' | '.join(cells)} |"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
 class Commands(SphinxDirective):

@@ -3,7 +3,7 @@
 A page is one program: its blocks run in order, in one namespace and an empty folder. A comment before a block tells what is
 particular about it:
 
-    <!-- needs: faiss -->       it runs where this package is: the page runs without such blocks, and once for each package
+    <!-- needs: faiss -->       it runs where this package is: a page runs without such blocks, and its section with them
     <!-- runs: test_x.py -->    that test file runs it, among processes (``ranks.samples``)
     <!-- run -->                of a block of shell: its ``fusionsum`` commands run; those of all others are parsed only
 
@@ -43,10 +43,11 @@ UNTRIED = ("autogluon.multimodal",)  # gigabytes, and torch of another version: 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code: its page and line, its language, and what the comment before it says."""
+    """A block of code: its page, line and section, its language, and what the comment before it says."""
 
     page: Path
     line: int
+    section: int  # 0 before the first
     language: str
     mark: str
     code: str
@@ -58,6 +59,8 @@ class Block:
 
     def commands(self) -> list[list[str]]:
         """Return the arguments of the ``fusionsum`` commands of a block of shell, also of those that torchrun starts."""
+        if self.language != "bash":
+            return []
         lines = re.sub(r"\\\n", " ", self.code).splitlines()
         words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
         return [line[line.index("fusionsum") + 1 :] for line in words if "fusionsum" in line]
@@ -65,11 +68,19 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     """Return the blocks of a page."""
-    text = page.read_text(encoding="utf-8")
-    return [
-        Block(page, text[: m.start("code")].count("\n") + 1, m["language"], m["mark"] or "", m["code"])
-        for m in FENCE.finditer(text)
-    ]
+    text, found = page.read_text(encoding="utf-8"), []
+    for m in FENCE.finditer(text):
+        before = text[: m.start("code")]
+        place = before.count("\n") + 1, before.count("\n## ")
+        found.append(Block(page, *place, m["language"], m["mark"] or "", m["code"]))
+    return found
+
+
+def program(page: Path, need: str) -> list[Block]:
+    """Return what runs of a page: all that needs nothing; or what comes before its sections, and those with the need."""
+    given = [block for block in blocks(page) if not block.mark.startswith("runs: ") and block.needs in ("", need)]
+    sections = {block.section for block in given if block.needs == need}
+    return [block for block in given if not need or block.section in {0, *sections}]
 
 
 def name(page: Path) -> str:
@@ -80,7 +91,7 @@ PROGRAMS = [
     pytest.param(page, need, id=f"{name(page)}{need and f', {need}'}")
     for page in PAGES
     for need in dict.fromkeys(["", *(block.needs for block in blocks(page))])
-    if any(block.needs == need and not block.mark.startswith("runs: ") for block in blocks(page))
+    if any(block.language == "python" for block in program(page, need))
 ]
 
 
@@ -139,9 +150,8 @@ def test_page_runs(page, need, tmp_path, monkeypatch, seed):
     with warnings.catch_warnings():
         if need:
             warnings.simplefilter("ignore")  # what other libraries have to say
-        for block in blocks(page):
-            if block.needs in ("", need) and not block.mark.startswith("runs: "):
-                execute(block, namespace)
+        for block in program(page, need):
+            execute(block, namespace)
 
 
 def test_commands_are_parsed():
