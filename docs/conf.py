@@ -30,6 +30,7 @@ templates_path, exclude_patterns = [], ["_static"]
 myst_heading_anchors = 3
 smartquotes_action = "D"  # dashes; quotes stay as they are typed
 highlight_language = "none"
+pygments_dark_style = "github-dark"
 
 default_role = "py:obj"  # docstrings put names between single backticks
 add_module_names = False

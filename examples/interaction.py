@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from fusionsum.nn import MUTAN, ConcatMLP, LateFusion, ResidualFusion
 
-DIGITS, DIMS, ROWS, STEPS, BATCH = 6, 16, 4000, 500, 256
+DIGITS, DIMS, ROWS, STEPS, BATCH = 6, 16, 4000, 120, 256
 DIALS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LAYERS = {
     "LateFusion (a sum)": lambda: LateFusion((DIMS, DIMS), DIGITS),
