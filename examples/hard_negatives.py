@@ -1,9 +1,13 @@
 """Hard negatives mined by exact search: what they add to a contrastive loss, at equal numbers of steps and of keys.
 
-Two made-up views of 4,000 items that come in families of ten, whose members differ little: most negatives that a batch
-holds by chance are of other families, and teach nothing about the own one. Every epoch `top_k` finds, for each item, the
-texts that score best and are another's; a batch takes them as further keys, where the control takes as many at random.
-`ranks` measures recall among all 4,000 texts.
+Two made-up views of 6,000 items that come in families of four, whose members differ little: most negatives that a batch
+holds by chance are of other families, and teach nothing about the own one. After the first epoch `top_k` finds, for each
+item, the texts that score best and are another's; a batch takes them as further keys, where the control takes as many at
+random.
+`ranks` measures recall among all 6,000 texts.
+
+Mining is no gain for nothing. With families of ten, 200 queries a step (whose keys hold members of the family by chance)
+and mining from the first epoch on, R@1 ended at 0.71 with it and at 0.82 without.
 """
 
 import torch
@@ -12,11 +16,11 @@ from torch.nn.functional import normalize
 
 import fusionsum as fs
 
-ITEMS, FAMILY, DIMS, WIDTH, BATCH, EPOCHS, HARD, SCALE = 4000, 10, 64, 32, 200, 6, 2, 20.0
+ITEMS, FAMILY, DIMS, WIDTH, BATCH, EPOCHS, HARD, SCALE = 6000, 4, 64, 32, 100, 6, 2, 20.0
 
 torch.manual_seed(0)
 families = torch.randn(ITEMS // FAMILY, DIMS).repeat_interleave(FAMILY, dim=0)
-items = families + 0.35 * torch.randn(ITEMS, DIMS)
+items = families + 0.25 * torch.randn(ITEMS, DIMS)
 images, texts = (torch.tanh(items @ torch.randn(DIMS, DIMS) / 8) + 0.05 * torch.randn(ITEMS, DIMS) for _ in range(2))
 numbers = torch.arange(ITEMS)
 
@@ -31,15 +35,15 @@ def trained(mined):
     """Train two towers; return the recalls after each epoch."""
     torch.manual_seed(1)
     towers = [nn.Sequential(nn.Linear(DIMS, 64), nn.GELU(), nn.Linear(64, WIDTH)) for _ in range(2)]
-    optimizer = torch.optim.Adam([p for tower in towers for p in tower.parameters()], lr=0.003)
+    optimizer = torch.optim.Adam([p for tower in towers for p in tower.parameters()], lr=0.002)
     found = []
-    for _ in range(EPOCHS):
+    for epoch in range(EPOCHS):
         with torch.no_grad():
             of_images, of_texts = (
                 normalize(tower(x), dim=-1) for tower, x in zip(towers, (images, texts), strict=True)
             )
         negatives = torch.randint(ITEMS, (ITEMS, HARD))
-        if mined:
+        if mined and epoch > 0:
             _, negatives = fs.top_k(of_images, of_texts, HARD, exclude=numbers[:, None].tolist())
         for batch in torch.randperm(ITEMS).split(BATCH):
             ids = torch.cat([batch, negatives[batch].flatten()])  # of the keys; a query's own text is no negative of it

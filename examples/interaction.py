@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from fusionsum.nn import MUTAN, ConcatMLP, LateFusion, ResidualFusion
 
-DIGITS, DIMS, ROWS, STEPS, BATCH = 6, 16, 4000, 120, 256
+DIGITS, DIMS, ROWS, STEPS, BATCH = 6, 16, 4000, 40, 256
 DIALS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LAYERS = {
     "LateFusion (a sum)": lambda: LateFusion((DIMS, DIMS), DIGITS),
@@ -48,8 +48,8 @@ def accuracy(make, views, labels):
     return (found == labels[ROWS:]).double().mean().item()
 
 
-print(f"{'share of rows that need both':30}", *(f"{dial:6.2f}" for dial in DIALS), "  parameters")
+print(f"{'share of rows that need both':32}", *(f"{dial:6.2f}" for dial in DIALS), "  parameters")
 for name, make in LAYERS.items():
     row = [accuracy(make, *task(dial)) for dial in DIALS]
-    print(f"{name:30}", *(f"{a:6.3f}" for a in row), f"{sum(p.numel() for p in make().parameters()):12,}")
-print(f"{'those at chance, the rest right':30}", *(f"{1 - dial * (1 - 1 / DIGITS):6.3f}" for dial in DIALS))
+    print(f"{name:32}", *(f"{a:6.3f}" for a in row), f"{sum(p.numel() for p in make().parameters()):12,}")
+print(f"{'those at chance, the rest right':32}", *(f"{1 - dial * (1 - 1 / DIGITS):6.3f}" for dial in DIALS))
