@@ -38,7 +38,7 @@ FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]+?) -->\n)?^```(?P<language>python|bash)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-UNTRIED = ("autogluon.multimodal",)  # gigabytes, and torch of another version: nowhere installed, here nor in CI
+UNTRIED = ("autogluon.multimodal",)  # needs torchvision (pyproject.toml), and weights from the web: run nowhere
 
 
 @dataclass(frozen=True)
