@@ -181,6 +181,13 @@ def test_every_fence_is_closed_and_found():
         assert sum(language in ("python", "bash") for language in opened) == len(blocks(page)), name(page)
 
 
+def test_links_to_files_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
+            assert (page.parent / link).exists(), f"{name(page)}: {link}"
+
+
 def test_drawings_are_those_of_their_program(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import pictures
