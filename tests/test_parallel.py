@@ -56,7 +56,7 @@ def digest(form, dtypes, seed=0):
     return hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in [case.forward(), *case.backward(u)])).hexdigest()
 
 
-def check_thread_counts():
+def check_thread_counts_of_sums():
     pairs = [*((d, d) for d in DTYPES), *MIXED]
     for f, form in enumerate(SIZES):
         for i, dtypes in enumerate((pairs[f % len(pairs)], pairs[(f + 3) % len(pairs)])):
@@ -80,9 +80,9 @@ def check_thread_counts_of_scores():
 
 
 @WITH_OR_WITHOUT_TORCH
-def test_same_bits_for_any_number_of_threads(torch):
-    code = "import test_parallel as t; t.check_thread_counts(); t.check_thread_counts_of_scores(); "
-    code += "print(t.native.thread_backend())"
+@pytest.mark.parametrize("of", ["sums", "scores"])
+def test_same_bits_for_any_number_of_threads(of, torch):
+    code = f"import test_parallel as t; t.check_thread_counts_of_{of}(); print(t.native.thread_backend())"
     assert run_python((USE_TORCH if torch else "") + code, timeout=120).strip() == ("torch" if torch else "own")
 
 
