@@ -21,7 +21,7 @@ import zipfile
 import pytest
 
 import fusionsum as fs
-from conftest import PACKAGE, TESTS, missing, run_python
+from conftest import PACKAGE, TESTS, missing, run_python, source
 
 ROOT = TESTS.parent
 FILES = {
@@ -41,9 +41,7 @@ def build(kind: str, source, into, **environment: str):
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    if not (ROOT / "pyproject.toml").exists():
-        missing("the source tree around these tests")
-    return build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+    return build("sdist", source("pyproject.toml").parent, tmp_path_factory.mktemp("sdist"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,7 @@ def pure_wheel(sdist, tmp_path_factory):
 def test_sdist_has_what_a_build_needs_and_nothing_built(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    suffixes = {".py", ".h", ".inl", ".cpp", ".cu", ".cuh", ".options"}
+    suffixes = {".py", ".h", ".inl", ".cpp", ".map", ".cu", ".cuh", ".options"}
     sources = [p for top in ("csrc", "python") for p in (ROOT / top).rglob("*") if p.suffix in suffixes]
     assert {str(path.relative_to(ROOT)) for path in sources} <= names
     assert {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "PKG-INFO", "tests/conftest.py"} <= names
@@ -188,6 +186,15 @@ def test_a_processor_that_the_kernels_are_not_for_is_told_at_once(machine):
     command = ["g++", "-std=c++17", "-fsyntax-only", *other, "-x", "c++", str(ROOT / "csrc" / "sum.h")]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
     assert bool(machine) == ("error: #error \"fusionsum's native module needs GCC or Clang and a 64-bit" in said), said
+
+
+def test_the_native_module_shows_its_initialiser_only():
+    """What else it showed, templates of the standard library say, other modules of the process could take for theirs."""
+    if fs.backend._core is None or not shutil.which("nm") or sys.platform != "linux":
+        missing("the native module, or nm")
+    command = ["nm", "-D", "--defined-only", fs.backend._core.__file__]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[-1] for line in listed.splitlines()] == ["PyInit__core"]
 
 
 def test_the_stub_of_the_native_module_names_all_of_it():

@@ -24,9 +24,9 @@ namespace {
 
 // Whether AVX-512 was compiled to AVX2's instructions, to be tested on any processor (tests/simde).
 #ifdef FUSIONSUM_SIMDE
-constexpr bool kEmulated = true;
+[[maybe_unused]] constexpr bool kEmulated = true;
 #else
-constexpr bool kEmulated = false;
+[[maybe_unused]] constexpr bool kEmulated = false;
 #endif
 
 // Which sets this machine runs, a member for each in the list.
