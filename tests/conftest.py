@@ -278,6 +278,14 @@ def missing(what: str, required: str = "FUSIONSUM_REQUIRE_NATIVE") -> None:
     pytest.skip(f"missing: {what}", allow_module_level=True)
 
 
+def source(name: str) -> pathlib.Path:
+    """Return a file or folder of the source tree around these tests, which may be a copy, beside an installed wheel."""
+    path = TESTS.parent / name
+    if not path.exists():
+        missing(f"{name}, of the source tree")
+    return path
+
+
 def require_native() -> Any:
     if backend.native is None:
         missing(f"the native module, {fs.backends()['cpu']}")

@@ -9,7 +9,6 @@ import ast
 import dataclasses
 import json
 import math
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -22,12 +21,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from conftest import source
+
 torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(autouse=True)
 def _bench_is_importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1]))  # bench/ is not installed
+    monkeypatch.syspath_prepend(str(source("bench").parent))  # bench/ is not installed
 
 
 def test_rows_are_those_of_the_floors():
@@ -73,7 +74,7 @@ def test_layers_and_scores_are_rows_too():
 
 @pytest.mark.parametrize("machine", ["machine", "gpu"])
 def test_machines_know_no_rows(machine):
-    tree = ast.parse((pathlib.Path(__file__).parents[1] / "bench" / f"{machine}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((source("bench") / f"{machine}.py").read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
     assert imported <= {"machine"}
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fusionsum as fs
-from conftest import TESTS
+from conftest import source
 from fusionsum.distributed import Exchange
 from ranks import Ranks, ranks
 
@@ -28,7 +28,7 @@ BOTH, NONE = (True, True, False), (False, False, False)
 
 @pytest.fixture(autouse=True)
 def _bench_is_importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(TESTS.parent))  # bench/ is not installed
+    monkeypatch.syspath_prepend(str(source("bench").parent))  # bench/ is not installed
 
 
 # ---- bytes
@@ -247,7 +247,7 @@ def test_the_tables_are_those_of_the_documentation(capsys):
     from bench import scale
 
     scale.main()
-    shown = (TESTS.parent / "docs" / "scale.md").read_text(encoding="utf-8")
+    shown = source("docs/scale.md").read_text(encoding="utf-8")
     tables = capsys.readouterr().out.split("\n\n")
     assert len(tables) == len(scale.TABLES)
     for table in tables:

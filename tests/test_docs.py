@@ -29,10 +29,10 @@ pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
 import made_up
-from conftest import TESTS, missing
+from conftest import TESTS, missing, source
 from fusionsum import __main__ as command_line
 
-ROOT = TESTS.parent
+ROOT = source("docs").parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]+?) -->\n)?^```(?P<language>python|bash)\n(?P<code>.*?)^```$",

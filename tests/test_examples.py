@@ -14,9 +14,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from conftest import TESTS, missing
+from conftest import missing, source
 
-FOLDER = TESTS.parent / "examples"
 SCRIPTS = {
     "open_clip_losses": ("open_clip", ["ClipLoss -> ContrastiveLoss", "SigLipLoss -> SigmoidLoss"]),
     "open_clip_ranks": ("open_clip", ["ClipLoss -> contrastive_loss, 2 ranks", "SigLipLoss -> sigmoid_loss, 2 ranks"]),
@@ -32,7 +31,7 @@ SCRIPTS = {
 
 
 def test_every_script_is_run():
-    assert {path.stem for path in FOLDER.glob("*.py")} == SCRIPTS.keys()
+    assert {path.stem for path in source("examples").glob("*.py")} == SCRIPTS.keys()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -42,7 +41,7 @@ def test_script(name, tmp_path):
         if find_spec(needed) is None:
             missing(needed, "FUSIONSUM_REQUIRE_EXAMPLES")
     places = {name: str(tmp_path) for name in ("PYSTOW_HOME", "HF_HOME")}  # what the packages may write goes here
-    command = [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py")]
+    command = [sys.executable, "-W", "ignore", str(source("examples") / f"{name}.py")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=os.environ | places | {"HF_HUB_OFFLINE": "1"}
     )

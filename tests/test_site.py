@@ -18,13 +18,13 @@ from urllib.parse import unquote, urldefrag
 
 import pytest
 
-from conftest import PACKAGE, TESTS, missing
+from conftest import PACKAGE, missing, source
 
 for package in ("torch", "sphinx", "myst_parser", "furo"):
     if find_spec(package) is None:
         missing(package, "FUSIONSUM_REQUIRE_SITE")
 
-DOCS = TESTS.parent / "docs"
+DOCS = source("docs")
 MODULES = ("fusionsum", "fusionsum.nn", "fusionsum.distributed", "fusionsum.pipeline")
 
 
