@@ -318,4 +318,4 @@ for call in (fs.backends, lambda: fs.fusion_sum(None, np.ones(3))):
     assert len(said) == 2
     for line in said:
         assert line.startswith("FUSIONSUM_ISA=mmx: expected one of")
-        assert all(name in line for name, _ in native.isas())
+        assert line.endswith(": " + ", ".join(name for name, runs_here in native.isas() if runs_here))

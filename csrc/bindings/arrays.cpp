@@ -66,7 +66,7 @@ py::object allocate_numpy(DType dtype, int ndim, const int64_t* shape, void** da
                                                                             ndim, sizes, nullptr, nullptr, 0, nullptr));
   if (!array) throw py::error_already_set();
   *data = array.mutable_data();
-  return std::move(array);
+  return array;
 }
 
 }  // namespace

@@ -327,7 +327,7 @@ py::object sigmoid_stats(const py::args& args) {
   call.s.epilogue = Epilogue::sigmoid;
   py::array_t<double> losses = new_losses(call.s);
   call.execute();
-  return std::move(losses);
+  return losses;
 }
 
 py::object sigmoid_grad(const py::args& args) {
@@ -393,7 +393,7 @@ py::object target_scores(const py::args& args) {
   py::array found = call.new_vector(s.queries.rows);
   s.target_scores = found.mutable_data();
   call.execute();
-  return std::move(found);
+  return found;
 }
 
 py::object ranks(const py::args& args) {

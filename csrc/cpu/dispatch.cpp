@@ -76,17 +76,14 @@ std::vector<Candidate> compiled_in() {
 const Isa& choose() {
   const char* name = std::getenv("FUSIONSUM_ISA");
   const bool asked = name && *name;
-  std::string known;
+  std::string here;
   for (const Candidate& candidate : compiled_in()) {
-    if (asked && candidate.isa->name != std::string(name)) {
-      known += std::string(known.empty() ? "" : ", ") + candidate.isa->name;
-    } else if (asked ? candidate.runs_here : candidate.by_default) {
-      return *candidate.isa;
-    } else if (asked) {
-      throw std::invalid_argument(std::string("FUSIONSUM_ISA=") + name + ": this processor does not support it");
-    }
+    if (!candidate.runs_here) continue;
+    if (asked ? candidate.isa->name == std::string(name) : candidate.by_default) return *candidate.isa;
+    here += std::string(here.empty() ? "" : ", ") + candidate.isa->name;
   }
-  throw std::invalid_argument(std::string("FUSIONSUM_ISA=") + name + ": expected one of those compiled in: " + known);
+  throw std::invalid_argument(std::string("FUSIONSUM_ISA=") + name +
+                              ": expected one of those that are compiled in and that this processor has: " + here);
 }
 
 }  // namespace
