@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-sys.path[:0] = [str(DOCS), str(DOCS.parent / "python")]
+sys.path.insert(0, str(DOCS))  # the package is the installed one, with its native module
 
 import fusionsum  # noqa: E402
 from fusionsum.pipeline.charts import STYLE  # noqa: E402
