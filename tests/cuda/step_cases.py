@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ import device
 from fusionsum import chunks, scores
 from tests.cuda import emulation
 
+KERNELS = re.compile(
+    r"_ZN9fusionsum4cuda(?:11log_sum_exp|9pair_sums|4rank|5gamma|6select|9leave_out)I\w+|\w+5mergeE\w+"
+)
 DTYPES = torch.float32, torch.bfloat16, torch.float64  # which there are kernels for
 OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "diagonal": lambda rows, cols: {},

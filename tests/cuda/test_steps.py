@@ -6,7 +6,6 @@ What lives elsewhere: the calls (``step_cases.py``), the CPU's tests of scores, 
 
 from __future__ import annotations
 
-import re
 import subprocess
 
 import numpy as np
@@ -16,10 +15,6 @@ import torch
 import score_cases
 from fusionsum import chunks
 from tests.cuda import cases, emulation, step_cases
-
-KERNELS = re.compile(
-    r"_ZN9fusionsum4cuda(?:11log_sum_exp|9pair_sums|4rank|5gamma|6select|9leave_out)I\w+|\w+5mergeE\w+"
-)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +39,7 @@ def test_every_kernel_gives_the_same_bits_under_every_schedule(plain):
         library.schedule("forward")
         assert library.reports() == []
     symbols = subprocess.run(["nm", "-D", "--defined-only", plain], check=True, capture_output=True, text=True).stdout
-    kernels = set(KERNELS.findall(symbols))
+    kernels = set(step_cases.KERNELS.findall(symbols))
     assert len(kernels) == 4 + 2 + 2 + 8 + 4 + 2 + 1  # float32 and float64; with pairs and without, or of two sizes
     assert kernels <= launched
 
@@ -81,7 +76,7 @@ def test_the_ptx_that_nvcc_emitted(schedule, plain):
                 assert not findings, f"{call}: {findings}"
                 executed |= set(kernels)
     if schedule == "lockstep":
-        ours = {kernel for module in parsed for kernel in module.entries if KERNELS.fullmatch(kernel)}
+        ours = {kernel for module in parsed for kernel in module.entries if step_cases.KERNELS.fullmatch(kernel)}
         assert len(ours) == 23
         assert ours <= executed
 
