@@ -46,6 +46,11 @@ def line(x1: float, y1: float, x2: float, y2: float, arrow: bool = False) -> str
     return drawn
 
 
+def summed(x: float, y: float) -> str:
+    """Draw the arrow from operands to the output, and say what is summed."""
+    return line(x, y, x + 40, y, arrow=True) + text(x + 20, y - 8, "Σ n", "soft", "middle")
+
+
 def box(x: float, y: float, width: float, height: float, colour: str, opacity: float = 0.25) -> str:
     """Draw a rectangle."""
     return (
@@ -75,8 +80,7 @@ def paired() -> tuple[int, str]:
         matrix(120, top, ROWS, TERMS, FIRST, row(1), "f", "(B, n)"),
         text(120 + wide + 14, top + 30, "×", "other", "middle"),
         matrix(230, top, ROWS, TERMS, SECOND, row(1), "g", "(B, n)"),
-        line(230 + wide + 16, top + 24, 230 + wide + 56, top + 24, arrow=True),
-        text(230 + wide + 36, top + 16, "Σ n", "soft", "middle"),
+        summed(230 + wide + 16, top + 24),
         matrix(380, top, ROWS, 1, OUT, {(1, 0)}, "F", "(B)"),
     ]
     return top + CELL * ROWS + 4, "".join(drawn)
@@ -95,8 +99,7 @@ def vector() -> tuple[int, str]:
         drawn += [text(x, top - 26, name), text(x + 16, top - 26, "(B, n, O)", "soft")]
     drawn += [
         text(200, top + 44, "×", "other", "middle"),
-        line(326, top + 40, 366, top + 40, arrow=True),
-        text(346, top + 32, "Σ n", "soft", "middle"),
+        summed(326, top + 40),
         matrix(384, top + 16, sheets, outputs, OUT, {(0, 1)}, "F", "(B, O)"),
         text(90, top + 92, "a sheet a row b; down it the terms, across it the outputs", "soft"),
     ]
@@ -112,8 +115,7 @@ def mixing() -> tuple[int, str]:
         matrix(wide + 30, top, ROWS, TERMS, SECOND, row(1), "g", "(B, 1, n)"),
         text(2 * wide + 44, top + 30, "×", "other", "middle"),
         matrix(2 * wide + 60, top, outputs, TERMS, WEIGHT, row(2), "weights", "(O, n)"),
-        line(316, top + 24, 356, top + 24, arrow=True),
-        text(336, top + 16, "Σ n", "soft", "middle"),
+        summed(316, top + 24),
         matrix(374, top, ROWS, outputs, OUT, {(1, 2)}, "F", "(B, O)"),
     ]
     return top + CELL * outputs + 4, "".join(drawn)
@@ -127,8 +129,7 @@ def all_pairs() -> tuple[int, str]:
         matrix(110, top, ROWS, TERMS, FIRST, row(1), "f", "(B, 1, n)"),
         text(110 + wide + 12, top + 30, "×", "other", "middle"),
         matrix(216, top, keys, TERMS, SECOND, row(4), "g", "(C, n)"),
-        line(216 + wide + 10, top + 24, 216 + wide + 50, top + 24, arrow=True),
-        text(216 + wide + 30, top + 16, "Σ n", "soft", "middle"),
+        summed(216 + wide + 10, top + 24),
         matrix(364, top, ROWS, keys, OUT, {(1, 4)}, "F", "(B, C)"),
     ]
     return top + CELL * keys + 4, "".join(drawn)
@@ -148,8 +149,7 @@ def candidates() -> tuple[int, str]:
     for b in range(ROWS):
         drawn.append(cells(212, top + b * (CELL * count + gap), count, TERMS, SECOND, row(2) if b == 1 else ()))
     drawn += [
-        line(302, top + 24, 342, top + 24, arrow=True),
-        text(322, top + 16, "Σ n", "soft", "middle"),
+        summed(302, top + 24),
         matrix(362, top, ROWS, count, OUT, {(1, 2)}, "F", "(B, K)"),
     ]
     return top + ROWS * (CELL * count + gap) - 4, "".join(drawn)
