@@ -12,4 +12,4 @@
 #define FUSIONSUM_ACTIVATIONS(X) X(tanh) X(sigmoid) X(relu) X(silu) X(gelu)
 
 // X(name), best first: the namespace of cpu/isa_<name>.cpp, and what FUSIONSUM_ISA takes.
-#define FUSIONSUM_ISAS(X) X(avx512_bf16) X(avx512) X(avx2) X(neon) X(scalar)
+#define FUSIONSUM_ISAS(X) X(avx512_bf16) X(avx512) X(avx2) X(neon_bf16) X(neon) X(scalar)

@@ -67,9 +67,8 @@ def of_sums_along_rows():
 def of_scores():
     """Find a matrix of scores and its gradients, a softmax's gradients, and the best keys of each query."""
     sizes = [(33, 60, 37), *((9, c, c) for c in range(1, 36))]
-    for dtype, (rows, cols, n) in itertools.product(
-        ("float64", "float32", "float16"), sizes
-    ):  # some sets multiply bfloat16 in pairs
+    dtypes = ("float64", "float32", "float16")  # bfloat16 is multiplied in pairs by some sets
+    for dtype, (rows, cols, n) in itertools.product(dtypes, sizes):
         s = Scores(
             (draw(1, rows, n).astype(dtype),),
             (draw(2, cols, n).astype(dtype),),

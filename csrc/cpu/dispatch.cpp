@@ -8,6 +8,10 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace fusionsum {
@@ -31,7 +35,7 @@ namespace {
 
 // Which sets this machine runs, a member for each in the list.
 struct Cpu {
-  bool scalar = true, avx2 = false, avx512 = false, avx512_bf16 = false, neon = false;
+  bool scalar = true, avx2 = false, avx512 = false, avx512_bf16 = false, neon = false, neon_bf16 = false;
   // AMD multiplies pairs of bf16 at twice the rate of float32 (Zen 4), Intel's Xeons at half of it: measured, 112 and
   // 226 GFLOP/s on a core of Sapphire Rapids.
   bool pairs_are_fast = false;
@@ -52,7 +56,17 @@ struct Cpu {
     pairs_are_fast = __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx;
   }
 #elif defined(__aarch64__)
-  Cpu() { neon = true; }  // a part of the architecture
+  Cpu() {
+    neon = true;  // a part of the architecture
+#if defined(__linux__)
+    constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which headers older than 2020 lack
+    neon_bf16 = getauxval(AT_HWCAP2) & kBf16;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    neon_bf16 = sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
+#endif
+  }
 #endif
 };
 

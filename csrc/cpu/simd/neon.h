@@ -1,11 +1,14 @@
 // The NEON vocabulary, of every AArch64 processor: 128-bit vectors. float16 is converted by instructions that all have,
-// bfloat16 in integers: seven instructions for four values, where FEAT_BF16's BFCVTN would be one.
+// and bfloat16 rounded by one that most since ARMv8.6 have (FEAT_BF16), for a set of its own: for the others it takes
+// seven in integers, with the same bits.
 #pragma once
 #include <arm_neon.h>
 
 #include "../../sum.h"
 
+#ifndef FUSIONSUM_ISA  // isa_neon_bf16.cpp has the same vocabulary
 #define FUSIONSUM_ISA neon
+#endif
 #define FUSIONSUM_INLINE inline __attribute__((always_inline))
 
 namespace fusionsum {
@@ -76,10 +79,14 @@ inline void store_bits(void* p, uint16x4_t bits) { vst1_u16(static_cast<uint16_t
 inline F32 load_wide(const Bf16* p) { return reinterpret_cast<F32>(vshll_n_u16(load_bits(p), 16)); }
 inline F32 load_wide(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(load_bits(p))); }
 inline void store_narrow(Bf16* p, F32 v, bool) {
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+  store_bits(p, vreinterpret_u16_bf16(vcvt_bf16_f32(v)));
+#else
   const uint32x4_t u = vreinterpretq_u32_f32(v);
   const uint32x4_t rounded = vsraq_n_u32(vaddq_u32(u, vdupq_n_u32(0x7fff)), vshlq_n_u32(u, 15), 31);  // + 1 where odd
   const uint32x4_t quiet = vorrq_u32(u, vdupq_n_u32(0x400000));
   store_bits(p, vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), rounded, quiet), 16));
+#endif
 }
 inline void store_narrow(F16* p, F32 v, bool) { store_bits(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 

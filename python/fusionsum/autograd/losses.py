@@ -82,7 +82,7 @@ class Contrastive:
         )
         self.counts = self.count(of_queries, of_keys, scores)
         kept = [torch.as_tensor(x) for x in (of_queries, of_keys) if x is not None]
-        return combine(_xp(scores), of_queries, of_keys, self.options, scores.diagonal, self.counts), kept
+        return combine(namespace(scores), of_queries, of_keys, self.options, scores.diagonal, self.counts), kept
 
     def count(self, of_queries: Any, of_keys: Any, scores: Scores) -> Any:
         """Return by how many queries and keys means divide, where not by those of these that have a positive."""
@@ -91,7 +91,7 @@ class Contrastive:
         self, is_plain: bool, upstream: Any, needed: list[bool], scores: Scores, kept: Any, differentiate: Any
     ) -> Any:
         """Evaluate those of the gradients that are `needed`; `upstream` has one array, or None, per output."""
-        xp = _xp(scores, is_plain)
+        xp = namespace(scores, is_plain)
         of_queries, of_keys, *_ = [*(x.numpy() if xp is np else x for x in kept), None]
         coefs = coefficients(xp, of_queries, of_keys, self.options, upstream, scores.diagonal, self.counts)
         return differentiate("softmax_grad", *coefs, self.options.any, needed)
@@ -131,7 +131,7 @@ class Sigmoid:
             return [combine_sigmoid(self.tiles.sigmoid_stats(scores), self.reduction, self.count)], []
         first = scores.queries[0]
         one = first.new_ones((), dtype=torch.float64) if on_gpu(first) else np.float64(1)
-        coefs = coefficients_sigmoid(_xp(scores), one, len(first), self.reduction, self.count)
+        coefs = coefficients_sigmoid(namespace(scores), one, len(first), self.reduction, self.count)
         of_queries, found = self.tiles.sigmoid_stats_and_grad(coefs, scores, self.keep)
         return [combine_sigmoid(of_queries, self.reduction, self.count)], found
 
@@ -151,7 +151,7 @@ class Sigmoid:
             self.keep = [False] * len(needed)
             return [d.data.mul_(upstream[0]) for d in found]
         coefs = coefficients_sigmoid(
-            _xp(scores, is_plain), upstream[0], scores.queries[0].shape[0], self.reduction, self.count
+            namespace(scores, is_plain), upstream[0], scores.queries[0].shape[0], self.reduction, self.count
         )
         return differentiate("sigmoid_grad", coefs, needed)
 
@@ -185,7 +185,7 @@ def _gradients(
     loss: Any, is_plain: bool, grads: Sequence[Any], needs: Sequence[Any], scores: Scores, kept: Any, differentiate: Any
 ) -> Scores:
     """Gradients of the fields of `scores`, None for all but some, from those of the outputs and of what was kept."""
-    if _xp(scores, is_plain) is np:  # a number or a vector of float64
+    if namespace(scores, is_plain) is np:  # a number or a vector of float64
         upstream = [d if d is None else d.double().numpy() if d.ndim else d.item() for d in grads]
     else:
         upstream = [d if d is None else d.double() for d in grads]
@@ -203,7 +203,7 @@ def _gradients(
     return with_arrays(scores, [*of_queries, *of_keys, *masks, *map(others.get, range(WEIGHTS, len(scores)))])
 
 
-def _xp(scores: Scores, is_plain: bool = True) -> Any:
+def namespace(scores: Scores, is_plain: bool = True) -> Any:
     """Return of which module's functions statistics and coefficients are made.
 
     Torch's operate on what a GPU has, and can be watched: a call that is not plain may be.

@@ -19,7 +19,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,7 +137,7 @@ class Tiles:
     def softmax_stats(self, scores: Scores, any: bool, symmetric: bool, totals: bool) -> Any:
         """Evaluate the statistics of this rank's queries, (5, B), and, if symmetric, of its keys, (5, C)."""
         of_queries: Any = None
-        xp: Any = torch if on_gpu(scores.queries[0]) else np
+        xp = losses.namespace(scores)
 
         def visit(tile: Scores, coefs: Any) -> list[Tensor]:
             nonlocal of_queries
