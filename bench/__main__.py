@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# glibc returns large blocks to the system and faults them in again at every call, which is slow and would flatter us:
-# the contenders allocate the product, we do not. glibc reads these variables once, at the start of a process.
+# glibc returns large blocks to the system, which clears them again page by page at every call: that costs more than what is
+# compared, and most where much is allocated. glibc reads these variables once, at the start of a process.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 HELD_BACK = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # set, they give OpenBLAS another processor's kernels
 PAIRS, QUICK_PAIRS = 11, 3
@@ -26,6 +26,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", default="", metavar="P1,P5", help="only these rows (default: all)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as torch uses")
     parser.add_argument("--ranks", type=int, default=0, metavar="N", help="instead: losses over so many processes")
+    parser.add_argument("--fresh", action="store_true", help="let malloc return its memory, as it does by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the current GPU")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: results, or results/cuda, beside the code")
     options = parser.parse_args(argv)
@@ -62,7 +63,7 @@ def benchmark(options: argparse.Namespace) -> Path:
         "multiplied": where.multiplied,
         "memory": where.memory,
         "threads": threads,
-        "environment": {name: os.environ.get(name) for name in KEEP_MEMORY},
+        "environment": {name: os.environ[name] for name in KEEP_MEMORY if name in os.environ},
     }
     result: dict[str, Any] = {
         "machine": where.describe(),
@@ -84,12 +85,14 @@ def benchmark(options: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Start the benchmark; the exit code is 0 however slow anything was."""
     options = parse(argv)
-    wanted = {name: value for name, value in os.environ.items() if name not in HELD_BACK} | KEEP_MEMORY
+    wanted = {name: value for name, value in os.environ.items() if name not in (*HELD_BACK, *KEEP_MEMORY)}
+    if not options.fresh:
+        wanted |= KEEP_MEMORY
     if options.threads:
         wanted["OPENBLAS_NUM_THREADS"] = str(options.threads)
     if wanted != dict(os.environ):
         changes = [f"{name}={value}" for name, value in wanted.items() if os.environ.get(name) != value]
-        changes += [f"no {name}" for name in HELD_BACK if name in os.environ]
+        changes += [f"no {name}" for name in os.environ if name not in wanted]
         print(f"re-executing with {', '.join(changes)}", file=sys.stderr, flush=True)
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
     path = benchmark(options)

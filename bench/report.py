@@ -30,6 +30,12 @@ def write(result: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+def _malloc(settings: dict[str, Any]) -> str:
+    if not settings["environment"]:
+        return "Malloc returns large blocks to the system, its default, which clears their pages at every call."
+    return f"Malloc keeps its memory in this process ({', '.join(settings['environment'])} set high)."
+
+
 def markdown(result: dict[str, Any]) -> str:
     """Return the machine, the method, the table and the contenders that were left out."""
     machine, limits, settings = result["machine"], result["limits"], result["settings"]
@@ -55,8 +61,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"Ratios are the contender's time by ours: the median of {settings['pairs']} interleaved pairs (quartiles), "
         f"then the floor. *Of the limit*: the time in which {settings['limit']}, by ours; where the rate is in GFLOP/s, "
         f"the time of as many {settings['multiplied']}. GB/s count compulsory traffic only, GFLOP/s the matrix products "
-        f"that must be formed where no score is kept. Malloc keeps its memory in this process "
-        f"({', '.join(settings['environment'])} set high), since page faults would flatter us. Extra memory is beyond "
+        f"that must be formed where no score is kept. {_malloc(settings)} Extra memory is beyond "
         f"inputs, output and gradients, by the peak of {settings['memory']}. Errors are against float64, of the greatest "
         "value. ✓ and ✗ mark floors.",
         "",

@@ -1,4 +1,4 @@
-"""What only long use shows: Ctrl-C in calls of hours, and memory over 100,000 calls.
+"""What only long use shows: Ctrl-C in calls of hours, memory over 100,000 calls, and where results of megabytes lie.
 
 What lives elsewhere: threads, forks and other signals (``test_parallel.py``). All of this runs in processes of its own.
 """
@@ -6,7 +6,9 @@ What lives elsewhere: threads, forks and other signals (``test_parallel.py``). A
 from __future__ import annotations
 
 import itertools
+import re
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,3 +208,25 @@ def growth(library, calls=100_000):
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_memory_stays_flat_over_100_000_calls(library):
     assert float(run_python(f"import test_endurance as t; print(t.growth({library!r}))", timeout=120)) < 0.5
+
+
+def advice(address: int) -> list[str]:
+    """Return the flags of the mapping in which an address lies."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif here and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"nothing is mapped at {address:x}")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="missing: a system that has huge pages"
+)
+def test_large_results_ask_for_huge_pages():
+    torch = pytest.importorskip("torch")
+    factors = torch.randn(2, 4096, 2048, requires_grad=True).unbind()  # of 32 MiB
+    output = fs.fusion_sum(None, *factors)
+    for grad in torch.autograd.grad(output, factors, torch.ones_like(output)):
+        assert "hg" in advice(grad.data_ptr() + grad.nbytes // 2)

@@ -87,13 +87,17 @@ py::object allocate(Framework framework, dlpack::Device device, DType dtype, int
   return allocate_numpy(dtype, ndim, shape, data);
 }
 
-void clear(const py::object& array, dlpack::Device device, DType dtype, int ndim, const int64_t* shape, void* data) {
+int64_t bytes_of(DType dtype, int ndim, const int64_t* shape) {
   int64_t bytes = item_size(dtype);
   for (int d = 0; d < ndim; ++d) bytes *= shape[d];
+  return bytes;
+}
+
+void clear(const py::object& array, dlpack::Device device, DType dtype, int ndim, const int64_t* shape, void* data) {
   if (device.type == dlpack::kCuda) {
     array.attr("zero_")();
   } else {
-    std::memset(data, 0, static_cast<size_t>(bytes));
+    std::memset(data, 0, static_cast<size_t>(bytes_of(dtype, ndim, shape)));
   }
 }
 

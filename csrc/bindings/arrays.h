@@ -41,6 +41,8 @@ Framework framework_of(py::handle object);
 // not in its memory as shape and strides say.
 bool read(py::handle object, Framework framework, Array& to);
 
+int64_t bytes_of(DType dtype, int ndim, const int64_t* shape);
+
 // A new contiguous array, and where its data are.
 py::object allocate(Framework framework, dlpack::Device device, DType dtype, int ndim, const int64_t* shape,
                     void** data);

@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "../cpu/parallel.h"
+#include "../cpu/work.h"
 #include "execute.h"
 
 namespace fusionsum {
@@ -114,6 +115,10 @@ py::object allocate_on_gpu(dlpack::Device device, DType dtype, int ndim, const i
   return tensor;
 }
 
+// From so many bytes on, glibc's malloc maps each block anew: the system clears its pages, and nothing else will lie
+// there. NumPy asks for huge pages for its arrays, torch does not.
+constexpr int64_t kMapped = int64_t{32} << 20;
+
 py::object allocate_tensor(dlpack::Device device, DType dtype, int ndim, const int64_t* shape, void** data) {
   if (device.type == dlpack::kCuda) return allocate_on_gpu(device, dtype, ndim, shape, data);
   int64_t sizes[kMaxArrayDims];
@@ -128,6 +133,7 @@ py::object allocate_tensor(dlpack::Device device, DType dtype, int ndim, const i
   void* object = nullptr;
   if (torch.api->allocate(&prototype, &managed, nullptr, set_error)) throw py::error_already_set();
   *data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
+  if (const int64_t bytes = bytes_of(dtype, ndim, shape); bytes >= kMapped) ask_for_huge_pages(*data, bytes);
   if (torch.api->to_object(managed, &object)) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }

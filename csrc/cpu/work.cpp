@@ -15,12 +15,8 @@
 #include "parallel.h"
 
 namespace fusionsum {
-namespace {
 
-// Packed panels are read across thousands of small pages: with huge ones, all pairs of n = 512 take 0.9 of the time
-// where pages are looked up twice (a virtual machine on a Xeon). Only those that lie whole within the block: it takes
-// no more memory than without.
-void ask_for_huge_pages(char* block, int64_t bytes) {
+void ask_for_huge_pages(void* block, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(block), first = (begin + kHugePage - 1) / kHugePage * kHugePage,
@@ -30,6 +26,8 @@ void ask_for_huge_pages(char* block, int64_t bytes) {
   static_cast<void>(block), static_cast<void>(bytes);
 #endif
 }
+
+namespace {
 
 // The tasks as `threads` ranges: each has scratch memory of its own. Ranges, not single tasks: a thread finds in its
 // cache what it read in an earlier call.

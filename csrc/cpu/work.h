@@ -28,6 +28,12 @@ class Workspace {
 
 constexpr int64_t in_cache_lines(int64_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
 
+// Asks for memory in huge pages, where the system leaves that to programs: those that lie whole within the block, so
+// that it takes no more than without. Scratch memory is read across thousands of small pages: all pairs of n = 512 take
+// 0.9 of the time where pages are looked up twice (a virtual machine on a Xeon). And large results lie on pages that
+// the system has yet to clear, 4 KB at a time: two gradients of 128 MiB, forward and backward, take 0.44 of the time.
+void ask_for_huge_pages(void* block, int64_t bytes);
+
 // Tasks may run in any order and at the same time; the slices of one task run in order.
 struct Work {
   int64_t tasks, slices;
