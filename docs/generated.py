@@ -100,19 +100,33 @@ def _table(result: dict[str, Any]) -> Iterator[str]:
     """Write a line for each row: both phases' times and ratios, and what memory the last takes beside its results."""
     yield f"{machine(result)}."
     yield ""
-    yield "| row | forward | × naive | × compiled | of the limit | and back | × naive | × compiled | MiB: ours, naive |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for row in result["rows"]:
-        cells = [f"{row['name']}: {row['work']}"]
-        for phase in (FORWARD, BOTH):
-            found = row["phases"].get(phase)
-            cells.append(_milliseconds(found["seconds"]) if found else "–")
-            cells += [times(ratio(row, phase, contender)) for contender in ("naive", "torch.compile")]
-        limit = ratio(row, FORWARD, "limit")
-        cells.insert(4, "–" if limit is None else f"{limit:.0%}")
-        extra = list(row["phases"].values())[-1]["extra_bytes"]
-        cells.append(", ".join(f"{extra[who] / 2**20:.1f}" for who in ("ours", "naive") if who in extra))
-        yield f"| {' | '.join(cells)} |"
+    columns = [["row", *(f"{row['name']}: {row['work']}" for row in result["rows"])]]
+    for phase, name in ((FORWARD, "forward"), (BOTH, "and back")):
+        found = [row["phases"].get(phase) for row in result["rows"]]
+        columns.append([name, *("–" if of is None else _milliseconds(of["seconds"]) for of in found)])
+        for contender, short in (("naive", "× naive"), ("torch.compile", "× compiled")):
+            columns.append([short, *(times(ratio(row, phase, contender)) for row in result["rows"])])
+        columns.append(["× others", *(_others(row, phase) for row in result["rows"])])
+    limits = [ratio(row, FORWARD, "limit") for row in result["rows"]]
+    columns.insert(5, ["of the limit", *("–" if limit is None else f"{limit:.0%}" for limit in limits)])
+    extra = [list(row["phases"].values())[-1]["extra_bytes"] for row in result["rows"]]
+    columns.append(
+        [
+            "MiB: ours, naive",
+            *(", ".join(f"{of[who] / 2**20:.1f}" for who in ("ours", "naive") if who in of) for of in extra),
+        ]
+    )
+    columns = [column for column in columns if {*column[1:]} != {"–"}]
+    head, *lines = zip(*columns, strict=True)
+    for line in (head, ["---"] * len(head), *lines):
+        yield f"| {' | '.join(line)} |"
+
+
+def _others(row: dict[str, Any], phase: str) -> str:
+    """List the contenders that are neither naive nor compiled nor our own."""
+    found = row["phases"].get(phase, {}).get("contenders", {})
+    named = (name for name in found if name not in ("naive", "torch.compile", "limit") and not name.startswith("our "))
+    return ", ".join(f"{name} {times(ratio(row, phase, name))}" for name in named) or "–"
 
 
 def _milliseconds(seconds: float) -> str:
