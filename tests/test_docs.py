@@ -38,6 +38,7 @@ FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]+?) -->\n)?^```(?P<language>python|bash)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward mode
 UNTRIED = ("autogluon.multimodal",)  # needs torchvision (pyproject.toml), and weights from the web: run nowhere
 
 

@@ -101,7 +101,8 @@ def contrastive_loss(
         For a wrong shape, device, name or value: sides of different n, fewer keys than queries without labels, labels of
         one side only.
     NotImplementedError
-        If `group` is given under torch.func, in forward mode, or with tensors that are not plain.
+        For a second derivative, and in forward mode: there are first derivatives in reverse mode only. If `group` is given
+        under torch.func, or with tensors that are not plain.
     RuntimeError
         If a process of `group` does not answer.
 

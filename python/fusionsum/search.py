@@ -64,7 +64,8 @@ def top_k(
     Raises
     ------
     TypeError, ValueError, NotImplementedError, RuntimeError
-        As for `contrastive_loss`; for a `k` out of range; for ids out of range.
+        As for `contrastive_loss`, but for a second derivative, which there is without a `group`; for a `k` out of range; for
+        ids out of range.
 
     Notes
     -----
