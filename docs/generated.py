@@ -2,7 +2,8 @@
 
     ```{bench} FILE PHASE    the ratios of a committed result of ``python -m bench``, drawn or, with ``table``, listed
     ```{commands}            the options of every ``fusionsum`` command
-    ```{examples}            the names that a module makes public
+    ```{names} MODULE        the names that a module makes public
+    ```{config} WHAT         the keys of a section of the configuration or of a kind of modality; encoders, metrics, layers
 
 and drawings by file name, which become part of the page: then their colours follow its light or dark theme.
 """
@@ -10,7 +11,9 @@ and drawings by file name, which become part of the page: then their colours fol
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
+import inspect
 import json
 import os
 import re
@@ -24,7 +27,12 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 
 from fusionsum import __main__ as command_line
+from fusionsum.pipeline import config
 from fusionsum.pipeline.charts import STYLE, Strip, strips
+from fusionsum.pipeline.features import ENCODERS
+from fusionsum.pipeline.kinds import KINDS, Modality
+from fusionsum.pipeline.pretrained import EXTRACTORS
+from fusionsum.pipeline.report import readable
 
 FORWARD, BOTH = "forward", "forward + backward"
 
@@ -148,6 +156,76 @@ class Commands(SphinxDirective):
         return found
 
 
+SECTIONS = {"": config.Config, "data": config.Data, "task": config.Task, "train": config.Train}
+ATTRIBUTE = re.compile(r"^(\w+(?:, \w+)*) : .*\n((?:    .*(?:\n|$))+)", re.MULTILINE)
+
+
+def attributes(cls: type) -> dict[str, str]:
+    """Return what the docstrings of a class and its bases say of each attribute and, as "", of the class: Markdown."""
+    found = {}
+    for base in reversed(cls.__mro__):
+        about, _, section = (
+            inspect.cleandoc(base.__doc__ or "").replace("``", "`").partition("Attributes\n----------\n")
+        )
+        found[""] = about
+        for names, text in ATTRIBUTE.findall(section):
+            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found
+
+
+def keys(what: str) -> Iterator[tuple[str, str, str]]:
+    """Give the name, the default and the meaning of each key of a section, of a kind of modality or of all kinds."""
+    cls = SECTIONS.get(what) or (Modality if what == "modality" else KINDS[what])
+    about, own = attributes(cls), inspect.get_annotations(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in own and (what != "modality" or field.name != "encoder"):
+            value = getattr(cls(), field.name)
+            key = f"{what}.{field.name}" if SECTIONS.get(what) and what else field.name
+            yield f"`{key}`", "–" if dataclasses.is_dataclass(value) else f"`{_yaml(value)}`", about[field.name]
+
+
+def _yaml(value: Any) -> str:
+    """Write a value as in YAML, and so that it may stand in a table."""
+    text = value if isinstance(value, str) and value else json.dumps(value)
+    return text.replace("|", "\\|")
+
+
+def _encoders() -> Iterator[tuple[str, str, str]]:
+    for kind in KINDS:
+        for encoders in (ENCODERS, EXTRACTORS):
+            for name, cls in encoders[kind].items():
+                yield kind, f"`{name}`", inspect.cleandoc(cls.__doc__ or "").splitlines()[0].replace("`", "")
+
+
+def _metrics() -> Iterator[tuple[str, str]]:
+    for kind, metrics in config.METRICS.items():
+        yield kind, ", ".join(f"`{name}` ({readable(name)})" for name in metrics) or "none: R@10"
+
+
+def _layers() -> Iterator[tuple[str, str]]:
+    for name, options in config.LAYER_OPTIONS.items():
+        yield f"`{name}`", ", ".join(f"`{key}: {_yaml(value)}`" for key, value in options.items())
+
+
+class Keys(SphinxDirective):
+    """A table of what a configuration may say."""
+
+    optional_arguments = 1
+    TABLES = {  # noqa: RUF012
+        "encoders": (("kind", "encoder", "what it is"), _encoders),
+        "metrics": (("`task.kind`", "`task.metric`, the first is the default (in the report)"), _metrics),
+        "layers": (("layer", "options"), _layers),
+    }
+
+    def run(self) -> list[nodes.Node]:
+        """Return the table."""
+        what = "".join(self.arguments)
+        head, rows = self.TABLES.get(what) or (("key", "default", "meaning"), lambda: keys(what))
+        lines = [head, ["---"] * len(head), *rows()]
+        about = attributes(KINDS[what])[""] if what in KINDS else ""
+        return self.parse_text_to_nodes("\n".join([about, "", *(f"| {' | '.join(line)} |" for line in lines)]))
+
+
 class Names(SphinxDirective):
     """The public names of a module, each a link to its documentation, with the first line of it."""
 
@@ -190,7 +268,7 @@ def themed(app: Any, name: str, template: str, context: dict[str, Any], doctree:
 
 def setup(app: Any) -> dict[str, Any]:
     """Tell Sphinx of all this."""
-    for name, directive in {"bench": Bench, "commands": Commands, "names": Names}.items():
+    for name, directive in {"bench": Bench, "commands": Commands, "config": Keys, "names": Names}.items():
         app.add_directive(name, directive)
     app.add_post_transform(Inlined)
     app.connect("html-page-context", themed)

@@ -1,4 +1,4 @@
-"""The pages' code runs: every block of Python in README.md and docs/, and the options of every ``fusionsum`` command.
+"""The pages' code runs: every block of Python in README.md and docs/; commands are parsed, configurations read.
 
 A page is one program: its blocks run in order, in one namespace and an empty folder. A comment before a block tells what is
 particular about it:
@@ -31,11 +31,12 @@ pytest.importorskip("sklearn")
 import made_up
 from conftest import TESTS, missing, source
 from fusionsum import __main__ as command_line
+from fusionsum.pipeline import config
 
 ROOT = source("docs").parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(
-    r"(?:^<!-- (?P<mark>[^\n]+?) -->\n)?^```(?P<language>python|bash)\n(?P<code>.*?)^```$",
+    r"(?:^<!-- (?P<mark>[^\n]+?) -->\n)?^```(?P<language>python|bash|yaml)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of forward mode
@@ -165,6 +166,28 @@ def test_commands_are_parsed():
             pytest.fail(f"{name(block.page)}:{block.line}: fusionsum {shlex.join(arguments)}")
 
 
+def test_commands_of_the_bench_are_parsed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import __main__, layers, rows, scores
+
+    found = [
+        line for page in PAGES for line in re.findall(r"python -m bench(?![.\w])([^`\n]*)", page.read_text("utf-8"))
+    ]
+    assert len(found) > 5
+    for line in found:
+        options = __main__.parse(line.split())
+        assert rows.select(options.rows, (*rows.ROWS, *layers.LAYERS, *scores.SCORES))
+
+
+def test_configurations_are_read(tmp_path):
+    found = [block for page in PAGES for block in blocks(page) if block.language == "yaml"]
+    assert len(found) > 1
+    for block in found:
+        path = tmp_path / "config.yaml"
+        path.write_text(block.code, encoding="utf-8")
+        assert config.load(path).modalities, f"{name(block.page)}:{block.line}"
+
+
 def test_marks_are_known():
     for page in PAGES:
         for block in blocks(page):
@@ -179,7 +202,7 @@ def test_every_fence_is_closed_and_found():
         fences = re.findall(r"^```(\S*)", text, re.MULTILINE)
         opened, closed = fences[::2], fences[1::2]
         assert not any(closed) and len(opened) == len(closed), name(page)
-        assert sum(language in ("python", "bash") for language in opened) == len(blocks(page)), name(page)
+        assert sum(language in ("python", "bash", "yaml") for language in opened) == len(blocks(page)), name(page)
 
 
 def test_links_to_files_lead_somewhere():

@@ -6,11 +6,14 @@ where FUSIONSUM_REQUIRE_SITE=1, as in CI. Addresses on the web are not asked for
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
+import typing
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,6 +101,25 @@ def test_every_public_name_is_documented(site, module):
     for name in found.__all__:
         if callable(getattr(found, name)) or inspect.isclass(getattr(found, name)):
             assert f"{module}.{name}" in anchors
+
+
+def test_every_key_of_a_configuration_is_documented(site):
+    from fusionsum.pipeline import config, kinds
+
+    (page,) = (page for path, page in site.items() if path.stem == "configuration")
+    words = set(re.findall(r"[\w.-]+", page.text))
+    for section, cls in {"data.": config.Data, "task.": config.Task, "train.": config.Train, "": config.Config}.items():
+        assert {f"{section}{field.name}" for field in dataclasses.fields(cls)} <= words
+        assert choices(cls) <= words
+    for kind, cls in kinds.KINDS.items():
+        assert {kind, *(field.name for field in dataclasses.fields(cls))} | choices(cls) <= words
+    assert {"layer", *config.LAYER_OPTIONS, *config.BASELINES}.union(*config.METRICS.values()) <= words
+
+
+def choices(cls):
+    """Return what the keys of a section may be of which there is a list."""
+    hints = typing.get_type_hints(cls).values()
+    return {str(one) for hint in hints if typing.get_origin(hint) is typing.Literal for one in typing.get_args(hint)}
 
 
 def test_drawings_are_part_of_the_pages(site):

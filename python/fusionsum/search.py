@@ -64,8 +64,8 @@ def top_k(
     Raises
     ------
     TypeError, ValueError, NotImplementedError, RuntimeError
-        As for `contrastive_loss`, but for a second derivative, which there is without a `group`; for a `k` out of range; for
-        ids out of range.
+        As for `contrastive_loss`, but a second derivative is an error with a `group` only; for a `k` out of range; for ids
+        out of range.
 
     Notes
     -----

@@ -32,10 +32,29 @@ DRAWN = ("train", "validation", "test")  # the splits that `data.split: by-seed`
 class Data:
     """Where the rows come from and how they are split.
 
-    `split`: ``manifest`` takes the manifest's column; ``by-seed`` draws a split for each seed, by group, so that the
-    intervals over seeds include the variation between splits; ``auto`` takes the column if there is one. `id`, `label` and
-    `group` are the manifest's names of these columns. `code` is the folder of encoders of one's own. The cache keeps below
-    `cache_limit` GB; with 0 nothing is cached.
+    Attributes
+    ----------
+    manifest : str
+        The CSV or JSONL file of the rows. This path, ``cache`` and ``code`` are relative to the configuration's file.
+    split : str
+        ``manifest`` takes the manifest's column ``split``; ``by-seed`` draws a split for each seed, by group, so that the
+        intervals over seeds include the variation between splits; ``auto`` takes the column if there is one.
+    id, label, group : str
+        The manifest's name of this column.
+    validation_share, test_share : float
+        The part of the rows, where splits are drawn.
+    test : list of str
+        The splits to evaluate, by their names in the manifest's column.
+    on_error : str
+        At a row whose items cannot be read: ``raise``, or ``skip`` the row, and say so.
+    workers : int
+        Threads that read and decode items.
+    cache : str
+        The folder of decoded items and frozen features.
+    cache_limit : float
+        GB that the cache keeps below; 0: nothing is cached.
+    code : str
+        The folder of encoders of one's own.
     """
 
     manifest: str = "manifest.csv"
@@ -75,13 +94,28 @@ TUNED = ("balanced_accuracy", "macro_f1", "micro_f1")  # metrics that a decision
 
 @dataclass(frozen=True)
 class Task:
-    """The task. Retrieval finds the modalities of `target` by all other modalities, in a space of `dim` dimensions.
+    """What is to be told or found.
 
-    `positives`: which targets are right for a query, in training and evaluation: the row's own ``item``, or those of all
-    rows of its ``label``.
-
-    `metric`: one of `METRICS`, what models are compared by and a decision threshold is tuned for. `class_weights`:
-    ``none``, ``balanced``, or a weight by class. `separator`: between the labels of a cell of multi-label classification.
+    Attributes
+    ----------
+    kind : str
+        ``classification``, ``multilabel``, ``regression`` or ``retrieval``.
+    target : list of str
+        Retrieval's: the modalities to find, by all others.
+    dim : int
+        Retrieval's: the dimensions of the space of both sides.
+    positives : str
+        Retrieval's: which targets are right for a query, in training and evaluation: the row's own ``item``, or those of
+        all rows of its ``label``.
+    metric : str
+        What models are compared by, and a decision threshold is tuned for; empty: the first of the kind's.
+    class_weights : str or dict
+        Of the loss: ``none``; ``balanced``, by the inverse of a class's share; or weights by class, 1 for the others.
+    threshold : str
+        ``auto`` tunes the threshold of two classes, or of each label, on validation rows, if the metric is one that
+        depends on it; ``half`` leaves it at 0.5.
+    separator : str
+        Between the labels of a cell of multi-label classification.
     """
 
     kind: Literal["classification", "multilabel", "regression", "retrieval"] = "classification"
@@ -128,9 +162,30 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Train:
-    """The loop: one model per seed. `patience` counts epochs without a better validation loss; 0 never stops early.
+    """The loop: one training of every model per seed, by AdamW.
 
-    `seeds`: a list of them, or how many: 3 stands for 0, 1, 2.
+    Attributes
+    ----------
+    seeds : list of int
+        Which, or how many: 3 stands for 0, 1, 2.
+    epochs : int
+        At most.
+    batch_size : int
+        Rows of a step, of all processes together.
+    learning_rate : float
+        Of AdamW; the greatest of a cycle.
+    weight_decay : float
+        Of AdamW, except where a layer has its own (``ResidualFusion``).
+    schedule : str
+        Of the learning rate: ``constant``, or ``one-cycle``, torch's ``OneCycleLR``, over all epochs.
+    patience : int
+        Epochs without a lower validation loss after which a training ends, with the weights of the best; 0: never.
+    modality_dropout : float
+        The probability with which a row's modality is withheld in a step, but never all of a row.
+    clip : float
+        The greatest norm of a step's gradient.
+    threads : int
+        Torch's, in training and evaluation. On small batches a second one gains nothing; large encoders want all cores.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -159,6 +214,23 @@ class Config:
     """A whole configuration: every section with its defaults filled in.
 
     Without `modalities`, or with ``data.split: auto``, it is completed by the data (``infer.py``).
+
+    Attributes
+    ----------
+    modalities : dict
+        By name, the kind of each and its options; without them, the manifest's columns tell.
+    title : str
+        Of the report.
+    data : Data
+        Where the rows come from and how they are split.
+    task : Task
+        What is to be told or found.
+    fusion : Fusion
+        The layer that joins the modalities.
+    baselines : list of str
+        What is compared with it, of ``alone``, ``concat-linear``, ``mlp``, ``late-product`` and ``score-sum``.
+    train : Train
+        The loop.
     """
 
     modalities: dict[str, Modality] = field(default_factory=dict)
@@ -436,7 +508,7 @@ def template(config: Config, notes: Iterable[str] = ()) -> str:
     >>> config = from_mapping({"modalities": {"photo": {"kind": "image"}}, "train": {"epochs": 3}})
     >>> print(template(config, ["column 'photo' is image"]))  # doctest: +ELLIPSIS
     # column 'photo' is image
-    # Behind a # are defaults. Paths are relative to this file. All keys: docs/pipeline.md.
+    # Behind a # are defaults. Paths are relative to this file. All keys: docs/configuration.md.
     title: fusionsum
     modalities:
       photo: {kind: image, encoder: cnn}
@@ -465,7 +537,7 @@ def template(config: Config, notes: Iterable[str] = ()) -> str:
         return f"{'# ' * default}{mapping[1:-2]}"
 
     lines = [f"# {note}" for note in notes]
-    lines += ["# Behind a # are defaults. Paths are relative to this file. All keys: docs/pipeline.md."]
+    lines += ["# Behind a # are defaults. Paths are relative to this file. All keys: docs/configuration.md."]
     lines += [line("title", config.title), "modalities:"]
     for name, options in given["modalities"].items():
         shown = {k: v for k, v in options.items() if k in ("kind", "encoder") or v != usual["modalities"][name][k]}

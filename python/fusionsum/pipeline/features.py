@@ -109,7 +109,7 @@ class SequenceCNN(nn.Module):
 
 
 class TextCNN(SequenceCNN):
-    """A `SequenceCNN` over embedded characters: codes (B, T) int64 to (B, features)."""
+    """Two convolutions over embedded characters (`SequenceCNN`): codes (B, T) int64 to (B, features)."""
 
     def __init__(self, fitted: Mapping[str, Any], features: int) -> None:
         super().__init__(24, features)
@@ -146,7 +146,7 @@ class TextNgrams(nn.Module):
 
 
 class AudioCNN(SequenceCNN):
-    """A `SequenceCNN` over log-mel frames: (B, mels, T) to (B, features)."""
+    """Two convolutions over log-mel frames (`SequenceCNN`): (B, mels, T) to (B, features)."""
 
     def __init__(self, fitted: Mapping[str, Any], features: int) -> None:
         super().__init__(fitted["shape"][0], features)

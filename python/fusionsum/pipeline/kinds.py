@@ -61,11 +61,21 @@ def as_array(given: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Modality:
-    """The options that every kind of modality has: its encoder and the encoder's number of features, its column.
+    """The options that every kind of modality has, and what a kind defines.
 
-    `encoder_options` are those of an encoder of one's own. A kind defines the bytes that identify an item (`content`),
-    their decoding to an array (`decode`), the statistics of the training items (`fit`: plain values, kept with the model),
-    and the tensor of some items (`tensor`).
+    That is the bytes that identify an item (`content`), their decoding to an array (`decode`), the statistics of the
+    training items (`fit`: plain values, kept with the model), and the tensor of some items (`tensor`).
+
+    Attributes
+    ----------
+    encoder : str
+        One of the kind's, a frozen one, or ``package.module:Class``.
+    features : int
+        How many the encoder gives to the fusion layer.
+    column : str
+        The manifest's, if its name is not the modality's.
+    encoder_options : dict
+        Of an encoder of one's own.
     """
 
     encoder: str = ""
@@ -120,7 +130,16 @@ class Image(Modality):
 
     Files, bytes, PIL images, arrays of uint8 or uint16, or of floats in 0..1 or 0..255, ``(H, W)``, ``(H, W, C)`` or
     ``(C, H, W)``. Pictures of 16 or 32 bits are scaled to 8: uint16 by its whole range, others from their least to their
-    greatest value, or all from `range`, ``[low, high]``.
+    greatest value, or all from `range`.
+
+    Attributes
+    ----------
+    size : int
+        Pixels of a side.
+    channels : int
+        3, or 1 for grey.
+    range : list of float
+        ``[low, high]``, the values of pictures of 16 or 32 bits that become black and white.
     """
 
     encoder: str = "cnn"
@@ -265,9 +284,19 @@ def normalise(text: str) -> str:
 class Text(Modality):
     """Texts, as codes of characters or of a Hugging Face tokenizer's tokens; int64, padded with 0 on the left.
 
-    As wide as the longest training text, but at most `length`; the end of a longer text is cut off, and how many are is
-    said. Code 1 stands for every character that no training text has. `lower` folds case; without `accents`, diacritics are
-    dropped.
+    As wide as the longest training text, but at most `length`; how many are cut is said. Code 1 stands for every character
+    that no training text has.
+
+    Attributes
+    ----------
+    length : int
+        The most characters, or tokens, of a text; the end of a longer one is cut off.
+    lower : bool
+        Whether capitals become small letters.
+    accents : bool
+        Whether diacritics stay.
+    tokenizer : str
+        The name or folder of a Hugging Face tokenizer (needs ``transformers``); empty: characters.
     """
 
     encoder: str = "gru"
@@ -354,6 +383,15 @@ class Audio(Modality):
 
     Files, bytes, dicts of ``array`` and ``sampling_rate``, pairs of an array and its rate, or arrays at `rate`: ``(N,)``,
     or with channels, of which there are fewer than samples.
+
+    Attributes
+    ----------
+    seconds : float
+        What is kept, from the start; shorter sounds are padded.
+    rate : int
+        Hz, to which sounds are resampled.
+    mels : int
+        Bands of the spectrum.
     """
 
     encoder: str = "cnn"
@@ -486,8 +524,14 @@ class Table(Modality):
     """Numbers and categories of one column or several (`columns`): float32 ``(width,)``.
 
     A number is standardised; where training rows lack it, it is 0, the mean, and a further entry is 1. A category, of the
-    columns in `categories`, is one entry for each value that training has, all 0 for another. Without `categories` in a
-    configuration, columns of which most cells are no numbers are categories.
+    columns in `categories`, is one entry for each value that training has, all 0 for another.
+
+    Attributes
+    ----------
+    columns : list of str
+        The manifest's, where they are several.
+    categories : list of str
+        Those of the columns that hold categories; without it, columns of which most cells are no numbers.
     """
 
     encoder: str = "mlp"
