@@ -115,8 +115,8 @@ def fusion_sum(
     References
     ----------
     The sum is the rank-n form of Z. Liu et al., "Efficient Low-rank Multimodal Fusion with Modality-Specific Factors",
-    ACL 2018, eq. 6-8; with ``activations="tanh"`` that of J.-H. Kim et al., "Hadamard Product for Low-rank Bilinear
-    Pooling", ICLR 2017, eq. 3.
+    ACL 2018, eq. 6-8, and of J.-H. Kim et al., "Hadamard Product for Low-rank Bilinear Pooling", ICLR 2017, eq. 3; with
+    activations, eq. 5.
 
     Examples
     --------
