@@ -35,7 +35,6 @@ pygments_dark_style = "github-dark"
 default_role = "py:obj"  # docstrings put names between single backticks
 add_module_names = False
 autodoc_typehints = "none"  # the docstrings have them
-autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
 napoleon_use_ivar = True

@@ -45,8 +45,10 @@ def read(path: Path) -> dict[str, Any]:
 def machine(result: dict[str, Any]) -> str:
     """Name the machine and the versions that a result is of."""
     found, versions = result["machine"], result["machine"]["versions"]
+    threads = result["settings"]["threads"]
+    others = "".join(f" ({row['name']}: {row['threads']})" for row in result["rows"] if row["threads"] != threads)
     return (
-        f"{found['cpu']}, {found['cores']} cores, {result['settings']['threads']} threads, kernels "
+        f"{found['cpu']}, {found['cores']} cores, {threads} threads{others}, kernels "
         f"{found['backend'].removeprefix('usable: ')}; torch {versions['torch']}, NumPy {versions['numpy']}, Python "
         f"{versions['python']}. Medians of {result['settings']['pairs']} interleaved pairs"
     )
@@ -101,7 +103,7 @@ class Bench(SphinxDirective):
         caption = (
             f"{what}: times faster than naive torch (bars) and than torch.compile of it (circles). {machine(result)}."
         )
-        return [figure(str(strips(caption, marks, {1.0: "as fast"}, 0, 2)), caption)]
+        return [figure(str(strips(caption, marks, {1.0: "as fast"}, 0, 2, longest=60)), caption)]
 
 
 def _table(result: dict[str, Any]) -> Iterator[str]:

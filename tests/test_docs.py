@@ -212,6 +212,13 @@ def test_links_to_files_lead_somewhere():
             assert (page.parent / link).exists(), f"{name(page)}: {link}"
 
 
+def test_the_first_page_lists_all_others():
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = re.findall(r"^(?!:)\w+$", "".join(re.findall(r"```{toctree}(.*?)```", text, re.DOTALL)), re.MULTILINE)
+    assert len(pages) > 15
+    assert [page for page in pages if f"({page}.md)" not in text] == []
+
+
 def test_drawings_are_those_of_their_program(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import pictures

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -131,6 +132,18 @@ def test_drawings_are_part_of_the_pages(site):
 def test_the_machine_is_named_where_figures_are(site):
     (performance,) = (page for path, page in site.items() if path.stem == "performance")
     assert performance.text.count("Intel(R) Xeon(R) Processor") >= 3
+    result = json.loads((source("bench") / "results" / "bench.json").read_text(encoding="utf-8"))
+    threads = result["settings"]["threads"]
+    for row in result["rows"]:
+        assert (f"({row['name']}: {row['threads']})" in performance.text) == (row["threads"] != threads)
+        assert row["work"] in performance.text
+    assert "…" not in performance.text
+
+
+def test_signatures_and_types_say_what_is_known(site):
+    for path, page in site.items():
+        if path.stem.startswith("api"):
+            assert re.findall(r"\w+=[A-Z]{2,}\b|Type:.*\[", page.text) == [], path.name
 
 
 def test_search_needs_no_server(site):

@@ -111,6 +111,17 @@ class ReferenceState(nn.Module):
         ValueError
             If a name is missing or unexpected, a shape is not that of this layer's sizes, or parameters that the layer
             shares differ in `state`. Nothing is copied then.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from fusionsum.nn import MLB
+        >>> sizes = {"linear0": (3, 4), "linear1": (2, 4), "linear_out": (4, 5)}
+        >>> original = torch.nn.ModuleDict({name: torch.nn.Linear(*size) for name, size in sizes.items()})
+        >>> fusion = MLB((3, 2), 5, mm_dim=4)
+        >>> fusion.load_reference_state_dict(original.state_dict())  # or what `torch.load` reads
+        >>> torch.equal(fusion.linears[0].weight, original["linear0"].weight)
+        True
         """
         shapes = self._reference_shapes()
         missing, unexpected = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())

@@ -97,7 +97,9 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def strips(title: str, rows: Sequence[Strip], at: Mapping[float, str], low: float, high: float) -> Markup:
+def strips(
+    title: str, rows: Sequence[Strip], at: Mapping[float, str], low: float, high: float, longest: int = LONGEST
+) -> Markup:
     """Draw a row of marks for each name, on one axis.
 
     Parameters
@@ -109,6 +111,8 @@ def strips(title: str, rows: Sequence[Strip], at: Mapping[float, str], low: floa
         Values to draw a line at through all rows, and their names.
     low, high : float
         The axis, which is made longer where a mark needs it.
+    longest : int, optional
+        The characters at which names are cut.
     """
     values = [value for row in rows for value in row.ends()] + list(at)
     low, high = min([low, *values]), max([high, *values])
@@ -134,7 +138,7 @@ def strips(title: str, rows: Sequence[Strip], at: Mapping[float, str], low: floa
         for name, x in verticals:  # beside the marks only: a line through letters makes them hard to read
             mark = Markup('<line class="{}" x1="{x}" x2="{x}" y1="{}" y2="{}"/>')
             body.append(mark.format(name, top + 18, top + ROW - 4, x=x))
-        body.append(_text("0", top + 14, _cut(row.name), kind))
+        body.append(_text("0", top + 14, _cut(row.name, longest), kind))
         body.append(_text("100%", top + 14, row.text, kind, "end"))
         if row.bar is not None:
             first, last = sorted(row.bar)

@@ -417,7 +417,7 @@ class Evaluation:
 
     @cached_property
     def results(self) -> Results:
-        """``[split][model][condition][metric]``: one value per seed."""
+        """One value per seed, as ``results[split][model][condition][metric]``."""
         return {split: over_seeds(of_seeds) for split, of_seeds in self.measured.items()}
 
     @property
@@ -458,7 +458,7 @@ class Evaluation:
 
     @cached_property
     def contenders(self) -> dict[str, list[str]]:
-        """By split: the model with the best mean, then those that it is not certainly better than, best first."""
+        """The model with the best mean, then those that it is not certainly better than, best first; by split."""
         metric, found = self.metric, {}
         for split, models in self.results.items():
             means = {name: better(metric) * float(np.mean(models[name]["all"][metric])) for name in models}

@@ -64,17 +64,43 @@ class MultimodalPredictor:
     --------
     >>> import tempfile
     >>> from pathlib import Path
+    >>> from fusionsum.pipeline import write_report
     >>> folder = Path(tempfile.mkdtemp())
     >>> rows = [f"r{i},{'train' if i < 40 else 'test'},{'odd' if i % 2 else 'even'},n{i % 2},{i}" for i in range(60)]
     >>> _ = (folder / "m.csv").write_text("\n".join(["id,split,label,word,number", *rows]))
     >>> config = {
-    ...     "modalities": {"word": {"kind": "text", "length": 2}, "number": {"kind": "table"}},
+    ...     "modalities": {"word": {"kind": "text", "encoder": "cnn"}, "number": {"kind": "table"}},
     ...     "data": {"cache": str(folder / "cache")},
     ...     "train": {"seeds": 1, "epochs": 20, "learning_rate": 0.01, "patience": 0},
     ... }
-    >>> predictor = MultimodalPredictor(config).fit(folder / "m.csv", progress=False)
-    >>> predictor.evaluate().results["test"]["fused"]["all"]["accuracy"]
+    >>> predictor = MultimodalPredictor(config).fit(folder / "m.csv", out=folder / "run", progress=False)
+    >>> evaluation = predictor.evaluate(progress=False)
+    >>> evaluation.results["test"]["fused"]["all"]["accuracy"]
     [1.0]
+    >>> write_report(folder / "run", evaluation)
+
+    On other rows, later:
+
+    >>> predictor = MultimodalPredictor.load(folder / "run")
+    >>> new = [{"word": "n1", "number": 7}]
+    >>> predictor.predict(new)[0]["predicted"]
+    'odd'
+    >>> predictor.predict_proba(new).shape, predictor.classes
+    ((1, 2), ('even', 'odd'))
+    >>> predictor.embed(new).shape
+    (1, 128)
+    >>> predictor.write_predictions(new, folder / "predictions.csv", model="best")
+    1
+    >>> [path.name for path in predictor.export(folder, form="torch")]
+    ['model.pt2', 'preprocessing.json']
+    >>> predictor.save(folder / "copy")
+
+    Retrieval:
+
+    >>> find = config | {"task": {"kind": "retrieval", "target": ["word"]}}
+    >>> predictor = MultimodalPredictor(find).fit(folder / "m.csv", progress=False)
+    >>> predictor.retrieve(new, [{"word": "n0"}, {"word": "n1"}], k=1).found.shape
+    (1, 1)
     """
 
     def __init__(self, config: Config | Mapping[str, Any] | str | Path) -> None:
@@ -375,7 +401,17 @@ class MultimodalPredictor:
     ) -> int:
         """Write predictions to a CSV file, a part of the rows at a time; return their number.
 
-        Parameters are those of `predict`. Texts that a spreadsheet would execute begin with a ``'`` in the file.
+        Parameters
+        ----------
+        rows, model, seed, on_error, progress
+            As in `predict`.
+        out : str or pathlib.Path
+            The file. Texts that a spreadsheet would execute begin with a ``'`` there.
+
+        Raises
+        ------
+        ManifestError, ConfigError
+            As `predict` does.
         """
         model, seed, _ = self.chosen(model, seed)
         found = self._predictions(rows, model, seed, on_error, progress)
@@ -509,7 +545,20 @@ class MultimodalPredictor:
         return retrieve(self.config, self._network(FUSED, seed), tensors, queries, gallery, k, progress)
 
     def chosen(self, model: str = FUSED, seed: int | None = None) -> tuple[str, int, str]:
-        """Choose one of the trained models by the validation loss: its name, its seed, and why (`plan.choose`)."""
+        """Choose one of the trained models by the validation loss: its name, its seed, and why.
+
+        Parameters
+        ----------
+        model : str, optional
+            ``fused``, a baseline's name, or ``best`` for that of the least validation loss, the mean over seeds.
+        seed : int, optional
+            One of its trainings; None for that of the least validation loss, the first without validation rows.
+
+        Raises
+        ------
+        ConfigError
+            For an unknown model or seed.
+        """
         self._must_be_fitted()
         return choose(self.config, self.models, self.histories, model, seed)
 

@@ -83,6 +83,10 @@ def write_report(
         Further drawings, which follow the summary.
     command : str, optional
         What was typed.
+
+    Examples
+    --------
+    See `MultimodalPredictor`.
     """
     folder = Path(folder)
     plots = folder / "plots"

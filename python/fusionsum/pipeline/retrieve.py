@@ -34,9 +34,21 @@ SHOWN = 50  # queries on the page
 class Retrieved:
     """What `MultimodalPredictor.retrieve` found.
 
-    `queries` are the Q rows asked with; `gallery` the first rows of each of the G distinct targets, of all `rows` given.
-    `scores`, `found` (Q, k): best first, and which of the gallery. `own` (Q,): the target of the gallery's row of the
-    query's id, or -1.
+    Attributes
+    ----------
+    config : Config
+    queries : Manifest
+        The Q rows asked with.
+    gallery : Manifest
+        The first row of each of the G distinct targets.
+    rows : int
+        How many rows the gallery had.
+    scores : numpy.ndarray
+        ``(Q, k)``, best first.
+    found : numpy.ndarray
+        ``(Q, k)``: which of the gallery.
+    own : numpy.ndarray
+        ``(Q,)``: the target of the gallery's row of the query's id, or -1.
     """
 
     config: Config
