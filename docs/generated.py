@@ -182,8 +182,7 @@ def keys(what: str) -> Iterator[tuple[str, str, str]]:
     for field in dataclasses.fields(cls):
         if field.name in own and (what != "modality" or field.name != "encoder"):
             value = getattr(cls(), field.name)
-            key = f"{what}.{field.name}" if SECTIONS.get(what) and what else field.name
-            yield f"`{key}`", "–" if dataclasses.is_dataclass(value) else f"`{_yaml(value)}`", about[field.name]
+            yield f"`{field.name}`", "–" if dataclasses.is_dataclass(value) else f"`{_yaml(value)}`", about[field.name]
 
 
 def _yaml(value: Any) -> str:
