@@ -208,20 +208,22 @@ def _layers() -> Iterator[tuple[str, str]]:
         yield f"`{name}`", ", ".join(f"`{key}: {_yaml(value)}`" for key, value in options.items())
 
 
+TABLES = {
+    "encoders": (("kind", "encoder", "what it is"), _encoders),
+    "metrics": (("`task.kind`", "`task.metric`, the first is the default (in the report)"), _metrics),
+    "layers": (("layer", "options"), _layers),
+}
+
+
 class Keys(SphinxDirective):
     """A table of what a configuration may say."""
 
     optional_arguments = 1
-    TABLES = {  # noqa: RUF012
-        "encoders": (("kind", "encoder", "what it is"), _encoders),
-        "metrics": (("`task.kind`", "`task.metric`, the first is the default (in the report)"), _metrics),
-        "layers": (("layer", "options"), _layers),
-    }
 
     def run(self) -> list[nodes.Node]:
         """Return the table."""
         what = "".join(self.arguments)
-        head, rows = self.TABLES.get(what) or (("key", "default", "meaning"), lambda: keys(what))
+        head, rows = TABLES.get(what) or (("key", "default", "meaning"), lambda: keys(what))
         lines = [head, ["---"] * len(head), *rows()]
         about = attributes(KINDS[what])[""] if what in KINDS else ""
         return self.parse_text_to_nodes("\n".join([about, "", *(f"| {' | '.join(line)} |" for line in lines)]))
