@@ -10,6 +10,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "parallel.h"
@@ -24,6 +25,17 @@ void ask_for_huge_pages(void* block, int64_t bytes) {
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #else
   static_cast<void>(block), static_cast<void>(bytes);
+#endif
+}
+
+bool is_mapped(const void* address) {
+#if defined(__linux__)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  unsigned char mapped = 1;
+  return mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(address) / page * page), page, &mapped) ||
+         mapped & 1;
+#else
+  return static_cast<void>(address), true;
 #endif
 }
 

@@ -34,6 +34,9 @@ constexpr int64_t in_cache_lines(int64_t bytes) { return (bytes + kCacheLine - 1
 // the system has yet to clear, 4 KB at a time: two gradients of 128 MiB, forward and backward, take 0.44 of the time.
 void ask_for_huge_pages(void* block, int64_t bytes);
 
+// Whether memory is there for the page of an address; true where the system does not say.
+bool is_mapped(const void* address);
+
 // Tasks may run in any order and at the same time; the slices of one task run in order.
 struct Work {
   int64_t tasks, slices;
