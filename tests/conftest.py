@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import warnings
@@ -284,6 +285,12 @@ def source(name: str) -> pathlib.Path:
     if not path.exists():
         missing(f"{name}, of the source tree")
     return path
+
+
+def require_compiler() -> None:
+    """Skip a test that compiles, as Inductor does, where nothing can."""
+    if not shutil.which("g++"):
+        missing("g++")
 
 
 def require_native() -> Any:

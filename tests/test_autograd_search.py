@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 
 import fusionsum as fs
-from conftest import DTYPES, NARROW
+from conftest import DTYPES, NARROW, require_compiler
 from eager import PHI, Passing
 from fusionsum.autograd import schema, search
 
@@ -227,6 +227,8 @@ def test_opcheck(wants, exclude):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend):
+    if backend == "inductor":
+        require_compiler()
     torch._dynamo.reset()
 
     def step(w, q, k, bias, mask, targets):

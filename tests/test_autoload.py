@@ -10,7 +10,7 @@ import importlib.metadata
 import pytest
 import torch
 
-from conftest import missing, run_python
+from conftest import missing, require_compiler, run_python
 from eager import Fused
 from fusionsum.nn import LowRankFusion
 
@@ -29,6 +29,7 @@ if not any(point.name == "fusionsum" for point in importlib.metadata.entry_point
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Save inputs and eager outputs of a function and a layer, each exported, and one of them compiled to a package."""
+    require_compiler()
     folder = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
     models = {"function": (Fused(), (torch.randn(3, 4),))}

@@ -21,7 +21,7 @@ import zipfile
 import pytest
 
 import fusionsum as fs
-from conftest import PACKAGE, TESTS, missing, run_python, source
+from conftest import PACKAGE, TESTS, missing, require_compiler, run_python, source
 
 ROOT = TESTS.parent
 FILES = {
@@ -180,8 +180,7 @@ def test_no_weak_symbol_leaves_its_instruction_set():
 @pytest.mark.parametrize("machine", ["", "-D__SIZEOF_POINTER__=4", "-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__"])
 def test_a_processor_that_the_kernels_are_not_for_is_told_at_once(machine):
     """As an error of the compiler, of which an installation makes a wheel without the native module."""
-    if not shutil.which("g++"):
-        missing("g++")
+    require_compiler()
     other = [machine.partition("=")[0].replace("-D", "-U"), machine] if machine else []
     command = ["g++", "-std=c++17", "-fsyntax-only", *other, "-x", "c++", str(ROOT / "csrc" / "sum.h")]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr

@@ -50,7 +50,7 @@ def _flags(compiler: str) -> tuple[list[str], dict[str, list[str]]]:
     sets = {}
     for name, flags, code in rows:
         line = code.replace(r"\n", "\n").replace(r"\;", ";")
-        command = [compiler, *flags.split(), "-x", "c++", "-fsyntax-only", "-"]
+        command = [compiler, *flags.split(), "-O3", "-x", "c++", "-S", "-o", "/dev/null", "-"]
         if subprocess.run(command, input=line, text=True, capture_output=True).returncode == 0:
             sets[name] = flags.split()
     return [f"-std=c++{standard[1]}", *options[1].split()], sets

@@ -26,12 +26,13 @@ inline void load_row(T* to, const S* from, int64_t stride, int64_t cols, int64_t
     for (int64_t i = 0; i < cols; ++i) to[i] = static_cast<T>(widen(from[i * stride]));
 }
 // Contiguous 16-bit rows convert a vector at a time. `ahead` is how far on the next rows lie that will be asked for:
-// memory would idle while this tile is multiplied, and 16-bit rows would take as long as float32 ones.
+// memory would idle while this tile is multiplied, and 16-bit rows would take as long as float32 ones. (Vectors of one
+// are left to the last loop: after them it would be empty, and GCC 13 warns that it overflows.)
 template <class S>
 inline void load_row16(float* to, const S* from, int64_t stride, int64_t cols, int64_t ahead) {
   using L = Simd<float>;
   int64_t i = 0;
-  if (stride == 1)
+  if (L::width > 1 && stride == 1)
     for (; i + L::width <= cols; i += L::width) {
       __builtin_prefetch(from + i + ahead);
       L::store(to + i, load_wide(from + i));
@@ -62,7 +63,7 @@ inline void store_row16(S* to, int64_t stride, const float* from, int64_t cols, 
   using L = Simd<float>;
   int64_t i = 0;
   stream = stream && aligned(to, L::width);
-  if (stride == 1)
+  if (L::width > 1 && stride == 1)
     for (; i + L::width <= cols; i += L::width) store_narrow(to + i, L::load(from + i), stream);
   for (; i < cols; ++i) narrow(from[i], to + i * stride);
 }
