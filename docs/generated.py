@@ -113,34 +113,38 @@ def _table(result: dict[str, Any]) -> Iterator[str]:
     columns = [["row", *(f"{row['name']}: {row['work']}" for row in result["rows"])]]
     for phase, name in ((FORWARD, "forward"), (BOTH, "and back")):
         found = [row["phases"].get(phase) for row in result["rows"]]
-        columns.append([name, *("–" if of is None else _milliseconds(of["seconds"]) for of in found)])
+        columns.append([name, *("–" if of is None else _duration(of["seconds"]) for of in found)])
         for contender, short in (("naive", "× naive"), ("torch.compile", "× compiled")):
             columns.append([short, *(times(ratio(row, phase, contender)) for row in result["rows"])])
-        columns.append(["× others", *(_others(row, phase) for row in result["rows"])])
     limits = [ratio(row, FORWARD, "limit") for row in result["rows"]]
-    columns.insert(5, ["of the limit", *("–" if limit is None else f"{limit:.0%}" for limit in limits)])
-    extra = [list(row["phases"].values())[-1]["extra_bytes"] for row in result["rows"]]
-    columns.append(
-        [
-            "MiB: ours, naive",
-            *(", ".join(f"{of[who] / 2**20:.1f}" for who in ("ours", "naive") if who in of) for of in extra),
-        ]
-    )
+    columns.insert(4, ["of the limit", *("–" if limit is None else f"{limit:.0%}" for limit in limits)])
+    columns.append(["× others", *(_others(row) for row in result["rows"])])
+    columns.append(["MiB: ours, naive", *map(_extra, result["rows"])])
     columns = [column for column in columns if {*column[1:]} != {"–"}]
     head, *lines = zip(*columns, strict=True)
     for line in (head, ["---"] * len(head), *lines):
         yield f"| {' | '.join(line)} |"
 
 
-def _others(row: dict[str, Any], phase: str) -> str:
-    """List the contenders that are neither naive nor compiled nor our own."""
-    found = row["phases"].get(phase, {}).get("contenders", {})
-    named = (name for name in found if name not in ("naive", "torch.compile", "limit") and not name.startswith("our "))
-    return ", ".join(f"{name} {times(ratio(row, phase, name))}" for name in named) or "–"
+def _others(row: dict[str, Any]) -> str:
+    """List the contenders that are neither naive nor compiled nor our own, with the ratios of both phases."""
+    found = [row["phases"].get(phase, {}).get("contenders", {}) for phase in (FORWARD, BOTH)]
+    named = dict.fromkeys(
+        name for of in found for name in of if not name.startswith(("our ", "naive", "torch.", "limit"))
+    )
+    ratios = ((name, [times(ratio(row, phase, name)) for phase in (FORWARD, BOTH)]) for name in named)
+    return "; ".join(f"{name} {', '.join(x for x in both if x != '–')}" for name, both in ratios) or "–"
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+def _extra(row: dict[str, Any]) -> str:
+    found = list(row["phases"].values())[-1]["extra_bytes"]
+    mib = (found[who] / 2**20 for who in ("ours", "naive") if who in found)
+    return ", ".join(f"{x:.0f}" if x >= 10 else f"{x:.1f}" for x in mib)
+
+
+def _duration(seconds: float) -> str:
+    unit, name = next(((unit, name) for unit, name in ((1, "s"), (1e-3, "ms")) if seconds >= unit), (1e-6, "µs"))
+    return f"{seconds / unit:.3g} {name}"
 
 
 class Commands(SphinxDirective):
