@@ -47,6 +47,7 @@ def markdown(result: dict[str, Any]) -> str:
         rates += f", {limits['exp_per_s'] / 1e9:.2f} G exp/s (`torch.exp`)"
     caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
     floors = [floor for row in result["rows"] for floor in row["floors"]]
+    others = [f" ({row['name']}: {row['threads']})" for row in result["rows"] if row["threads"] != settings["threads"]]
     lines = [
         "# fusionsum: benchmark",
         "",
@@ -55,8 +56,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{machine['backend']}; torch uses {machine['torch_isa']}. {versions}. Load {machine['load_before'][0]:.2f} "
         f"before, {machine['load_after'][0]:.2f} after.",
         "",
-        f"{settings['threads']} threads (P4: one). Limits measured in the same process: {rates}; copy, counting bytes read "
-        "and bytes written, is the table's first row.",
+        f"{settings['threads']} threads{''.join(others)}. Limits measured in the same process: {rates}; copy, counting "
+        "bytes read and bytes written, is the table's first row.",
         "",
         f"Ratios are the contender's time by ours: the median of {settings['pairs']} interleaved pairs (quartiles), "
         f"then the floor. *Of the limit*: the time in which {settings['limit']}, by ours; where the rate is in GFLOP/s, "

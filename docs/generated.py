@@ -116,8 +116,9 @@ def _table(result: dict[str, Any]) -> Iterator[str]:
         columns.append([name, *("–" if of is None else _duration(of["seconds"]) for of in found)])
         for contender, short in (("naive", "× naive"), ("torch.compile", "× compiled")):
             columns.append([short, *(times(ratio(row, phase, contender)) for row in result["rows"])])
-    limits = [ratio(row, FORWARD, "limit") for row in result["rows"]]
-    columns.insert(4, ["of the limit", *("–" if limit is None else f"{limit:.0%}" for limit in limits)])
+        if phase == FORWARD:
+            limits = [ratio(row, phase, "limit") for row in result["rows"]]
+            columns.append(["of the limit", *("–" if limit is None else f"{limit:.0%}" for limit in limits)])
     columns.append(["× others", *(_others(row) for row in result["rows"])])
     columns.append(["MiB: ours, naive", *map(_extra, result["rows"])])
     columns = [column for column in columns if {*column[1:]} != {"–"}]
